@@ -1,0 +1,169 @@
+"""The configuration of the RelPos family."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .positions import position_embedding_classes
+
+
+MODEL_SIZES = {
+    # name: layers, width, heads (3.1M, 10.6M, 25.2M, 84.9M and 201.3M weights besides the embeddings)
+    "xsmall": (4, 256, 4),
+    "small": (6, 384, 6),
+    "medium": (8, 512, 8),
+    "large": (12, 768, 12),
+    "xlarge": (16, 1024, 16),
+}
+
+
+class RelPosConfig(PreTrainedConfig):
+    r"""Configuration of a RelPos model: a pre-norm decoder whose position scheme is one field.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width C.
+        intermediate_size: width of the MLP; 4 · hidden_size by default.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of query heads H.
+        num_key_value_heads: number of key and value heads, a divisor of H (grouped-query attention); H by default.
+        head_dim: width of a head, D; hidden_size / num_attention_heads by default.
+        hidden_act: activation of the MLP, a key of `transformers.activations.ACT2FN`.
+        max_position_embeddings: rows of a learned table, range of position-start augmentation, and what tools take as
+            the model's window. Only a learned table refuses longer input.
+        train_length: the length in tokens that the model was trained at; written by training, read by evaluation.
+        pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+".
+        pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
+        rope_parameters: `rotary` only, as in transformers: `rope_type` "default", `rope_theta`, `partial_rotary_factor`.
+        position_start_augmentation: in training, the positions of each sequence start at
+            k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
+        hidden_dropout: dropout of the embeddings and of each residual branch.
+        attention_dropout: dropout of the attention weights; above 0 it rules out the fused kernels.
+        initializer_range: standard deviation of the initial weights.
+        rms_norm_eps: epsilon of the RMSNorms.
+        use_cache: whether the model returns its keys and values.
+        tie_word_embeddings: whether input and output embeddings are one matrix.
+        pad_token_id, bos_token_id, eos_token_id: ids of the tokenizer's special tokens.
+
+    Raises:
+        ValueError: for an unknown scheme or option, for heads that do not divide the width, for sizes below 1.
+    """
+
+    model_type = "relpos"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 2048
+    train_length: int | None = None
+    pos_embedding_type: str = "linear_cpb"
+    pos_embedding_kwargs: dict | None = None
+    position_start_augmentation: bool = False
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, rope_parameters: dict | None = None, **kwargs: Any) -> None:
+        self._check_sizes()
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_heads()
+        self._check_ranges()
+        self._configure_positions(rope_parameters)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "RelPosConfig":
+        """The configuration of a named size: "xsmall", "small", "medium", "large" or "xlarge".
+
+        Args:
+            size: the name.
+            **overrides: any field of the configuration.
+
+        Raises:
+            ValueError: for an unknown size or an invalid field.
+        """
+        if size not in MODEL_SIZES:
+            raise ValueError(f"`size` must be one of {list(MODEL_SIZES)}, got {size!r}.")
+        fields = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), MODEL_SIZES[size])
+        return cls(**{**dict(fields), **overrides})
+
+    def _check_sizes(self) -> None:
+        optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length")
+        required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        for name in required + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+    def _check_heads(self) -> None:
+        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` {self.hidden_size}, got {self.num_attention_heads}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, "
+                f"got {self.num_key_value_heads}."
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        if not isinstance(self.position_start_augmentation, bool):
+            raise ValueError(
+                f"`position_start_augmentation` must be true or false, got {self.position_start_augmentation!r}."
+            )
+
+    def _configure_positions(self, rope_parameters: dict | None) -> None:
+        """Checks the scheme and its options and lets each scheme put them where they belong."""
+        given = self.pos_embedding_kwargs if self.pos_embedding_kwargs is not None else {}
+        if not isinstance(given, dict):
+            raise ValueError(f"`pos_embedding_kwargs` must be a dictionary, got {given!r}.")
+        classes = position_embedding_classes(self.pos_embedding_type)
+        allowed = {name: value for cls in classes.values() for name, value in cls.defaults.items()}
+        for name, value in given.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"`pos_embedding_kwargs` of {self.pos_embedding_type!r} may hold {sorted(allowed)}, got {name!r}."
+                )
+            number = int if isinstance(allowed[name], int) else (int, float)
+            if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
+                raise ValueError(
+                    f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
+                )
+        if rope_parameters is not None:
+            if "rotary" not in classes:
+                raise ValueError(
+                    f"`rope_parameters` is for pos_embedding_type 'rotary', got it with {self.pos_embedding_type!r}."
+                )
+        kept = {}
+        self.rope_parameters = rope_parameters
+        for cls in classes.values():
+            kept |= cls.configure(self, {name: value for name, value in given.items() if name in cls.defaults})
+        if self.rope_parameters is None:
+            # transformers completes and saves the field of any config that has it
+            del self.rope_parameters
+        self.pos_embedding_kwargs = kept

@@ -1,0 +1,147 @@
+"""The interface of a position scheme, and the registry that holds the schemes.
+
+Shape letters: B batch, H heads, Q query length, K key length, D head size, C hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import nn
+
+
+POSITION_EMBEDDINGS: dict[str, type["PositionEmbedding"]] = {}
+
+
+@dataclass
+class Positions:
+    """Where the queries and the keys of one forward stand: integers counted over real tokens, never tensor indices.
+
+    Attributes:
+        query: (B or 1, Q) int64, the position of each query token.
+        key: (B or 1, K) int64, the position of each cached or current key token.
+        distance: (B or 1, Q, K) int64, query − key, 0 where the key lies ahead (the causal mask hides it); `None` if
+            no scheme of the model adds a bias. The first dimension is 1 wherever all rows agree.
+        span: exclusive upper bound of `distance`.
+        rotations: for each scheme that transforms q and k, its `rotate` function and what it computed once from
+            `query`; filled in by the model.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    distance: torch.Tensor | None
+    span: int
+    rotations: tuple[tuple[Callable, Any], ...] = ()
+
+
+class SelfInitialized:
+    """Marks a module with parameters that `reset_parameters` initialises, in place of the rule for its kind of layer.
+
+    transformers skips modules without parameters of their own, so the mark belongs on the module that holds them.
+    """
+
+
+class PositionEmbedding(SelfInitialized, nn.Module):
+    """Base class of all schemes. Every hook is the identity, so that the base class itself is NoPE.
+
+    A scheme overrides the hooks it needs and nothing else. Constants are computed from Python numbers in the hook that
+    uses them and never stored as buffers: a buffer is cast by `model.to(dtype)` and left uninitialised by
+    `from_pretrained`.
+
+    Class attributes:
+        defaults: option name → default value; the only keys that `pos_embedding_kwargs` may hold for the scheme.
+        shared_across_layers: one module for the whole model (True) or one per layer (False). `embed` and `rotation`
+            act before the layers and are only called on shared schemes.
+        extrapolates: what happens past the training length, in a few words; the README's table shows it.
+        kind: "absolute" (acts on the embeddings), "relative" or "none".
+
+    Args:
+        config: a `RelPosConfig`.
+        **options: the scheme's `defaults`, overridden by `config.pos_embedding_kwargs`.
+    """
+
+    defaults: dict[str, Any] = {}
+    shared_across_layers: bool = True
+    kind: str = "none"
+    extrapolates: str = ""
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Checks the options that were given against `config` (raises `ValueError`); returns those to keep as they are."""
+        return options
+
+    def reset_parameters(self) -> None:
+        """Initialises the scheme's own parameters, through `transformers.initialization` only."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The number of positions that the scheme can serve; `None` for no limit."""
+        return None
+
+    def embed(self, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(B, Q, C) token embeddings and (B or 1, Q) positions → (B, Q, C)."""
+        return inputs_embeds
+
+    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Any:
+        """(B or 1, Q) positions → whatever `rotate` needs, computed once per forward; `None` if q and k stay as they are."""
+        return None
+
+    @staticmethod
+    def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, Q, D) query and key, after the projection and before the cache → the same shapes."""
+        return query, key
+
+    def distance_bias(self, distance: torch.Tensor) -> torch.Tensor | None:
+        """(n,) integer distances → (H, n) fp32, what the attention adds to the scaled scores at each distance."""
+        return None
+
+    def bias(self, positions: Positions) -> torch.Tensor | None:
+        """→ (B or 1, H, Q, K) fp32, added to the scaled scores; `None` for no bias.
+
+        The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up.
+        """
+        if not self.has_distance_bias:
+            return None
+        table = self.table(positions.span, positions.query.device)
+        return table[:, positions.distance].movedim(0, 1)
+
+    @property
+    def has_distance_bias(self) -> bool:
+        return type(self).distance_bias is not PositionEmbedding.distance_bias
+
+    @property
+    def has_bias(self) -> bool:
+        return self.has_distance_bias or type(self).bias is not PositionEmbedding.bias
+
+    def table(self, length: int, device: torch.device) -> torch.Tensor:
+        """→ (H, length) fp32: `distance_bias` on 0..length−1, outside of autocast."""
+        with torch.autocast(device.type, enabled=False):
+            return self.distance_bias(torch.arange(length, device=device))
+
+
+def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]], type[PositionEmbedding]]:
+    """Class decorator: makes a scheme selectable as `pos_embedding_type=name`."""
+
+    def register(cls: type[PositionEmbedding]) -> type[PositionEmbedding]:
+        if name in POSITION_EMBEDDINGS or "+" in name:
+            raise ValueError(f"position embedding name must be new and without '+', got {name!r}")
+        POSITION_EMBEDDINGS[name] = cls
+        return cls
+
+    return register
+
+
+@register_position_embedding("none")
+class NoPositionEmbedding(PositionEmbedding):
+    """No position embedding (NoPE): the causal mask alone tells positions apart.
+
+    score[i, j] = q_i · k_j / sqrt(D)
+
+    Parameters: none. Past the training length: no limit; attention spreads thinner over more keys.
+    Paper: Kazemnejad et al. 2023, arXiv 2305.19466.
+    """
+
+    extrapolates = "no limit; degrades gradually"

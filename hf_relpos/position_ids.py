@@ -1,0 +1,175 @@
+"""Which position each token has: padding, caching, packing and position-start augmentation are decided here.
+
+Shape letters: B batch, Q query length, K key length.
+"""
+
+from typing import Callable
+
+import torch
+from transformers import Cache
+from transformers.utils.import_utils import is_tracing
+
+from .position_base import Positions
+
+
+def simplify_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A (B, K) mask that hides nothing becomes `None`, so that all rows may share their positions."""
+    if attention_mask is None or attention_mask.ndim != 2 or is_tracing(attention_mask):
+        return attention_mask
+    return None if bool(attention_mask.all()) else attention_mask
+
+
+def count_positions(
+    attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, query_length: int, device: torch.device
+) -> torch.Tensor:
+    """→ (B or 1, Q): the index of each query among the real tokens of its row; 0 on padding before the first one."""
+    slots = past_length + torch.arange(query_length, device=device)
+    if attention_mask is None or attention_mask.ndim != 2:
+        return slots[None]
+    counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return counted.index_select(1, slots)
+
+
+def find_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The document of each token of a packed row: a new one starts where a position does not exceed the one before.
+
+    Args:
+        position_ids: (B or 1, Q).
+        attention_mask: (B, Q), 0 on padding, or `None`.
+
+    Returns:
+        (B or 1, Q) document indices, or `None` if no row holds more than one.
+    """
+    if attention_mask is None:
+        starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) <= 0
+    else:
+        real = attention_mask.bool()
+        position_ids = position_ids.expand(real.shape[0], -1)
+        slots = torch.arange(real.shape[1], device=real.device)
+        last_real = torch.where(real, slots, -1).cummax(dim=-1).values
+        before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=-1)
+        starts = real & (before >= 0) & (position_ids <= position_ids.gather(1, before.clamp(min=0)))
+    documents = starts.cumsum(-1)
+    if not is_tracing(documents) and not bool(starts.any()):
+        return None
+    return documents
+
+
+def same_document(documents: torch.Tensor) -> Callable:
+    """(B or 1, Q) document indices → a mask function of transformers: a query sees keys of its own document only."""
+    rows = documents.shape[0]
+
+    def mask(batch_idx, head_idx, q_idx, kv_idx):
+        row = batch_idx if rows > 1 else 0 * batch_idx
+        return documents[row, q_idx] == documents[row, kv_idx]
+
+    return mask
+
+
+def augment_starts(
+    position_ids: torch.Tensor, documents: torch.Tensor | None, batch_size: int, max_positions: int
+) -> torch.Tensor:
+    """Position-start augmentation: each document of each row starts at k ~ U{0 .. max_positions − length}.
+
+    Args:
+        position_ids: (B or 1, Q).
+        documents: (B or 1, Q) or `None`, from `find_documents`.
+        batch_size: B.
+        max_positions: exclusive upper bound of the positions given out; length is Q, whatever the documents' lengths.
+
+    Returns:
+        (B, Q).
+
+    Raises:
+        ValueError: if the sequence is longer than `max_positions`.
+    """
+    length = position_ids.shape[1]
+    if length > max_positions:
+        raise ValueError(
+            f"`position_start_augmentation` needs sequences of at most `max_position_embeddings`={max_positions} "
+            f"tokens, got {length}."
+        )
+    starts = torch.randint(max_positions - length + 1, (batch_size, length), device=position_ids.device)
+    if documents is None:
+        starts = starts[:, :1]
+    else:
+        starts = starts.gather(1, documents.expand(batch_size, -1))
+    return position_ids + starts
+
+
+def build_positions(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    past_key_values: Cache | None,
+    past_length: int | torch.Tensor,
+    needs_distance: bool,
+) -> Positions:
+    """Positions of the queries, of all keys in the cache, and the distances between them.
+
+    Args:
+        position_ids: (B or 1, Q) positions of the queries.
+        attention_mask: (B, K), 0 on padding; anything else says nothing about positions.
+        documents: (B or 1, Q) or `None`, from `find_documents`.
+        past_key_values: the cache before this forward's update, or `None`.
+        past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
+        needs_distance: whether any scheme adds a bias.
+    """
+    query_length = position_ids.shape[1]
+    key_length = query_length
+    if past_key_values is not None:
+        key_length, _ = past_key_values.get_mask_sizes(query_length, 0)
+    padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    if not needs_distance:
+        return Positions(position_ids, position_ids, None, key_length)
+
+    key_slots = torch.arange(key_length, device=position_ids.device)
+    query_slots = past_length + torch.arange(query_length, device=position_ids.device)
+    key = _key_positions(position_ids, padding, past_length, key_slots)
+    distance = position_ids[:, :, None] - key[:, None, :]
+    span = key_length
+    if is_tracing(distance):
+        # the graph's shapes cannot follow the data: gaps that lead out of the table stop the run, never clamp
+        torch._assert_async((distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length")
+    elif _is_contiguous(key, key_slots, padding, documents):
+        distance = (query_slots[:, None] - key_slots[None, :])[None]
+    else:
+        span = max(span, int(distance.max()) + 1)
+    return Positions(position_ids, key, distance.clamp(min=0), span)
+
+
+def _key_positions(
+    position_ids: torch.Tensor, padding: torch.Tensor | None, past_length: int | torch.Tensor, key_slots: torch.Tensor
+) -> torch.Tensor:
+    """→ (B or 1, K) positions of all keys. Slots that no query may see yet get any value."""
+    query_length, key_length = position_ids.shape[1], key_slots.shape[0]
+    if isinstance(past_length, int) and past_length == 0:
+        ahead = key_slots[query_length:] - (query_length - 1)
+        return torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=-1)
+    # Only the queries' positions are known. The last one is a real token, so counting back from it is right
+    last = past_length + query_length - 1
+    if padding is None:
+        return key_slots + (position_ids[:, -1:] - last)
+    counted = padding.long().cumsum(-1) - 1
+    counted = torch.cat((counted, counted[:, -1:].expand(-1, max(key_length - counted.shape[1], 0))), dim=-1)
+    counted = counted[:, :key_length]
+    last_slot = torch.as_tensor(last, device=key_slots.device).reshape(1)
+    return counted + position_ids[:, -1:] - counted.index_select(1, last_slot)
+
+
+def _is_contiguous(
+    key: torch.Tensor, key_slots: torch.Tensor, padding: torch.Tensor | None, documents: torch.Tensor | None
+) -> bool:
+    """Whether distances between positions are distances between slots, wherever a query may see a key."""
+    if key.shape[0] == 1 and documents is None:
+        return bool((key.diff(dim=-1) == 1).all())
+    if documents is not None:
+        if padding is not None:
+            return False
+        return bool(((key.diff(dim=-1) == 1) | (documents.diff(dim=-1) != 0)).all())
+    offset = key - key_slots
+    even = offset == offset[:, -1:]
+    if padding is not None:
+        width = min(padding.shape[1], key.shape[1])
+        even = even[:, :width] | (padding[:, :width] == 0)
+    return bool(even.all())
