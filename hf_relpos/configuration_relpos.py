@@ -105,6 +105,12 @@ class RelPosConfig(PreTrainedConfig):
         fields = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), MODEL_SIZES[size])
         return cls(**{**dict(fields), **overrides})
 
+    @property
+    def max_positions(self) -> int | None:
+        """The number of positions that the model can serve; `None` for no limit."""
+        classes = position_embedding_classes(self.pos_embedding_type).values()
+        return self.max_position_embeddings if any(cls.has_position_limit for cls in classes) else None
+
     def _check_sizes(self) -> None:
         optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length")
         required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

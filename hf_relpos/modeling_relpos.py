@@ -207,12 +207,6 @@ class RelPosModel(RelPosPreTrainedModel):
         self.has_position_bias = any(scheme.has_bias for scheme in schemes)
         self.post_init()
 
-    @property
-    def max_positions(self) -> int | None:
-        """The number of positions that the model can serve; `None` for no limit."""
-        limits = [scheme.max_positions for scheme in self.position_embeddings.values()]
-        return min((limit for limit in limits if limit is not None), default=None)
-
     def distance_bias(self, length: int) -> torch.Tensor:
         """What the attention adds to the scaled scores at each distance.
 

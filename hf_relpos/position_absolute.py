@@ -74,22 +74,20 @@ class LearnedEmbedding(PositionEmbedding):
     """
 
     kind = "absolute"
+    has_position_limit = True
     extrapolates = "refuses positions past its table"
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    @property
-    def max_positions(self) -> int:
-        return self.embedding.num_embeddings
-
     def embed(self, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not is_tracing(positions) and positions.numel():
             first, last = (int(bound) for bound in positions.aminmax())
-            if first < 0 or last >= self.max_positions:
+            rows = self.embedding.num_embeddings
+            if first < 0 or last >= rows:
                 raise ValueError(
-                    f"`max_position_embeddings`={self.max_positions}: a learned table serves positions 0 to "
-                    f"{self.max_positions - 1}, got {first if first < 0 else last}."
+                    f"`max_position_embeddings`={rows}: a learned table serves positions 0 to {rows - 1}, "
+                    f"got {first if first < 0 else last}."
                 )
         return inputs_embeds + self.embedding(positions)

@@ -52,6 +52,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         defaults: option name → default value; the only keys that `pos_embedding_kwargs` may hold for the scheme.
         shared_across_layers: one module for the whole model (True) or one per layer (False). `embed` and `rotation`
             act before the layers and are only called on shared schemes.
+        has_position_limit: whether only `max_position_embeddings` positions can be served.
         extrapolates: what happens past the training length, in a few words; the README's table shows it.
         kind: "absolute" (acts on the embeddings), "relative" or "none".
 
@@ -62,6 +63,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     defaults: dict[str, Any] = {}
     shared_across_layers: bool = True
+    has_position_limit: bool = False
     kind: str = "none"
     extrapolates: str = ""
 
@@ -75,11 +77,6 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises the scheme's own parameters, through `transformers.initialization` only."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """The number of positions that the scheme can serve; `None` for no limit."""
-        return None
 
     def embed(self, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(B, Q, C) token embeddings and (B or 1, Q) positions → (B, Q, C)."""

@@ -1,0 +1,90 @@
+"""What all scripts share: flags from dataclasses with a YAML file under them, and one line for a user's error."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class ArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def parse_arguments(types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Command line → one instance of each dataclass.
+
+    `--config FILE` reads flags from a YAML file first (`learning_rate: 1e-3`, lists and dictionaries as YAML has them);
+    flags on the command line win.
+
+    Raises:
+        ValueError: for an unknown flag, a value of the wrong type, or a file that is missing or no YAML dictionary.
+    """
+    parser = ArgumentParser(types, description=description)
+    parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path = _pop_config(argv)
+    if path is not None:
+        argv = _flags_of(path, {action.dest for action in parser._actions}) + argv
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown flag: {unknown[0]!r}; --help lists those that exist.")
+    return tuple(parsed)
+
+
+def _pop_config(argv: list[str]) -> str | None:
+    for index, word in enumerate(argv):
+        if word == "--config":
+            if index + 1 == len(argv):
+                raise ValueError("--config needs a file.")
+            path = argv[index + 1]
+            del argv[index : index + 2]
+            return path
+        if word.startswith("--config="):
+            del argv[index]
+            return word.partition("=")[2]
+    return None
+
+
+def _flags_of(path: str, known: set[str]) -> list[str]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path!r} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
+    flags = []
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}.")
+        if value is None:
+            continue
+        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *(str(word) for word in words)]
+    return flags
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorator of a script's `main`: a user's error becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            if os.environ.get("RANK", "0") == "0":
+                message = " ".join(str(error).split())
+                print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped

@@ -1,0 +1,201 @@
+"""Results: one JSON file per run; tables and plots made from such files and from nothing else."""
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+REQUIRED_KEYS = (
+    "pos_embedding_type",
+    "seed",
+    "train_length",
+    "lengths",
+    "loss_by_position",
+    "in_context_score",
+    "slope",
+    "versions",
+    "hardware",
+    "corpus",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the commit of the code if it is a git checkout."""
+    names = ("hf_relpos", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    git = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """What the result was computed on."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["num_gpus"] = torch.cuda.device_count()
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this process in MiB: the GPU's if there is one, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if platform.system() == "Darwin" else kib / 2**10
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file whole or not at all; refuses NaN and infinity, which are no JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result file of scripts/evaluate.py.
+
+    Raises:
+        ValueError: if the file is missing, is no JSON, or lacks a key of a result.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"result file {str(path)!r} cannot be read: {error}") from error
+    missing = [key for key in REQUIRED_KEYS if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise ValueError(f"result file {str(path)!r} lacks {missing}.")
+    return result
+
+
+def label(result: dict[str, Any]) -> str:
+    """What to call a run in a table or a plot."""
+    return f"{result['pos_embedding_type'] or result.get('model', 'model')} ({result['seed']})"
+
+
+def markdown_table(results: Sequence[dict[str, Any]]) -> str:
+    """One row per run: perplexity by length, the ratio of the longest to the training length, score and slope."""
+    lengths = sorted({int(length) for result in results for length in result["lengths"]})
+    reference = [_ratio(result) for result in results]
+    head = ["scheme (seed)", *(f"ppl@{length}" for length in lengths), "ratio", "in-context score", "slope per 1000"]
+    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    for result, ratio in zip(results, reference):
+        cells = [result["lengths"].get(str(length)) for length in lengths]
+        rows.append(
+            [
+                label(result),
+                *(f"{cell['perplexity']:.2f}" if cell else "–" for cell in cells),
+                f"{ratio:.3f}" if ratio else "–",
+                _with_error(_longest_score(result), 1),
+                _with_error(result["slope"], 1000),
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _ratio(result: dict[str, Any]) -> float | None:
+    """Perplexity at the longest length / at the training length."""
+    base = result["lengths"].get(str(result["train_length"]))
+    longest = result["lengths"][max(result["lengths"], key=int)]
+    return longest["perplexity"] / base["perplexity"] if base else None
+
+
+def _longest_score(result: dict[str, Any]) -> dict[str, float] | None:
+    scores = {int(token): score for token, score in result["in_context_score"].items() if score}
+    return {"value": scores[max(scores)]["score"], **scores[max(scores)]} if scores else None
+
+
+def _with_error(estimate: dict[str, float] | None, factor: float) -> str:
+    if not estimate:
+        return "–"
+    value = estimate.get("value", estimate.get("slope"))
+    return f"{factor * value:+.3f} ± {factor * estimate['standard_error']:.3f}"
+
+
+def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draws loss by position and perplexity by length, one line per run.
+
+    Returns:
+        the paths of `loss_by_position.png` and `perplexity_by_length.png` in `folder`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "loss_by_position.png", folder / "perplexity_by_length.png"]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for result in results:
+        positions, losses = smooth_by_position(result["loss_by_position"])
+        axes.plot(positions, losses, label=label(result))
+    axes.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)")
+    _finish(figure, axes, results, paths[0])
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for result in results:
+        lengths = sorted(int(length) for length in result["lengths"])
+        perplexities = [result["lengths"][str(length)]["perplexity"] for length in lengths]
+        axes.plot(lengths, perplexities, marker="o", label=label(result))
+    axes.set(xscale="log", yscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity, same target tokens")
+    ticks = sorted({int(length) for result in results for length in result["lengths"]})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    _finish(figure, axes, results, paths[1])
+    return paths
+
+
+def smooth_by_position(losses: Sequence[float | None], bins_per_octave: int = 8) -> tuple[list[float], list[float]]:
+    """Mean loss in bins of equal width on a log axis: single positions are too noisy to look at.
+
+    Args:
+        losses: loss by position; `None` where nothing was predicted.
+        bins_per_octave: bins for each doubling of the position.
+
+    Returns:
+        the bins' mean positions and mean losses.
+    """
+    bins: dict[int, list[tuple[int, float]]] = {}
+    for position, loss in enumerate(losses):
+        if position and loss is not None:
+            bins.setdefault(round(math.log2(position) * bins_per_octave), []).append((position, loss))
+    means = [tuple(sum(column) / len(pairs) for column in zip(*pairs)) for pairs in bins.values()]
+    return [position for position, _ in means], [loss for _, loss in means]
+
+
+def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Path) -> None:
+    for length in sorted({result["train_length"] for result in results if result["train_length"]}):
+        axes.axvline(length, color="grey", linestyle=":", linewidth=1)
+        axes.text(length, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="grey")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

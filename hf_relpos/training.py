@@ -1,0 +1,487 @@
+"""The recipe: arguments and their defaults, interruption and resumption, training and finetuning."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .configuration_relpos import MODEL_SIZES, RelPosConfig
+from .data import (
+    BlockCollator,
+    Corpus,
+    DataArguments,
+    check_vocab_size,
+    load_corpus,
+    load_tokenizer,
+    make_blocks,
+    tokenize,
+)
+from .modeling_relpos import RelPosForCausalLM
+from .results import hardware, peak_memory_mib, versions, write_json
+
+
+TOKENS_PER_STEP = 128 * 128
+TRAINING_RECORD = "training.json"
+
+
+@dataclass
+class SavedModelArguments:
+    """A saved model of the family to go on with."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model of the family."})
+    pos_embedding_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model's must be the same."
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager or sdpa; sdpa by default."})
+
+
+@dataclass
+class ModelArguments(SavedModelArguments):
+    """A new model of a named size, or a saved one to start from."""
+
+    model_size: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(MODEL_SIZES)}; xsmall by default."}
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "Entries of the tokenizer; 8192 by default."})
+    pos_embedding_kwargs: str | None = field(
+        default=None, metadata={"help": "Options of the scheme as JSON: '{\"partial_rotary_factor\": 0.5}'."}
+    )
+    position_start_augmentation: bool = field(
+        default=False, metadata={"help": "Start the positions of each training sequence at random."}
+    )
+    max_position_embeddings: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a learned table and range of the augmentation. 2048 by default; a learned table that is "
+            "trained without augmentation gets as many rows as a block has tokens."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Further fields of the configuration: 'num_key_value_heads=2,hidden_dropout=0'."}
+    )
+
+
+@dataclass
+class RelPosTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
+    16,384 tokens, with data in the same order whatever the model's seed."""
+
+    block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": f"Blocks per device and step; {TOKENS_PER_STEP} tokens' worth by default."}
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Blocks per device in evaluation; as in training by default."}
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Number of passes over the data, in place of --max_steps."}
+    )
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; 10000 unless --num_train_epochs is given."})
+    data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 1000
+    save_steps: float = 1000
+    save_total_limit: int | None = 2
+    logging_steps: float = 50
+    prediction_loss_only: bool = True
+    dataloader_drop_last: bool = True
+    ddp_find_unused_parameters: bool | None = False
+    ddp_timeout: int = 21600
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is required.")
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 1.0
+            self.max_steps = self.max_steps if self.max_steps > 0 else 10_000
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // max(1, self.block_size))
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        super().__post_init__()
+
+
+@dataclass
+class FinetuningArguments(RelPosTrainingArguments):
+    """The recipe for going on at a longer context; --block_size is the new length."""
+
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; 1000 unless --num_train_epochs is given."})
+    extend_learned_positions: bool = field(
+        default=False,
+        metadata={"help": "Lengthen a learned table to --block_size: the new rows repeat the old ones from the first on."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_train_epochs is None and self.max_steps <= 0:
+            self.max_steps = 1000
+        super().__post_init__()
+
+
+# --- interruption
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint and stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self.previous:
+            signal.signal(*self.previous.popitem())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # all processes must stop after the same step
+            flag = torch.tensor(float(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag)
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()
+
+
+# --- the model
+
+
+def new_config(model_args: ModelArguments, args: RelPosTrainingArguments) -> RelPosConfig:
+    """The configuration of a new model.
+
+    Raises:
+        ValueError: for a field that is unknown, unreadable or out of range.
+    """
+    fields = _parse_overrides(model_args.config_overrides)
+    for name in ("pos_embedding_type", "vocab_size", "max_position_embeddings"):
+        if getattr(model_args, name) is not None:
+            fields[name] = getattr(model_args, name)
+    if model_args.pos_embedding_kwargs is not None:
+        try:
+            fields["pos_embedding_kwargs"] = json.loads(model_args.pos_embedding_kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`pos_embedding_kwargs` must be JSON, got {model_args.pos_embedding_kwargs!r}.") from error
+    if model_args.position_start_augmentation:
+        fields["position_start_augmentation"] = True
+    config = RelPosConfig.from_size(model_args.model_size or "xsmall", **fields)
+    if config.max_positions is None:
+        config.max_position_embeddings = max(config.max_position_embeddings, args.block_size)
+    elif not config.position_start_augmentation and "max_position_embeddings" not in fields:
+        config.max_position_embeddings = args.block_size  # rows that no training step would touch are no rows
+    return config
+
+
+def _parse_overrides(overrides: str | None) -> dict[str, Any]:
+    fields = {}
+    for item in overrides.split(",") if overrides else []:
+        name, equals, value = item.partition("=")
+        if not equals or name not in RelPosConfig.__annotations__:
+            raise ValueError(
+                f"`config_overrides` must be 'field=value,..' of {sorted(RelPosConfig.__annotations__)}, got {item!r}."
+            )
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tuple[RelPosForCausalLM, Any]:
+    """The model and tokenizer of `model_name_or_path`.
+
+    Raises:
+        ValueError: if it is no model of the family, or of another scheme or vocabulary than asked for.
+    """
+    name = model_args.model_name_or_path
+    for other in ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides"):
+        if getattr(model_args, other, None) is not None:
+            raise ValueError(f"`{other}` is that of the saved model: it cannot be given with `model_name_or_path`.")
+    kwargs = {"pos_embedding_type": model_args.pos_embedding_type, "attn_implementation": model_args.attn_implementation}
+    model = load_model(name, RelPosForCausalLM, **{key: value for key, value in kwargs.items() if value is not None})
+    if getattr(model_args, "position_start_augmentation", False):
+        model.config.position_start_augmentation = True
+    tokenizer = load_model_tokenizer(data_args.tokenizer_name or name)
+    check_vocab_size(tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
+def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
+    """`model_class.from_pretrained(name)`, with one clear error for what is no model.
+
+    Raises:
+        ValueError: if the folder or repository is missing, holds no model, or one that does not fit.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"`model_name_or_path` {name!r} is no model: it holds no config.json.")
+    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"`model_name_or_path` {name!r} is no folder.")
+    if model_class is RelPosForCausalLM:
+        saved, _ = RelPosConfig.get_config_dict(name)
+        if saved.get("model_type") != RelPosConfig.model_type:
+            raise ValueError(
+                f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
+                f"got model_type {saved.get('model_type')!r}."
+            )
+    return model_class.from_pretrained(name, **kwargs)
+
+
+def load_model_tokenizer(name: str) -> Any:
+    """The tokenizer saved with a model; raises `ValueError` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {name!r}.") from error
+
+
+def extend_learned_positions(model: RelPosForCausalLM, length: int) -> None:
+    """Lengthens the learned tables of `model` to `length` rows, in place: new row p is old row p mod the old length.
+
+    Copies of the trained rows keep neighbouring positions apart from the first step on, which fresh rows do not
+    (Beltagy et al. 2020, arXiv 2004.05150, section 5).
+    """
+    for module in list(model.model.position_embeddings.values()):
+        table = getattr(module, "embedding", None)
+        if table is not None and table.num_embeddings < length:
+            rows = torch.arange(length, device=table.weight.device) % table.num_embeddings
+            table.weight = torch.nn.Parameter(table.weight.detach()[rows])
+            table.num_embeddings = length
+    model.config.max_position_embeddings = length
+
+
+# --- the run
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrainingArguments) -> dict[str, Any]:
+    """Trains a model and saves it to `args.output_dir` with its tokenizer and `training.json`.
+
+    Returns:
+        the record of the run, as in `training.json`.
+
+    Raises:
+        ValueError: for anything that the user can mend; nothing is written then.
+        KeyboardInterrupt: after an interruption, when its checkpoint is saved.
+    """
+    _check_processes(args)
+    checkpoint = find_checkpoint(args)
+    if model_args.model_name_or_path:
+        model, tokenizer = load_saved(model_args, data_args)
+        return _fit(model, tokenizer, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
+    config = new_config(model_args, args)
+    _check_length(config, args.block_size)
+    with args.main_process_first(desc="tokenizer"):
+        tokenizer = load_tokenizer(data_args, load_corpus(data_args), model_args.vocab_size)
+    config.vocab_size = len(tokenizer)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, token, getattr(tokenizer, token))
+    set_seed(args.seed)
+    model = RelPosForCausalLM._from_config(config, attn_implementation=model_args.attn_implementation)
+    return _fit(model, tokenizer, data_args, args, checkpoint)
+
+
+def finetune(model_args: SavedModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
+    """Goes on with a saved model at `args.block_size`; otherwise as `train`."""
+    _check_processes(args)
+    checkpoint = find_checkpoint(args)
+    if not model_args.model_name_or_path:
+        raise ValueError("--model_name_or_path is required.")
+    model, tokenizer = load_saved(model_args, data_args)
+    limit = model.config.max_positions
+    if args.extend_learned_positions:
+        if limit is None:
+            raise ValueError(
+                "`extend_learned_positions` is for schemes with a learned table, "
+                f"got {model.config.pos_embedding_type!r}."
+            )
+        extend_learned_positions(model, max(limit, args.block_size))
+    return _fit(model, tokenizer, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
+
+
+def _fit(
+    model: RelPosForCausalLM,
+    tokenizer: Any,
+    data_args: DataArguments,
+    args: RelPosTrainingArguments,
+    checkpoint: str | None,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    _check_length(model.config, args.block_size)
+    with args.main_process_first(desc="tokenising"):
+        corpus = load_corpus(data_args)
+        blocks = {
+            split: make_blocks(
+                tokenize(
+                    corpus.splits[split], tokenizer, f"{corpus.fingerprint}-{split}", data_args.preprocessing_num_workers
+                ),
+                args.block_size,
+                data_args.cross_document_attention,
+                split,
+            )
+            for split in _needed_splits(corpus)
+        }
+    _check_batch(blocks["train"], args)
+    base_length = model.config.train_length
+    model.config.train_length = args.block_size
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, args.block_size)
+    if checkpoint:
+        _check_checkpoint(checkpoint, model.config)
+    interrupt = InterruptCallback()
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
+        processing_class=tokenizer,
+        data_collator=BlockCollator(),
+        callbacks=[interrupt],
+    )
+    start = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.requested:
+        if trainer.is_world_process_zero():
+            print(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint last")
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate()
+    model.config.use_cache = True  # the Trainer switched it off
+    trainer.save_model()
+    first_step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
+    record = _record(trainer, args, corpus, seconds, first_step)
+    record |= {"train_loss": output.training_loss, "validation_loss": metrics["eval_loss"]}
+    if base_model:
+        record |= {"base_model": Path(base_model).name, "base_train_length": base_length}
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / TRAINING_RECORD, record)
+    return record
+
+
+def _needed_splits(corpus: Corpus) -> tuple[str, str]:
+    for split in ("train", "validation"):
+        if split not in corpus.splits:
+            raise ValueError(f"the corpus {corpus.name!r} must have a {split} split, got {list(corpus.splits)}.")
+    return "train", "validation"
+
+
+def _record(
+    trainer: Trainer, args: RelPosTrainingArguments, corpus: Corpus, seconds: float, first_step: int
+) -> dict[str, Any]:
+    config, steps = trainer.model.config, trainer.state.global_step
+    tokens_per_step = (
+        args.per_device_train_batch_size
+        * max(1, args.n_gpu)
+        * args.world_size
+        * args.gradient_accumulation_steps
+        * args.block_size
+    )
+    recipe = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
+    return {
+        "pos_embedding_type": config.pos_embedding_type,
+        "pos_embedding_kwargs": config.pos_embedding_kwargs,
+        "position_start_augmentation": config.position_start_augmentation,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "train_length": args.block_size,
+        "num_parameters": trainer.model.num_parameters(),
+        "num_steps": steps,
+        "num_processes": args.world_size,
+        "tokens_per_step": tokens_per_step,
+        "num_tokens": steps * tokens_per_step,
+        "recipe": {name: str(getattr(args, name)) for name in recipe},
+        "resumed_from_step": first_step,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round((steps - first_step) * tokens_per_step / seconds, 1),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "log": [
+            {key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry}
+            for entry in trainer.state.log_history
+            if "loss" in entry or "eval_loss" in entry
+        ],
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+# --- checks before anything is written
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: `--resume_from_checkpoint last` is the newest in the output folder.
+
+    Raises:
+        ValueError: if there is none, or if the output folder holds a run that is not to be resumed.
+    """
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        runs = [path.name for path in folder.glob("*") if path.name.startswith("checkpoint-") or path.suffix == ".json"]
+        if runs:
+            raise ValueError(
+                f"`output_dir` {args.output_dir!r} already holds a run ({sorted(runs)[0]}): choose another, or go on "
+                "with --resume_from_checkpoint last."
+            )
+        return None
+    if str(wanted).lower() in ("last", "true"):
+        wanted = get_last_checkpoint(folder) if folder.is_dir() else None
+        if wanted is None:
+            raise ValueError(f"`resume_from_checkpoint`: {args.output_dir!r} holds no checkpoint.")
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"`resume_from_checkpoint` {str(wanted)!r} is no checkpoint of a run.")
+    return str(wanted)
+
+
+def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:
+    saved = RelPosConfig.from_pretrained(checkpoint)
+    for name in (*RelPosConfig.__annotations__, "rope_parameters"):
+        theirs, ours = getattr(saved, name, None), getattr(config, name, None)
+        if theirs != ours and name != "use_cache":
+            raise ValueError(f"`{name}` of the checkpoint {checkpoint!r} is {theirs!r}, got {ours!r}.")
+
+
+def _check_length(config: RelPosConfig, block_size: int) -> None:
+    if block_size < 2:
+        raise ValueError(f"`block_size` must be at least 2, got {block_size}.")
+    if config.max_positions is not None and block_size > config.max_positions:
+        raise ValueError(
+            f"`block_size` must be at most {config.max_positions}, the rows of the learned table "
+            f"(`max_position_embeddings`), got {block_size}; scripts/finetune.py --extend_learned_positions true "
+            "lengthens it."
+        )
+    if config.position_start_augmentation and block_size > config.max_position_embeddings:
+        raise ValueError(
+            f"`block_size` must be at most `max_position_embeddings`={config.max_position_embeddings} with "
+            f"`position_start_augmentation`, got {block_size}."
+        )
+
+
+def _check_batch(blocks: Any, args: RelPosTrainingArguments) -> None:
+    per_step = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
+    if hasattr(blocks, "__len__") and len(blocks) < per_step:
+        raise ValueError(
+            f"`per_device_train_batch_size`: the training split gives {len(blocks)} blocks of {args.block_size} tokens, "
+            f"a step needs {per_step}."
+        )
+
+
+def _check_processes(args: TrainingArguments) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(f"{launched} processes were launched but {args.world_size} take part; on CPUs add --use_cpu.")
