@@ -340,6 +340,30 @@ def tokenize(
     )
 
 
+def evaluation_documents(
+    corpus: Corpus, args: DataArguments, tokenizer: Any, split: str | None = None
+) -> tuple[str, list[np.ndarray]]:
+    """→ the split's name and the tokens of its documents; all as one with `args.cross_document_attention`.
+
+    Args:
+        corpus: from `load_corpus`.
+        args: how to tokenise.
+        tokenizer: the model's.
+        split: "train", "validation" or "test"; by default the test split if there is one, else the validation split.
+
+    Raises:
+        ValueError: if the corpus has no such split.
+    """
+    split = split or ("test" if "test" in corpus.splits else "validation")
+    if split not in corpus.splits:
+        raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
+    tokenized = tokenize(
+        corpus.splits[split], tokenizer, f"{corpus.fingerprint}-{split}", args.preprocessing_num_workers
+    )
+    documents = [np.asarray(row["input_ids"], dtype=np.int32) for row in tokenized]
+    return split, [np.concatenate(documents)] if args.cross_document_attention else documents
+
+
 # --- blocks
 
 

@@ -128,16 +128,17 @@ def _ratio(result: dict[str, Any]) -> float | None:
     return longest["perplexity"] / base["perplexity"] if base else None
 
 
-def _longest_score(result: dict[str, Any]) -> dict[str, float] | None:
+def _longest_score(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The in-context score at the latest token that the windows reach."""
     scores = {int(token): score for token, score in result["in_context_score"].items() if score}
-    return {"value": scores[max(scores)]["score"], **scores[max(scores)]} if scores else None
+    return scores[max(scores)] if scores else None
 
 
 def _with_error(estimate: dict[str, float] | None, factor: float) -> str:
     if not estimate:
         return "–"
-    value = estimate.get("value", estimate.get("slope"))
-    return f"{factor * value:+.3f} ± {factor * estimate['standard_error']:.3f}"
+    value, error = estimate.get("score", estimate.get("slope")), estimate["standard_error"]
+    return f"{factor * value:+.3f}" + ("" if error is None else f" ± {factor * error:.3f}")
 
 
 def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:

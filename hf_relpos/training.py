@@ -361,17 +361,25 @@ def _fit(
             print(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint last")
         raise KeyboardInterrupt
     seconds = time.perf_counter() - start
-    metrics = trainer.evaluate()
-    model.config.use_cache = True  # the Trainer switched it off
-    trainer.save_model()
     first_step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
     record = _record(trainer, args, corpus, seconds, first_step)
-    record |= {"train_loss": output.training_loss, "validation_loss": metrics["eval_loss"]}
+    if _last_evaluation(trainer) is None:
+        trainer.evaluate()
+    model.config.use_cache = True  # the Trainer switched it off
+    trainer.save_model()
+    record |= {"train_loss": output.training_loss, "validation_loss": _last_evaluation(trainer)}
     if base_model:
         record |= {"base_model": Path(base_model).name, "base_train_length": base_length}
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / TRAINING_RECORD, record)
     return record
+
+
+def _last_evaluation(trainer: Trainer) -> float | None:
+    """The validation loss after the last step, if it was computed."""
+    state = trainer.state
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step]
+    return losses[-1] if losses else None
 
 
 def _needed_splits(corpus: Corpus) -> tuple[str, str]:
@@ -392,6 +400,10 @@ def _record(
         * args.gradient_accumulation_steps
         * args.block_size
     )
+    # the clock of `train` ran through the evaluations too
+    seconds -= sum(
+        entry["eval_runtime"] for entry in trainer.state.log_history if "eval_runtime" in entry and first_step < entry["step"]
+    )
     recipe = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
     return {
         "pos_embedding_type": config.pos_embedding_type,
@@ -405,7 +417,7 @@ def _record(
         "num_processes": args.world_size,
         "tokens_per_step": tokens_per_step,
         "num_tokens": steps * tokens_per_step,
-        "recipe": {name: str(getattr(args, name)) for name in recipe},
+        "recipe": {name: getattr(value := getattr(args, name), "value", value) for name in recipe},
         "resumed_from_step": first_step,
         "seconds": round(seconds, 1),
         "tokens_per_second": round((steps - first_step) * tokens_per_step / seconds, 1),

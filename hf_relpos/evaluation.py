@@ -1,0 +1,321 @@
+"""Evaluation of any causal language model of transformers: loss by length and by position, over the same target tokens.
+
+Shape letters: B batch, N tokens of a block, V vocabulary. Losses are in nats.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+
+IN_CONTEXT_BASE = 50
+IN_CONTEXT_TOKENS = (250, 500, 1000)
+
+
+class RunningLoss:
+    """Mean and median of losses that come in pieces, in constant memory; the median to 0.001 nats, by a histogram."""
+
+    bins_per_nat = 1024
+    max_loss = 64
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+        self.histogram = np.zeros(self.bins_per_nat * self.max_loss, dtype=np.int64)
+
+    def add(self, losses: np.ndarray) -> None:
+        """Any shape; NaN entries are no targets."""
+        losses = losses[~np.isnan(losses)]
+        self.total += float(losses.sum(dtype=np.float64))
+        self.count += losses.size
+        bins = np.minimum(losses * self.bins_per_nat, len(self.histogram) - 1).astype(np.int64)
+        self.histogram += np.bincount(bins, minlength=len(self.histogram))
+
+    def summary(self) -> dict[str, float | int]:
+        """→ loss, perplexity, median_loss, num_tokens."""
+        middle = int(np.searchsorted(self.histogram.cumsum(), (self.count + 1) / 2))
+        loss = self.total / self.count
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "median_loss": (middle + 0.5) / self.bins_per_nat,
+            "num_tokens": self.count,
+        }
+
+
+class ClusteredMean:
+    """Mean of values that come in clusters (windows of one document), and its standard error, in constant memory.
+
+    The clusters must come one after the other. The standard error is the cluster-robust one: values of one document
+    are not independent, so documents are what is counted.
+    """
+
+    def __init__(self) -> None:
+        self.cluster: Any = None
+        self.open = np.zeros(2)  # number and sum of the current cluster
+        self.done = np.zeros(6)  # clusters, number, sum, sum of n², of n·s, of s²
+
+    def add(self, value: float, cluster: Any) -> None:
+        if cluster != self.cluster:
+            self._close()
+            self.cluster = cluster
+        self.open += (1, value)
+
+    def _close(self) -> None:
+        number, total = self.open
+        if number:
+            self.done += (1, number, total, number**2, number * total, total**2)
+        self.open = np.zeros(2)
+
+    def estimate(self) -> tuple[float, float | None] | None:
+        """→ mean and standard error, `None` in place of the latter for one cluster; `None` without any value."""
+        self._close()
+        clusters, number, total, nn, ns, ss = self.done
+        if not number:
+            return None
+        mean = float(total / number)
+        if clusters < 2:
+            return mean, None
+        spread = max(ss - 2 * mean * ns + mean**2 * nn, 0.0)
+        return mean, float(math.sqrt(spread * clusters / (clusters - 1)) / number)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off and no gradients, whatever mode the model was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss of each token given those before it in its row.
+
+    Args:
+        model: a causal language model.
+        tokens: (B, N) token ids.
+
+    Returns:
+        (B, N) fp32 on the CPU; the first column is NaN: nothing comes before it.
+
+    Raises:
+        ValueError: if the model cannot serve N positions.
+    """
+    tokens = tokens.to(model.device)
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits
+    except IndexError as error:
+        raise ValueError(f"the model cannot serve a length of {tokens.shape[1]} tokens: {error}") from error
+    losses = torch.full(tokens.shape, math.nan, dtype=torch.float32)
+    for row in range(len(tokens)):  # one row at a time: an fp32 copy of all logits would be the peak of memory
+        losses[row, 1:] = F.cross_entropy(logits[row, :-1].float(), tokens[row, 1:], reduction="none").cpu()
+    return losses
+
+
+def document_windows(documents: Iterable[Sequence[int]], length: int) -> Iterator[tuple[int, np.ndarray]]:
+    """→ document index and (length,) tokens, for each whole window of each document, one after the other."""
+    for index, document in enumerate(documents):
+        document = np.asarray(document, dtype=np.int64)
+        for start in range(0, len(document) - length + 1, length):
+            yield index, document[start : start + length]
+
+
+def evaluate_lengths(
+    model: Any,
+    documents: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    train_length: int | None = None,
+    tokens_per_batch: int = 16384,
+    max_windows: int | None = None,
+) -> dict[str, Any]:
+    """Loss by length and by position.
+
+    The text is cut into windows of the longest length within documents. At each length L a window is read in blocks of
+    L tokens from its start. A token that opens a block at any length is a target at none, so that all lengths are
+    scored on the same target tokens.
+
+    Args:
+        model: a causal language model of transformers.
+        documents: token ids of each document.
+        lengths: evaluation lengths in tokens.
+        train_length: the length the model was trained at; the slope is taken from there on.
+        tokens_per_batch: tokens of one forward, at least one window.
+        max_windows: stop after so many windows.
+
+    Returns:
+        `lengths`: "L" → `loss`, `perplexity`, `median_loss`, `num_tokens`;
+        `loss_by_position`: entry p is the mean loss of a token with p tokens before it, at the longest length (`None`
+        at 0);
+        `in_context_score`: "t" → `score` and `standard_error` of the loss at token t − that at token 50, t = 250, 500,
+        1000; the loss at a token is the mean over the tokens within 10 % of it; `None` where the windows are too short;
+        `slope`: `slope` (nats per token) and `standard_error` of the straight line through the losses past
+        `train_length`, or `None`;
+        `num_windows`, `num_documents`: how many windows were read, from how many documents.
+
+    Raises:
+        ValueError: for lengths below 2, or if no document is as long as the longest length.
+    """
+    lengths = check_lengths(lengths, model)
+    longest = lengths[-1]
+    sums = {length: RunningLoss() for length in lengths}
+    by_position = np.zeros(longest)
+    slope, scores = ClusteredMean(), {token: ClusteredMean() for token in IN_CONTEXT_TOKENS}
+    targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
+
+    total = sum(len(document) // longest for document in documents)
+    total = min(total, max_windows or total)
+    if not total:
+        longest_document = max((len(document) for document in documents), default=0)
+        raise ValueError(
+            f"`eval_lengths`: no document has {longest} tokens, the longest has {longest_document}; "
+            "--cross_document_attention joins them."
+        )
+    seen_documents = set()
+    with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="window") as progress:
+        windows = (window for window, _ in zip(document_windows(documents, longest), range(total)))
+        for group in _grouped(windows, max(1, tokens_per_batch // longest)):
+            tokens = torch.from_numpy(np.stack([window for _, window in group]))
+            for length in lengths:
+                losses = _losses_in_blocks(model, tokens, length, tokens_per_batch)
+                sums[length].add(losses[:, targets])
+            by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
+            for (document, _), row in zip(group, losses):
+                seen_documents.add(document)
+                for token, score in scores.items():
+                    _add(score, _in_context_score(row, token), document)
+                _add(slope, _slope_past(row, train_length), document)
+            progress.update(len(group))
+    return {
+        "lengths": {str(length): sums[length].summary() for length in lengths},
+        "loss_by_position": [None, *(by_position[1:] / total).tolist()],
+        "in_context_score": {str(token): _named("score", score) for token, score in scores.items()},
+        "slope": _named("slope", slope),
+        "num_windows": total,
+        "num_documents": len(seen_documents),
+    }
+
+
+def check_lengths(lengths: Sequence[int], model: Any = None) -> list[int]:
+    """Sorted lengths without repeats; raises `ValueError` for those below 2 or past what the model can serve."""
+    limit = getattr(getattr(model, "config", None), "max_positions", None)
+    if not lengths or min(lengths) < 2:
+        raise ValueError(f"`eval_lengths` must be at least 2 tokens each, got {list(lengths)}.")
+    if limit is not None and max(lengths) > limit:
+        raise ValueError(
+            f"`eval_lengths` must be at most {limit}, the rows of the learned table (`max_position_embeddings`), "
+            f"got {max(lengths)}."
+        )
+    return sorted(set(lengths))
+
+
+def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _losses_in_blocks(model: Any, windows: torch.Tensor, length: int, tokens_per_batch: int) -> np.ndarray:
+    """(B, N) windows, read in blocks of `length` → (B, N) losses, NaN at each block's first token."""
+    end = windows.shape[1]
+    whole = end // length * length
+    losses = torch.full(windows.shape, math.nan)
+    for start, end, size in ((0, whole, length), (whole, end, end - whole)):
+        if size < 2:  # nothing left, or a single token, which opens a block
+            continue
+        blocks = windows[:, start:end].reshape(-1, size)
+        rows = [token_losses(model, batch) for batch in blocks.split(max(1, tokens_per_batch // size))]
+        losses[:, start:end] = torch.cat(rows).reshape(len(windows), end - start)
+    return losses.numpy()
+
+
+def _in_context_score(losses: np.ndarray, token: int) -> float | None:
+    """Loss at `token` − loss at token 50 of one window; `None` if it is too short."""
+    if token >= len(losses):
+        return None
+
+    def loss_at(position: int) -> float:
+        half = min(position // 10, len(losses) - 1 - position)
+        return float(losses[position - half : position + half + 1].mean())
+
+    return loss_at(token) - loss_at(IN_CONTEXT_BASE)
+
+
+def _slope_past(losses: np.ndarray, train_length: int | None) -> float | None:
+    """Slope in nats per token of the line through the losses from `train_length` on; `None` for less than 3 of them."""
+    if train_length is None or len(losses) - train_length < 3:
+        return None
+    positions = np.arange(train_length, len(losses), dtype=np.float64)
+    positions -= positions.mean()
+    return float((positions * losses[train_length:]).sum() / (positions**2).sum())
+
+
+def _add(mean: ClusteredMean, value: float | None, cluster: int) -> None:
+    if value is not None:
+        mean.add(value, cluster)
+
+
+def _named(name: str, mean: ClusteredMean) -> dict[str, float | None] | None:
+    estimate = mean.estimate()
+    return None if estimate is None else {name: estimate[0], "standard_error": estimate[1]}
+
+
+def evaluate_sliding(
+    model: Any, documents: Sequence[Sequence[int]], length: int, stride: int, tokens_per_batch: int = 16384
+) -> dict[str, Any]:
+    """Perplexity by a sliding window: each token but a document's first is scored once, at any length and stride.
+
+    Args:
+        model: a causal language model of transformers.
+        documents: token ids of each document.
+        length: tokens of a window.
+        stride: tokens by which it moves; each token has at least length − stride tokens of context, as far as its
+            document has them.
+        tokens_per_batch: tokens of one forward.
+
+    Returns:
+        `stride`, `loss`, `perplexity`, `median_loss`, `num_tokens`.
+
+    Raises:
+        ValueError: if not 1 ≤ stride < length, or if no document has two tokens.
+    """
+    (length,) = check_lengths([length], model)
+    if not 1 <= stride < length:
+        raise ValueError(f"`stride` must lie between 1 and the length − 1 = {length - 1}, got {stride}.")
+    documents = [document for document in documents if len(document) > 1]
+    if not documents:
+        raise ValueError("the corpus is too short: no document has two tokens.")
+    losses = RunningLoss()
+    with evaluation_mode(model):
+        for document in tqdm(documents, desc=f"Sliding over {length} by {stride}", unit="document"):
+            for group in _grouped(_sliding_windows(document, length, stride), max(1, tokens_per_batch // length)):
+                scored = token_losses(model, torch.tensor(np.stack([tokens for tokens, _ in group]))).numpy()
+                for row, (_, first) in zip(scored, group):
+                    losses.add(row[first:])
+    return {"stride": stride, **losses.summary()}
+
+
+def _sliding_windows(document: Sequence[int], length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+    """→ a window's tokens and the index of the first one that no window before it has scored."""
+    tokens = np.asarray(document, dtype=np.int64)
+    scored = 1
+    end = min(length, len(tokens))
+    while True:
+        start = max(0, end - length)
+        yield tokens[start:end], scored - start
+        if end == len(tokens):
+            return
+        scored, end = end, min(end + stride, len(tokens))

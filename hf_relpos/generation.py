@@ -1,0 +1,54 @@
+"""Text from a saved model: one prompt streamed, or many in batches."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, TextStreamer
+
+
+def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
+    """Raises `ValueError` if prompt and continuation do not fit into the positions that the model can serve."""
+    limit = getattr(model.config, "max_positions", None)
+    if limit is not None and num_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"`max_new_tokens` must be at most {limit - num_tokens}: the learned table has {limit} positions "
+            f"(`max_position_embeddings`) and the prompt takes {num_tokens}, got {max_new_tokens}."
+        )
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    start = tokenizer.bos_token or tokenizer.eos_token
+    texts = [prompt or start for prompt in prompts]  # an empty prompt is the start of a document
+    return tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=False)
+
+
+def stream(model: Any, tokenizer: Any, prompt: str, config: GenerationConfig) -> str:
+    """Prints the prompt and its continuation token by token, and returns the continuation."""
+    inputs = _encode(tokenizer, [prompt]).to(model.device)
+    num_tokens = inputs["input_ids"].shape[1]
+    check_window(model, num_tokens, config.max_new_tokens)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if config.num_beams in (None, 1) else None
+    output = model.generate(**inputs, generation_config=config, streamer=streamer)
+    text = tokenizer.decode(output[0, num_tokens:], skip_special_tokens=True)
+    if streamer is None:
+        print(prompt + text)
+    return text
+
+
+def complete(
+    model: Any, tokenizer: Any, prompts: Sequence[str], config: GenerationConfig, batch_size: int
+) -> Iterator[str]:
+    """→ the continuation of each prompt, in order, in batches padded on the left."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in prompts), default=0)
+    check_window(model, longest, config.max_new_tokens)
+    for start in tqdm(range(0, len(prompts), batch_size), desc="Generating", unit="batch"):
+        inputs = _encode(tokenizer, prompts[start : start + batch_size]).to(model.device)
+        output = model.generate(**inputs, generation_config=config)
+        yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
