@@ -45,9 +45,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def merge_position_bias(
-    position_bias: torch.Tensor, attention_mask: torch.Tensor, query: torch.Tensor
-) -> torch.Tensor:
+def merge_position_bias(position_bias: torch.Tensor, attention_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Makes one additive mask of a position bias and a mask that hides the future, for any kernel that takes a mask.
 
     Args:
@@ -64,4 +62,4 @@ def merge_position_bias(
     else:
         mask = position_bias + attention_mask
     # a large negative bias must not carry a masked score past the range of the query's dtype: -inf rows give NaN
-    return mask.clamp(min=lowest).to(query.dtype if query.is_cuda else torch.float32)
+    return mask.clamp(min=lowest).to(query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32))

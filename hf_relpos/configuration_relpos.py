@@ -35,7 +35,7 @@ class RelPosConfig(PreTrainedConfig):
         train_length: the length in tokens that the model was trained at; written by training, read by evaluation.
         pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+".
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
-        rope_parameters: `rotary` only, as in transformers: `rope_type` "default", `rope_theta`, `partial_rotary_factor`.
+        rope_parameters: `rotary` only, as in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor`.
         position_start_augmentation: in training, the positions of each sequence start at
             k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
         hidden_dropout: dropout of the embeddings and of each residual branch.

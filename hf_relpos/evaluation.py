@@ -230,10 +230,10 @@ def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _losses_in_blocks(model: Any, windows: torch.Tensor, length: int, tokens_per_batch: int) -> np.ndarray:
     """(B, N) windows, read in blocks of `length` → (B, N) losses, NaN at each block's first token."""
-    end = windows.shape[1]
-    whole = end // length * length
+    width = windows.shape[1]
+    whole = width // length * length
     losses = torch.full(windows.shape, math.nan)
-    for start, end, size in ((0, whole, length), (whole, end, end - whole)):
+    for start, end, size in ((0, whole, length), (whole, width, width - whole)):
         if size < 2:  # nothing left, or a single token, which opens a block
             continue
         blocks = windows[:, start:end].reshape(-1, size)

@@ -4,7 +4,8 @@ Shape letters: B batch, H query heads, G key and value heads, Q query length, K 
 V vocabulary. No scheme is named in this file: `position_base.py` has the interface, `positions.py` the choice.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_relpos import eager_attention_forward, merge_position_bias
 from .configuration_relpos import RelPosConfig
 from .position_base import Positions, SelfInitialized
-from .position_ids import augment_starts, build_positions, count_positions, find_documents, same_document, simplify_mask
+from .position_ids import (
+    augment_starts,
+    build_positions,
+    count_positions,
+    find_documents,
+    same_document,
+    simplify_mask,
+)
 from .positions import build_position_embeddings
 
 
@@ -180,7 +188,15 @@ class RelPosPreTrainedModel(PreTrainedModel):
         config = kwargs.get("config")
         wanted = getattr(config, "pos_embedding_type", kwargs.get("pos_embedding_type"))
         if wanted is not None and pretrained_model_name_or_path is not None:
-            hub_names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            hub_names = (
+                "cache_dir",
+                "force_download",
+                "local_files_only",
+                "proxies",
+                "revision",
+                "subfolder",
+                "token",
+            )
             hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
             saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
             saved_type = saved.get("pos_embedding_type", wanted)
@@ -290,9 +306,7 @@ class RelPosModel(RelPosPreTrainedModel):
         )
         if self.training and self.config.position_start_augmentation and past_key_values is None:
             # distances stay: only what acts on absolute positions sees the shift
-            positions.query = augment_starts(
-                position_ids, documents, batch_size, self.config.max_position_embeddings
-            )
+            positions.query = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
         positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
         if use_cache and past_key_values is None and documents is None:
             past_key_values = DynamicCache(config=self.config)
@@ -369,8 +383,8 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         )
 
 
-# The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this file
-# was loaded from the Hub. So their `forward` is inherited and their `__init__` is written here
+# The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this
+# file was loaded from the Hub. So their `forward` is inherited and their `__init__` is written here
 
 
 class RelPosForSequenceClassification(GenericForSequenceClassification, RelPosPreTrainedModel):

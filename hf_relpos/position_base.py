@@ -3,8 +3,9 @@
 Shape letters: B batch, H heads, Q query length, K key length, D head size, C hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Checks the options that were given against `config` (raises `ValueError`); returns those to keep as they are."""
+        """Checks the options that were given against `config` (raises `ValueError`); returns those to keep."""
         return options
 
     def reset_parameters(self) -> None:
@@ -83,7 +84,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return inputs_embeds
 
     def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Any:
-        """(B or 1, Q) positions → whatever `rotate` needs, computed once per forward; `None` if q and k stay as they are."""
+        """(B or 1, Q) positions → whatever `rotate` needs, computed once per forward; `None` for no rotation."""
         return None
 
     @staticmethod

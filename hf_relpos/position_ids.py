@@ -3,7 +3,7 @@
 Shape letters: B batch, Q query length, K key length.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from transformers import Cache
@@ -130,7 +130,9 @@ def build_positions(
     span = key_length
     if is_tracing(distance):
         # the graph's shapes cannot follow the data: gaps that lead out of the table stop the run, never clamp
-        torch._assert_async((distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length")
+        torch._assert_async(
+            (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
+        )
     elif _is_contiguous(key, key_slots, padding, documents):
         distance = (query_slots[:, None] - key_slots[None, :])[None]
     else:

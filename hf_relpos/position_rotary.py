@@ -40,13 +40,13 @@ class RotaryEmbedding(PositionEmbedding):
             raise ValueError(f"`pos_embedding_kwargs` and `rope_parameters` disagree about {clash}.")
         if unknown or parameters["rope_type"] != "default":
             raise ValueError(
-                f"`rope_parameters` must hold rope_type 'default' and may hold {sorted(cls.defaults)}, got {parameters}."
+                f"`rope_parameters` must be of rope_type 'default' with {sorted(cls.defaults)}, got {parameters}."
             )
         factor, theta = parameters["partial_rotary_factor"], parameters["rope_theta"]
         if not 0 < factor <= 1 or int(config.head_dim * factor) < 2 or int(config.head_dim * factor) % 2:
             raise ValueError(
-                f"`partial_rotary_factor` must lie in (0, 1] and leave an even number of the {config.head_dim} channels "
-                f"of a head, got {factor}."
+                f"`partial_rotary_factor` must lie in (0, 1] and leave an even number of a head's {config.head_dim} "
+                f"channels, got {factor}."
             )
         if theta <= 0:
             raise ValueError(f"`rope_theta` must be positive, got {theta}.")

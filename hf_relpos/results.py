@@ -159,6 +159,8 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         positions, losses = smooth_by_position(result["loss_by_position"])
         axes.plot(positions, losses, label=label(result))
     axes.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)")
+    octaves = range(2, max(len(result["loss_by_position"]) for result in results).bit_length())
+    _label_ticks(axes, [2**octave for octave in octaves])
     _finish(figure, axes, results, paths[0])
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -168,14 +170,14 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         axes.plot(lengths, perplexities, marker="o", label=label(result))
     axes.set(xscale="log", yscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity, same target tokens")
     ticks = sorted({int(length) for result in results for length in result["lengths"]})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    _label_ticks(axes, ticks)
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:.0f}")
     _finish(figure, axes, results, paths[1])
     return paths
 
 
-def smooth_by_position(losses: Sequence[float | None], bins_per_octave: int = 8) -> tuple[list[float], list[float]]:
+def smooth_by_position(losses: Sequence[float | None], bins_per_octave: int = 4) -> tuple[list[float], list[float]]:
     """Mean loss in bins of equal width on a log axis: single positions are too noisy to look at.
 
     Args:
@@ -191,6 +193,11 @@ def smooth_by_position(losses: Sequence[float | None], bins_per_octave: int = 8)
             bins.setdefault(round(math.log2(position) * bins_per_octave), []).append((position, loss))
     means = [tuple(sum(column) / len(pairs) for column in zip(*pairs)) for pairs in bins.values()]
     return [position for position, _ in means], [loss for _, loss in means]
+
+
+def _label_ticks(axes: Any, ticks: Sequence[int]) -> None:
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,6 +1,5 @@
 """The recipe: arguments and their defaults, interruption and resumption, training and finetuning."""
 
-import json
 import os
 import signal
 import time
@@ -9,67 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration_relpos import MODEL_SIZES, RelPosConfig
-from .data import (
-    BlockCollator,
-    Corpus,
-    DataArguments,
-    check_vocab_size,
-    load_corpus,
-    load_tokenizer,
-    make_blocks,
-    tokenize,
-)
+from .configuration_relpos import RelPosConfig
+from .data import Corpus, DataArguments, load_corpus
 from .modeling_relpos import RelPosForCausalLM
+from .packing import BlockCollator, load_tokenizer, make_blocks, tokenize
 from .results import hardware, peak_memory_mib, versions, write_json
+from .saved_models import ModelArguments, SavedModelArguments, extend_learned_positions, load_saved, new_config
 
 
 TOKENS_PER_STEP = 128 * 128
 TRAINING_RECORD = "training.json"
-
-
-@dataclass
-class SavedModelArguments:
-    """A saved model of the family to go on with."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model of the family."})
-    pos_embedding_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model's must be the same."
-        },
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager or sdpa; sdpa by default."})
-
-
-@dataclass
-class ModelArguments(SavedModelArguments):
-    """A new model of a named size, or a saved one to start from."""
-
-    model_size: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(MODEL_SIZES)}; xsmall by default."}
-    )
-    vocab_size: int | None = field(default=None, metadata={"help": "Entries of the tokenizer; 8192 by default."})
-    pos_embedding_kwargs: str | None = field(
-        default=None, metadata={"help": "Options of the scheme as JSON: '{\"partial_rotary_factor\": 0.5}'."}
-    )
-    position_start_augmentation: bool = field(
-        default=False, metadata={"help": "Start the positions of each training sequence at random."}
-    )
-    max_position_embeddings: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of a learned table and range of the augmentation. 2048 by default; a learned table that is "
-            "trained without augmentation gets as many rows as a block has tokens."
-        },
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Further fields of the configuration: 'num_key_value_heads=2,hidden_dropout=0'."}
-    )
 
 
 @dataclass
@@ -121,7 +72,9 @@ class FinetuningArguments(RelPosTrainingArguments):
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; 1000 unless --num_train_epochs is given."})
     extend_learned_positions: bool = field(
         default=False,
-        metadata={"help": "Lengthen a learned table to --block_size: the new rows repeat the old ones from the first on."},
+        metadata={
+            "help": "Lengthen a learned table to --block_size: the new rows repeat the old ones from the first on."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -165,109 +118,6 @@ class InterruptCallback(TrainerCallback):
         self._restore()
 
 
-# --- the model
-
-
-def new_config(model_args: ModelArguments, args: RelPosTrainingArguments) -> RelPosConfig:
-    """The configuration of a new model.
-
-    Raises:
-        ValueError: for a field that is unknown, unreadable or out of range.
-    """
-    fields = _parse_overrides(model_args.config_overrides)
-    for name in ("pos_embedding_type", "vocab_size", "max_position_embeddings"):
-        if getattr(model_args, name) is not None:
-            fields[name] = getattr(model_args, name)
-    if model_args.pos_embedding_kwargs is not None:
-        try:
-            fields["pos_embedding_kwargs"] = json.loads(model_args.pos_embedding_kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`pos_embedding_kwargs` must be JSON, got {model_args.pos_embedding_kwargs!r}.") from error
-    if model_args.position_start_augmentation:
-        fields["position_start_augmentation"] = True
-    config = RelPosConfig.from_size(model_args.model_size or "xsmall", **fields)
-    if config.max_positions is None:
-        config.max_position_embeddings = max(config.max_position_embeddings, args.block_size)
-    elif not config.position_start_augmentation and "max_position_embeddings" not in fields:
-        config.max_position_embeddings = args.block_size  # rows that no training step would touch are no rows
-    return config
-
-
-def _parse_overrides(overrides: str | None) -> dict[str, Any]:
-    fields = {}
-    for item in overrides.split(",") if overrides else []:
-        name, equals, value = item.partition("=")
-        if not equals or name not in RelPosConfig.__annotations__:
-            raise ValueError(
-                f"`config_overrides` must be 'field=value,..' of {sorted(RelPosConfig.__annotations__)}, got {item!r}."
-            )
-        fields[name] = yaml.safe_load(value)
-    return fields
-
-
-def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tuple[RelPosForCausalLM, Any]:
-    """The model and tokenizer of `model_name_or_path`.
-
-    Raises:
-        ValueError: if it is no model of the family, or of another scheme or vocabulary than asked for.
-    """
-    name = model_args.model_name_or_path
-    for other in ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides"):
-        if getattr(model_args, other, None) is not None:
-            raise ValueError(f"`{other}` is that of the saved model: it cannot be given with `model_name_or_path`.")
-    kwargs = {"pos_embedding_type": model_args.pos_embedding_type, "attn_implementation": model_args.attn_implementation}
-    model = load_model(name, RelPosForCausalLM, **{key: value for key, value in kwargs.items() if value is not None})
-    if getattr(model_args, "position_start_augmentation", False):
-        model.config.position_start_augmentation = True
-    tokenizer = load_model_tokenizer(data_args.tokenizer_name or name)
-    check_vocab_size(tokenizer, model.config.vocab_size)
-    return model, tokenizer
-
-
-def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(name)`, with one clear error for what is no model.
-
-    Raises:
-        ValueError: if the folder or repository is missing, holds no model, or one that does not fit.
-    """
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`model_name_or_path` {name!r} is no model: it holds no config.json.")
-    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"`model_name_or_path` {name!r} is no folder.")
-    if model_class is RelPosForCausalLM:
-        saved, _ = RelPosConfig.get_config_dict(name)
-        if saved.get("model_type") != RelPosConfig.model_type:
-            raise ValueError(
-                f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
-                f"got model_type {saved.get('model_type')!r}."
-            )
-    return model_class.from_pretrained(name, **kwargs)
-
-
-def load_model_tokenizer(name: str) -> Any:
-    """The tokenizer saved with a model; raises `ValueError` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {name!r}.") from error
-
-
-def extend_learned_positions(model: RelPosForCausalLM, length: int) -> None:
-    """Lengthens the learned tables of `model` to `length` rows, in place: new row p is old row p mod the old length.
-
-    Copies of the trained rows keep neighbouring positions apart from the first step on, which fresh rows do not
-    (Beltagy et al. 2020, arXiv 2004.05150, section 5).
-    """
-    for module in list(model.model.position_embeddings.values()):
-        table = getattr(module, "embedding", None)
-        if table is not None and table.num_embeddings < length:
-            rows = torch.arange(length, device=table.weight.device) % table.num_embeddings
-            table.weight = torch.nn.Parameter(table.weight.detach()[rows])
-            table.num_embeddings = length
-    model.config.max_position_embeddings = length
-
-
 # --- the run
 
 
@@ -286,7 +136,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrai
     if model_args.model_name_or_path:
         model, tokenizer = load_saved(model_args, data_args)
         return _fit(model, tokenizer, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
-    config = new_config(model_args, args)
+    config = new_config(model_args, args.block_size)
     _check_length(config, args.block_size)
     with args.main_process_first(desc="tokenizer"):
         tokenizer = load_tokenizer(data_args, load_corpus(data_args), model_args.vocab_size)
@@ -330,7 +180,10 @@ def _fit(
         blocks = {
             split: make_blocks(
                 tokenize(
-                    corpus.splits[split], tokenizer, f"{corpus.fingerprint}-{split}", data_args.preprocessing_num_workers
+                    corpus.splits[split],
+                    tokenizer,
+                    f"{corpus.fingerprint}-{split}",
+                    data_args.preprocessing_num_workers,
                 ),
                 args.block_size,
                 data_args.cross_document_attention,
@@ -378,7 +231,9 @@ def _fit(
 def _last_evaluation(trainer: Trainer) -> float | None:
     """The validation loss after the last step, if it was computed."""
     state = trainer.state
-    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step]
+    losses = [
+        entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step
+    ]
     return losses[-1] if losses else None
 
 
@@ -402,7 +257,9 @@ def _record(
     )
     # the clock of `train` ran through the evaluations too
     seconds -= sum(
-        entry["eval_runtime"] for entry in trainer.state.log_history if "eval_runtime" in entry and first_step < entry["step"]
+        entry["eval_runtime"]
+        for entry in trainer.state.log_history
+        if "eval_runtime" in entry and first_step < entry["step"]
     )
     recipe = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
     return {
@@ -488,8 +345,8 @@ def _check_batch(blocks: Any, args: RelPosTrainingArguments) -> None:
     per_step = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
     if hasattr(blocks, "__len__") and len(blocks) < per_step:
         raise ValueError(
-            f"`per_device_train_batch_size`: the training split gives {len(blocks)} blocks of {args.block_size} tokens, "
-            f"a step needs {per_step}."
+            f"`per_device_train_batch_size`: a step needs {per_step} blocks, the training split gives {len(blocks)} of "
+            f"{args.block_size} tokens."
         )
 
 

