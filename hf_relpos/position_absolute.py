@@ -69,7 +69,7 @@ class LearnedEmbedding(PositionEmbedding):
 
     x_p ← x_p + W[p], W of shape (max_position_embeddings, C), initialised from N(0, initializer_range²)
 
-    Parameters: max_position_embeddings · C. Past the end of the table: `ValueError`.
+    Parameters: max_position_embeddings · C. Past the training length: `ValueError` from the end of the table on.
     Paper: Gehring et al. 2017, arXiv 1705.03122; used by GPT-2.
     """
 

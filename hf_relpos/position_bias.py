@@ -14,20 +14,21 @@ class Float32Linear(SelfInitialized, nn.Linear):
     """A linear layer that computes in fp32 whatever the dtype of its weights, initialised as `torch.nn.Linear` is."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.float(), self.bias.float())
+        return F.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class ContinuousPositionBias(PositionEmbedding):
     """Continuous position bias (CPB): a small MLP maps the distance to one value per head. Each layer has its own.
 
-    b[h, d] = MLP(features(d))[h], MLP: num_features → mlp_width → (mlp_width →) H with ReLU and biases
+    b[h, d] = MLP(features(d))[h], MLP: num_features → mlp_width → (mlp_width →) H with ReLU and biases, without one in
+    the last layer: a constant for all distances cancels in the softmax and would only drift
 
     The MLP runs in fp32 on the distances, never on the (Q, K) matrix of pairs. Its weights keep the initialisation of
     `torch.nn.Linear`, U(±1/sqrt(fan_in)): from N(0, 0.02²) and zero biases half of the hidden units would never see a
     gradient, as distances have one sign only.
 
     Paper: Liu et al. 2022 (Swin Transformer V2), arXiv 2111.09883, section 3.3. Differs: one dimension, causal, one MLP
-    per layer, biases in both layers, no sigmoid on the output.
+    per layer, a bias in the hidden layers, no sigmoid on the output.
     """
 
     kind = "relative"
@@ -39,7 +40,10 @@ class ContinuousPositionBias(PositionEmbedding):
     def __init__(self, config: Any, mlp_width: int = 256) -> None:
         super().__init__(config)
         widths = [self.num_features] + [mlp_width] * self.num_hidden + [config.num_attention_heads]
-        self.mlp = nn.ModuleList(Float32Linear(fan_in, fan_out) for fan_in, fan_out in zip(widths, widths[1:]))
+        self.mlp = nn.ModuleList(
+            Float32Linear(fan_in, fan_out, bias=index < self.num_hidden)
+            for index, (fan_in, fan_out) in enumerate(zip(widths, widths[1:]))
+        )
 
     def features(self, distance: torch.Tensor) -> torch.Tensor:
         """(n,) integer distances → (n, num_features) fp32."""
@@ -58,7 +62,7 @@ class LinearCPB(ContinuousPositionBias):
 
     b[h, d] = MLP(d)[h], MLP: 1 → 256 → H
 
-    Parameters per layer: 512 + 257·H. Past the training length: the MLP is piecewise linear, so each head goes on in a
+    Parameters per layer: 512 + 256·H. Past the training length: the MLP is piecewise linear, so each head goes on in a
     straight line. Source: see `ContinuousPositionBias`.
     """
 
@@ -74,7 +78,7 @@ class LinearCPBLarge(LinearCPB):
 
     b[h, d] = MLP(d)[h], MLP: 1 → 256 → 256 → H
 
-    Parameters per layer: 66304 + 257·H. Past the training length: as `linear_cpb`.
+    Parameters per layer: 66304 + 256·H. Past the training length: as `linear_cpb`.
     """
 
     num_hidden = 2
@@ -86,7 +90,7 @@ class LogCPB(ContinuousPositionBias):
 
     b[h, d] = MLP(ln(1 + d))[h], MLP: 1 → 256 → H
 
-    Parameters per layer: 512 + 257·H. Past the training length: each head goes on linearly in ln d.
+    Parameters per layer: 512 + 256·H. Past the training length: each head goes on linearly in ln d.
     Source: see `ContinuousPositionBias`; the log spacing is that of the paper.
     """
 
@@ -102,7 +106,7 @@ class FourierCPB(ContinuousPositionBias):
 
     b[h, d] = MLP(sin(d·f_0), .., sin(d·f_7), cos(d·f_0), .., cos(d·f_7))[h], f_k = 20000^(−k/8), MLP: 16 → 256 → H
 
-    Parameters per layer: 4352 + 257·H. Past the training length: bounded, with the low frequencies at unseen phases.
+    Parameters per layer: 4352 + 256·H. Past the training length: bounded, with the low frequencies at unseen phases.
     Source: see `ContinuousPositionBias`; features as in arXiv 2006.10739.
     """
 

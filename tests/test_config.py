@@ -1,0 +1,104 @@
+"""The configuration: names, sizes, round trips, and what it refuses."""
+
+import pytest
+from conftest import SCHEMES, make_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_relpos import MODEL_SIZES, RelPosConfig, RelPosForCausalLM
+
+
+@pytest.mark.parametrize(
+    "size, millions", {"xsmall": 3.2, "small": 10.6, "medium": 25.2, "large": 85.1, "xlarge": 201.5}.items()
+)
+def test_sizes_have_the_stated_parameters(size, millions):
+    config = RelPosConfig.from_size(size, pos_embedding_type="none")
+    per_layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    assert config.num_hidden_layers * per_layer / 1e6 == pytest.approx(millions, rel=0.02)
+    assert config.head_dim == 64
+
+
+def test_from_size_takes_overrides():
+    config = RelPosConfig.from_size("small", pos_embedding_type="alibi", num_hidden_layers=3, tie_word_embeddings=True)
+    assert (config.num_hidden_layers, config.hidden_size, config.pos_embedding_type) == (3, 384, "alibi")
+    assert config.tie_word_embeddings and list(MODEL_SIZES)[0] == "xsmall"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_round_trip(scheme, tmp_path):
+    config = make_config(scheme, train_length=128, num_key_value_heads=2)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is RelPosConfig
+    assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert hasattr(again, "rope_parameters") == ("rotary" in scheme)
+
+
+def test_rotary_options_have_one_home(tmp_path):
+    by_kwargs = RelPosConfig(pos_embedding_type="rotary", pos_embedding_kwargs={"partial_rotary_factor": 0.5})
+    by_field = RelPosConfig(pos_embedding_type="rotary", rope_parameters={"partial_rotary_factor": 0.5})
+    assert by_kwargs.to_dict() == by_field.to_dict()
+    assert by_kwargs.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    by_kwargs.save_pretrained(tmp_path)
+    again = RelPosConfig.from_pretrained(tmp_path, rope_parameters={"rope_theta": 5000.0, "partial_rotary_factor": 0.5})
+    assert again.rope_parameters["rope_theta"] == 5000.0
+
+
+BAD = {
+    "unknown scheme": (dict(pos_embedding_type="alibii"), r"`pos_embedding_type` must be one of \['none'.*'alibii'"),
+    "no scheme": (dict(pos_embedding_type=None), r"`pos_embedding_type` must be one of .*None"),
+    "empty part": (dict(pos_embedding_type="alibi+"), r"`pos_embedding_type` must be one of .*'alibi\+'"),
+    "none in a pair": (dict(pos_embedding_type="none+alibi"), "other than 'none', got 'none"),
+    "twice": (dict(pos_embedding_type="alibi+alibi"), "different schemes"),
+    "unknown option": (
+        dict(pos_embedding_kwargs={"width": 3}),
+        r"`pos_embedding_kwargs`.*\['mlp_width'\], got 'width'",
+    ),
+    "option of another scheme": (
+        dict(pos_embedding_type="alibi", pos_embedding_kwargs={"mlp_width": 3}),
+        r"may hold \[\], got 'mlp_width'",
+    ),
+    "option of the wrong type": (dict(pos_embedding_kwargs={"mlp_width": "8"}), "positive number like 256, got '8'"),
+    "option below 1": (dict(pos_embedding_kwargs={"mlp_width": 0}), "positive number like 256, got 0"),
+    "options that are no dictionary": (dict(pos_embedding_kwargs=[1]), "must be a dictionary"),
+    "heads": (dict(num_attention_heads=5), "`num_attention_heads` must divide `hidden_size` 256, got 5"),
+    "key heads": (dict(num_key_value_heads=3), "`num_key_value_heads` must divide `num_attention_heads` 4, got 3"),
+    "no layer": (dict(num_hidden_layers=0), "`num_hidden_layers` must be an integer of at least 1, got 0"),
+    "float width": (dict(hidden_size=25.5), "`hidden_size` must be an integer of at least 1, got 25.5"),
+    "activation": (dict(hidden_act="relu3"), "`hidden_act` must be one of .*'relu3'"),
+    "dropout": (dict(hidden_dropout=1.0), r"`hidden_dropout` must lie in \[0, 1\), got 1.0"),
+    "text for a boolean": (dict(position_start_augmentation="False"), "must be true or false, got 'False'"),
+    "odd width": (dict(pos_embedding_type="sinusoidal", hidden_size=35, num_attention_heads=5), "must be even"),
+    "rope for others": (dict(rope_parameters={"rope_theta": 1e4}), "`rope_parameters` is for .*'rotary'"),
+    "rope type": (dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "yarn"}), "rope_type 'default'"),
+    "odd rotation": (
+        dict(pos_embedding_type="rotary", pos_embedding_kwargs={"partial_rotary_factor": 0.02}),
+        "`partial_rotary_factor` must lie in",
+    ),
+    "two answers": (
+        dict(
+            pos_embedding_type="rotary",
+            pos_embedding_kwargs={"partial_rotary_factor": 0.5},
+            rope_parameters={"partial_rotary_factor": 1.0},
+        ),
+        "disagree about",
+    ),
+}
+
+
+@pytest.mark.parametrize("fields, message", BAD.values(), ids=BAD)
+def test_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig(**fields)
+
+
+def test_refuses_an_unknown_size():
+    with pytest.raises(ValueError, match=r"`size` must be one of \['xsmall'.*got 'tiny'"):
+        RelPosConfig.from_size("tiny")
+
+
+@pytest.mark.parametrize("auto", [RelPosForCausalLM, AutoModelForCausalLM], ids=["class", "auto"])
+def test_refuses_a_checkpoint_of_another_scheme(auto, tmp_path):
+    RelPosForCausalLM(make_config("linear_cpb")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`pos_embedding_type` of the checkpoint .* is 'linear_cpb', got 'alibi'"):
+        auto.from_pretrained(tmp_path, pos_embedding_type="alibi")
+    assert auto.from_pretrained(tmp_path, pos_embedding_type="linear_cpb").config.pos_embedding_type == "linear_cpb"

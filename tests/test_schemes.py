@@ -1,0 +1,281 @@
+"""Each scheme against its formula in float64, written here a second time, and against transformers' own code."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import COMBINATIONS, SCHEMES, make_config, make_model, make_tokens
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from hf_relpos import (
+    PositionEmbedding,
+    RelPosConfig,
+    RelPosModel,
+    list_position_embeddings,
+    register_position_embedding,
+)
+from hf_relpos.position_base import POSITION_EMBEDDINGS
+
+
+# --- the formulas, one number at a time
+
+
+def sinusoid(position: int, hidden_size: int) -> np.ndarray:
+    vector = np.zeros(hidden_size)
+    for k in range(hidden_size // 2):
+        angle = position * 10000 ** (-2 * k / hidden_size)
+        vector[2 * k], vector[2 * k + 1] = math.sin(angle), math.cos(angle)
+    return vector
+
+
+def mlp(features: list[float], state: dict[str, np.ndarray], prefix: str) -> np.ndarray:
+    hidden, index = np.array(features, dtype=np.float64), 0
+    while f"{prefix}.mlp.{index}.weight" in state:
+        hidden = np.maximum(hidden, 0) if index else hidden
+        hidden = state[f"{prefix}.mlp.{index}.weight"] @ hidden + state.get(f"{prefix}.mlp.{index}.bias", 0.0)
+        index += 1
+    return hidden
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The recursion of the paper's reference code."""
+    if math.log2(num_heads).is_integer():
+        start = 2 ** (-(2 ** -(math.log2(num_heads) - 3)))
+        return [start * start**index for index in range(num_heads)]
+    power = 2 ** math.floor(math.log2(num_heads))
+    return alibi_slopes(power) + alibi_slopes(2 * power)[0::2][: num_heads - power]
+
+
+def turned(vector: np.ndarray, position: int, factor: float, theta: float) -> np.ndarray:
+    """Rotation as a product of complex numbers, channel k with channel k + R/2."""
+    size = int(len(vector) * factor)
+    half = size // 2
+    numbers = vector[:half] + 1j * vector[half:size]
+    numbers = numbers * np.exp(1j * position * np.array([theta ** (-2 * k / size) for k in range(half)]))
+    return np.concatenate([numbers.real, numbers.imag, vector[size:]])
+
+
+BIAS_FEATURES = {
+    "linear_cpb": lambda d: [d],
+    "linear_cpb_large": lambda d: [d],
+    "log_cpb": lambda d: [math.log(1 + d)],
+    "fourier_cpb": lambda d: [f(d * 20000 ** (-k / 8)) for f in (math.sin, math.cos) for k in range(8)],
+}
+
+
+def reference_bias(scheme: str, distance: int, state: dict[str, np.ndarray], layer: int, num_heads: int) -> np.ndarray:
+    if scheme == "alibi":
+        return -np.array(alibi_slopes(num_heads)) * distance
+    prefix = f"model.layers.{layer}.self_attn.position_embeddings.{scheme}"
+    return mlp(BIAS_FEATURES[scheme](distance), state, prefix)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+
+
+def reference_logits(model, tokens: list[int]) -> np.ndarray:
+    """The whole model in numpy float64, from the formulas: (N,) tokens → (N, V)."""
+    config, state = model.config, {k: v.double().numpy() for k, v in model.state_dict().items()}
+    schemes, heads, dim = config.pos_embedding_type.split("+"), config.num_attention_heads, config.head_dim
+    x = state["model.embed_tokens.weight"][tokens]
+    for p in range(len(tokens)):
+        for scheme in schemes:
+            if scheme == "sinusoidal":
+                x[p] += sinusoid(p, config.hidden_size)
+            elif scheme == "scaled_sinusoidal":
+                x[p] += state["model.position_embeddings.scaled_sinusoidal.scale"] * sinusoid(p, config.hidden_size)
+            elif scheme == "learned":
+                x[p] += state["model.position_embeddings.learned.embedding.weight"][p]
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}"
+        normed = rms_norm(x, state[f"{name}.input_layernorm.weight"])
+        q, k, v = (
+            (normed @ state[f"{name}.self_attn.{part}_proj.weight"].T).reshape(len(tokens), -1, dim) for part in "qkv"
+        )
+        group = heads // config.num_key_value_heads
+        mixed = np.zeros((len(tokens), heads, dim))
+        for h in range(heads):
+            for i in range(len(tokens)):
+                scores = np.zeros(i + 1)
+                for j in range(i + 1):
+                    query, key = q[i, h], k[j, h // group]
+                    if "rotary" in schemes:
+                        rope = config.rope_parameters
+                        options = (rope["partial_rotary_factor"], rope["rope_theta"])
+                        query, key = turned(query, i, *options), turned(key, j, *options)
+                    scores[j] = query @ key / math.sqrt(dim)
+                    for scheme in {"alibi", *BIAS_FEATURES} & set(schemes):
+                        scores[j] += reference_bias(scheme, i - j, state, layer, heads)[h]
+                weights = np.exp(scores - scores.max())
+                mixed[i, h] = weights / weights.sum() @ v[: i + 1, h // group]
+        x = x + mixed.reshape(len(tokens), -1) @ state[f"{name}.self_attn.o_proj.weight"].T
+        hidden = rms_norm(x, state[f"{name}.post_attention_layernorm.weight"]) @ state[f"{name}.mlp.up_proj.weight"].T
+        x = x + np.maximum(hidden, 0) ** 2 @ state[f"{name}.mlp.down_proj.weight"].T
+    return rms_norm(x, state["model.norm.weight"]) @ state["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "rotary-half"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_model_equals_the_formulas_in_float64(scheme, implementation):
+    overrides = {"num_key_value_heads": 2}
+    if scheme == "rotary-half":
+        scheme, overrides["rope_parameters"] = "rotary", {"partial_rotary_factor": 0.5, "rope_theta": 500.0}
+    model = make_model(scheme, attn_implementation=implementation, **overrides)
+    tokens = make_tokens(1, 19)
+    expected = torch.from_numpy(reference_logits(model, tokens[0].tolist()))
+    # fp32 against float64 on logits of magnitude 1..10
+    torch.testing.assert_close(model(tokens).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["alibi", *BIAS_FEATURES])
+def test_distance_bias_is_what_the_formula_adds(scheme):
+    model = make_model(scheme)
+    table = model.model.distance_bias(300)
+    assert table.shape == (2, 6, 300) and table.dtype == torch.float32
+    state = {k: v.double().numpy() for k, v in model.state_dict().items()}
+    for layer in range(2):
+        for distance in (0, 1, 2, 17, 128, 299):
+            expected = reference_bias(scheme, distance, state, layer, 6)
+            np.testing.assert_allclose(table[layer, :, distance].double().detach(), expected, rtol=1e-5, atol=1e-4)
+    assert (table[0, :, 1:] != table[0, :, :-1]).any(dim=-1).all(), "a head's bias must not be constant"
+
+
+def test_distance_bias_adds_up_and_refuses_schemes_without_one():
+    model = make_model("sinusoidal+linear_cpb").model
+    own = model.layers[1].self_attn.position_embeddings["linear_cpb"].table(9, torch.device("cpu"))
+    assert torch.equal(model.distance_bias(9)[1], own)
+    for scheme in ("none", "rotary", "learned"):
+        with pytest.raises(ValueError, match="pos_embedding_type.*" + scheme):
+            make_model(scheme).model.distance_bias(9)
+    with pytest.raises(ValueError, match="`length` must be at least 1, got 0"):
+        model.distance_bias(0)
+
+
+# --- initialisation
+
+
+def test_scaled_sinusoidal_starts_at_the_inverse_root_of_the_width():
+    scale = make_model("scaled_sinusoidal", hidden_size=96).model.position_embeddings["scaled_sinusoidal"].scale
+    assert scale.item() == pytest.approx(96**-0.5)
+
+
+@pytest.mark.parametrize("scheme", list(BIAS_FEATURES))
+def test_cpb_starts_as_torch_linear(scheme):
+    """U(±1/sqrt(fan_in)) for weights and biases, whatever `initializer_range` says."""
+    layers = make_model(scheme, initializer_range=0.5).model.layers
+    for linear in layers[0].self_attn.position_embeddings[scheme].mlp:
+        bound = linear.in_features**-0.5
+        for parameter in linear.parameters():
+            assert 0.5 * bound < parameter.abs().max() <= bound  # the smallest has 6 entries
+    first = [layer.self_attn.position_embeddings[scheme].mlp[0].weight for layer in layers]
+    assert not torch.equal(*first), "each layer has an MLP of its own"
+    widths = [linear.out_features for linear in layers[0].self_attn.position_embeddings[scheme].mlp]
+    assert widths == ([256, 256, 6] if scheme == "linear_cpb_large" else [256, 6])
+
+
+def test_learned_table_has_the_models_initialisation():
+    table = make_model("learned", hidden_size=96).model.position_embeddings["learned"].embedding.weight
+    assert table.shape == (160, 96) and table.std().item() == pytest.approx(0.15, rel=0.05)
+
+
+# --- transformers' own code
+
+
+def llama_twin(model) -> LlamaForCausalLM:
+    """Llama with the weights of a RelPos model, and its MLP."""
+    config, rope = model.config, {"rope_type": "default", "rope_theta": 10000.0}
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "pad_token_id",
+    )
+    fields += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+    twin = LlamaForCausalLM(
+        LlamaConfig(rope_parameters=rope, **{name: getattr(config, name) for name in fields})
+    ).eval()
+    for theirs, ours in zip(twin.model.layers, model.model.layers):
+        theirs.mlp = ours.mlp
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_rotary_is_llama():
+    model = make_model("rotary", num_key_value_heads=3)
+    tokens = make_tokens(2, 40)
+    torch.testing.assert_close(model(tokens).logits, llama_twin(model)(tokens).logits, rtol=0, atol=2e-6)
+
+
+def test_none_is_llama_without_the_rotation():
+    model = make_model("none", num_key_value_heads=3)
+    twin, tokens = llama_twin(model), make_tokens(2, 40)
+    twin.model.rotary_emb.inv_freq.zero_()
+    torch.testing.assert_close(model(tokens).logits, twin(tokens).logits, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_heads", [8, 12])
+def test_alibi_slopes_are_blooms(num_heads):
+    theirs = build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]
+    ours = RelPosModel(make_config("alibi", hidden_size=96, num_attention_heads=num_heads)).position_embeddings["alibi"]
+    torch.testing.assert_close(ours.slopes(), theirs, rtol=1e-6, atol=0)
+
+
+# --- the registry
+
+
+def test_the_schemes_of_the_mission_are_there():
+    mission = "none sinusoidal scaled_sinusoidal learned linear_cpb linear_cpb_large log_cpb fourier_cpb alibi rotary"
+    assert set(mission.split()) <= set(list_position_embeddings())
+
+
+@pytest.mark.parametrize("scheme", list_position_embeddings())
+def test_docstring_says_equation_parameters_behaviour_and_source(scheme):
+    doc = POSITION_EMBEDDINGS[scheme].__doc__
+    for part in ("Parameters", "Past the training length:"):
+        assert part in doc, f"{scheme} lacks {part!r}"
+    assert "Paper:" in doc or "Source:" in doc or "as `" in doc
+    assert set("=←") & set(doc.split("\n\n")[1]), "the second paragraph is the equation"
+    assert POSITION_EMBEDDINGS[scheme].extrapolates
+
+
+def test_a_new_scheme_is_one_class():
+    """Registered here, it works in the model, in the config's checks, in caching and with options of its own."""
+
+    @register_position_embedding("test_window")
+    class Window(PositionEmbedding):
+        defaults = {"width": 3}
+        kind = "relative"
+
+        def __init__(self, config, width):
+            super().__init__(config)
+            self.num_heads, self.width = config.num_attention_heads, width
+
+        def distance_bias(self, distance):
+            return torch.where(distance < self.width, 0.0, -1e4).expand(self.num_heads, -1)
+
+    try:
+        model = make_model("test_window", pos_embedding_kwargs={"width": 2}, num_hidden_layers=1)
+        tokens = make_tokens(1, 12)
+        changed = tokens.clone()
+        changed[0, 4] += 1
+        moved = (model(tokens).logits != model(changed).logits).any(-1)[0]
+        assert moved.nonzero().flatten().tolist() == [4, 5]
+        greedy = model.generate(tokens, max_new_tokens=4, do_sample=False)
+        assert torch.equal(greedy, model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False))
+    finally:
+        del POSITION_EMBEDDINGS["test_window"]
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="must be new.*'alibi'"):
+        register_position_embedding("alibi")(PositionEmbedding)
+
+
+def test_combinations_cover_both_kinds():
+    for combination in COMBINATIONS:
+        RelPosConfig(pos_embedding_type=combination)
