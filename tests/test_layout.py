@@ -1,0 +1,137 @@
+"""What the code promises about itself: which file may import what, and that the README tells the truth."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from hf_relpos import list_position_embeddings
+from hf_relpos.position_base import POSITION_EMBEDDINGS
+from hf_relpos.results import markdown_table
+
+
+PACKAGE = ROOT / "hf_relpos"
+# files that go to the Hub with a model → those of them that each may import
+HUB_FILES = {
+    "position_base": set(),
+    "position_absolute": {"position_base"},
+    "position_rotary": {"position_base"},
+    "position_bias": {"position_base"},
+    "positions": {"position_base", "position_absolute", "position_rotary", "position_bias"},
+    "position_ids": {"position_base"},
+    "attention_relpos": set(),
+    "configuration_relpos": {"positions"},
+    "modeling_relpos": {"attention_relpos", "configuration_relpos", "position_base", "position_ids", "positions"},
+}
+# library files → those of them that each may import, besides what the package makes public
+LIBRARY_FILES = {
+    "cli": set(),
+    "data": set(),
+    "packing": {"data"},
+    "evaluation": set(),
+    "generation": set(),
+    "results": set(),
+    "saved_models": {"data", "packing", "configuration_relpos", "modeling_relpos"},
+    "training": {"data", "packing", "results", "saved_models", "configuration_relpos", "modeling_relpos"},
+    "perplexity_by_length": {"evaluation"},
+}
+
+
+def imports(name):
+    """→ the package's own modules that a file imports, and the others."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("hf_relpos")):
+            assert node.level <= 1 and node.module, f"{name}: flat imports of the form `from .name import x` only"
+            own.add(node.module.removeprefix("hf_relpos."))
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in node.names}
+    return own, others
+
+
+def test_every_file_is_accounted_for():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*HUB_FILES, *LIBRARY_FILES, "__init__"}
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_need_torch_and_transformers_only(name):
+    own, others = imports(name)
+    assert own <= HUB_FILES[name]
+    assert others - set(sys.stdlib_module_names) <= {"torch", "transformers"}
+    # the Hub's loader follows these lines wherever they stand, in a docstring too
+    for line in (PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines():
+        followed = re.match(r"\s*from\s+\.(\S*)\s+import", line)
+        assert not followed or (followed[1] in HUB_FILES and line.startswith("from "))
+
+
+@pytest.mark.parametrize("name", LIBRARY_FILES)
+def test_library_files_import_one_way(name):
+    own, _ = imports(name)
+    assert own <= LIBRARY_FILES[name]
+
+
+@pytest.mark.parametrize("name", ["modeling_relpos", "attention_relpos", "configuration_relpos", "position_ids"])
+def test_no_scheme_is_named_where_schemes_are_used(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    }
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in docstrings}
+    allowed = {"configuration_relpos": {"linear_cpb", "rotary"}}  # the default, and who may have rope_parameters
+    assert named & set(list_position_embeddings()) <= allowed.get(name, set())
+
+
+def test_importing_the_model_needs_no_library_file():
+    code = (
+        "import sys, hf_relpos; print([m for m in ('datasets', 'evaluate', 'matplotlib', 'yaml') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "datasets" not in loaded and "evaluate" not in loaded and "matplotlib" not in loaded
+
+
+# --- the README
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_has_a_row_for_each_scheme():
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert rows == list_position_embeddings()
+    for name, scheme in POSITION_EMBEDDINGS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", README, flags=re.MULTILINE)
+        assert scheme.extrapolates in row and scheme.kind in row
+
+
+def test_readme_table_is_made_from_the_result_files():
+    results = [
+        json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("none", "linear_cpb", "alibi", "rotary")
+    ]
+    assert markdown_table(results) in README
+    assert len({result["training"]["num_tokens"] for result in results}) == 1
+    assert (ROOT / "docs" / "results" / "loss_by_position.png").is_file()
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert snippets
+    scope: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), scope)  # one after the other, as one reads them
+
+
+def test_readme_names_files_that_exist():
+    for path in set(re.findall(r"\b(?:scripts|docs|hf_relpos|tests)/[\w./]+\w", README)):
+        assert (ROOT / path).exists(), path
+    for target in ("make demo", "make test"):
+        assert target in README and re.search(rf"^{target.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
