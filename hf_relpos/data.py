@@ -42,6 +42,9 @@ class DataArguments:
     cross_document_attention: bool = field(
         default=False, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
     )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Blocks of the validation split to evaluate on while training; all by default."}
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes for tokenising; by default one that uses all cores."}
     )

@@ -149,7 +149,7 @@ def evaluate_lengths(
         lengths: evaluation lengths in tokens.
         train_length: the length the model was trained at; the slope is taken from there on.
         tokens_per_batch: tokens of one forward, at least one window.
-        max_windows: stop after so many windows.
+        max_windows: read so many windows only, spread evenly over all of them.
 
     Returns:
         `lengths`: "L" → `loss`, `perplexity`, `median_loss`, `num_tokens`;
@@ -171,8 +171,8 @@ def evaluate_lengths(
     slope, scores = ClusteredMean(), {token: ClusteredMean() for token in IN_CONTEXT_TOKENS}
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
-    total = sum(len(document) // longest for document in documents)
-    total = min(total, max_windows or total)
+    available = sum(len(document) // longest for document in documents)
+    total = min(available, max_windows or available)
     if not total:
         longest_document = max((len(document) for document in documents), default=0)
         raise ValueError(
@@ -181,7 +181,8 @@ def evaluate_lengths(
         )
     seen_documents = set()
     with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="window") as progress:
-        windows = (window for window, _ in zip(document_windows(documents, longest), range(total)))
+        chosen = {index * available // total for index in range(total)}
+        windows = (w for index, w in enumerate(document_windows(documents, longest)) if index in chosen)
         for group in _grouped(windows, max(1, tokens_per_batch // longest)):
             tokens = torch.from_numpy(np.stack([window for _, window in group]))
             for length in lengths:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from .configuration_relpos import MODEL_SIZES, RelPosConfig
 from .data import DataArguments
@@ -81,6 +81,17 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
     elif not config.position_start_augmentation and "max_position_embeddings" not in fields:
         config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
     return config
+
+
+def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None = None) -> RelPosForCausalLM:
+    """A model with fresh weights. Whatever the scheme, those that all schemes have start the same for the same seed."""
+    set_seed(seed)
+    model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    fields = {name: value for name, value in config.to_dict().items() if name != "rope_parameters"}
+    plain = RelPosConfig.from_dict({**fields, "pos_embedding_type": "none", "pos_embedding_kwargs": None})
+    set_seed(seed)
+    model.load_state_dict(RelPosForCausalLM(plain).state_dict(), strict=False)
+    return model
 
 
 def _parse_overrides(overrides: str | None) -> dict[str, Any]:

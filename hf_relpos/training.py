@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_relpos import RelPosConfig
@@ -16,7 +16,14 @@ from .data import Corpus, DataArguments, load_corpus
 from .modeling_relpos import RelPosForCausalLM
 from .packing import BlockCollator, load_tokenizer, make_blocks, tokenize
 from .results import hardware, peak_memory_mib, versions, write_json
-from .saved_models import ModelArguments, SavedModelArguments, extend_learned_positions, load_saved, new_config
+from .saved_models import (
+    ModelArguments,
+    SavedModelArguments,
+    extend_learned_positions,
+    load_saved,
+    new_config,
+    new_model,
+)
 
 
 TOKENS_PER_STEP = 128 * 128
@@ -143,9 +150,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrai
     config.vocab_size = len(tokenizer)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))
-    set_seed(args.seed)
-    model = RelPosForCausalLM._from_config(config, attn_implementation=model_args.attn_implementation)
-    return _fit(model, tokenizer, data_args, args, checkpoint)
+    return _fit(new_model(config, args.seed, model_args.attn_implementation), tokenizer, data_args, args, checkpoint)
 
 
 def finetune(model_args: SavedModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
@@ -192,6 +197,8 @@ def _fit(
             for split in _needed_splits(corpus)
         }
     _check_batch(blocks["train"], args)
+    if data_args.max_eval_samples is not None:
+        blocks["validation"] = blocks["validation"].take(data_args.max_eval_samples)
     base_length = model.config.train_length
     model.config.train_length = args.block_size
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, args.block_size)

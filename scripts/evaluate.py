@@ -40,7 +40,9 @@ class EvaluationArguments:
         default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
     )
     tokens_per_batch: int = field(default=8192, metadata={"help": "Tokens of one forward."})
-    max_windows: int | None = field(default=None, metadata={"help": "Evaluate on the first windows only."})
+    max_windows: int | None = field(
+        default=None, metadata={"help": "Windows of the longest length to read, spread evenly; all by default."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or another of the model's."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
 

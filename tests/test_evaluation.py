@@ -73,6 +73,16 @@ def test_nothing_depends_on_the_batch():
         assert other["loss_by_position"][1:] == pytest.approx(results[0]["loss_by_position"][1:], abs=1e-5)
 
 
+def test_some_windows_are_spread_over_the_corpus():
+    model = make_model("none")
+    some = evaluate_lengths(model, DOCUMENTS, [32], max_windows=4)
+    assert (some["num_windows"], some["num_documents"]) == (4, 2)
+    expected = [
+        d[s : s + 32] for d, s in ((DOCUMENTS[0], 0), (DOCUMENTS[0], 96), (DOCUMENTS[3], 32), (DOCUMENTS[3], 128))
+    ]
+    assert some["lengths"] == evaluate_lengths(model, expected, [32])["lengths"]
+
+
 def test_in_context_score_and_its_bands():
     """A model whose loss at position p is known: the score is the difference of two means over ±10 %."""
     model, document = make_model("none"), make_tokens(1100).tolist()

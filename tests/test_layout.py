@@ -125,9 +125,13 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert snippets
-    scope: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), scope)  # one after the other, as one reads them
+    before, scope = set(POSITION_EMBEDDINGS), {}
+    try:
+        for snippet in snippets:
+            exec(compile(snippet, "README.md", "exec"), scope)  # one after the other, as one reads them
+    finally:
+        for name in set(POSITION_EMBEDDINGS) - before:
+            del POSITION_EMBEDDINGS[name]
 
 
 def test_readme_names_files_that_exist():

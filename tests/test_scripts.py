@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, SCHEMES, load_script, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from hf_relpos import RelPosForCausalLM
 from hf_relpos.data import DataArguments
 from hf_relpos.results import REQUIRED_KEYS
-from hf_relpos.saved_models import ModelArguments
+from hf_relpos.saved_models import ModelArguments, new_model
 from hf_relpos.training import RelPosTrainingArguments, train
 
 
@@ -82,7 +82,8 @@ def test_training_saves_a_model_its_tokenizer_and_a_record(trained):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is RelPosForCausalLM and len(tokenizer) == model.config.vocab_size == 300
     assert model.config.train_length == 32 and model.config.use_cache
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
     assert model.config.pad_token_id == tokenizer.pad_token_id
     record = json.loads((folder / "training.json").read_text())
     assert (record["num_steps"], record["num_tokens"], record["seed"]) == (6, 6 * 4 * 32, 42)
@@ -90,6 +91,15 @@ def test_training_saves_a_model_its_tokenizer_and_a_record(trained):
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert record["validation_loss"] > 0 and record["tokens_per_second"] > 0
     assert record["corpus"]["name"] == "train+valid.txt" and record["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "none"])
+def test_what_all_schemes_have_starts_the_same(scheme):
+    plain, model = (new_model(make_config(name), seed=3).state_dict() for name in ("none", scheme))
+    assert all(torch.equal(model[name], plain[name]) for name in plain)
+    assert not torch.equal(
+        new_model(make_config(scheme), seed=4).state_dict()["lm_head.weight"], plain["lm_head.weight"]
+    )
 
 
 def test_learned_tables_hold_what_is_trained(trained):
