@@ -90,19 +90,19 @@ class RelPosConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_size(cls, size: str, **overrides: Any) -> "RelPosConfig":
+    def from_size(cls, model_size: str, **overrides: Any) -> "RelPosConfig":
         """The configuration of a named size: "xsmall", "small", "medium", "large" or "xlarge".
 
         Args:
-            size: the name.
+            model_size: the name.
             **overrides: any field of the configuration.
 
         Raises:
             ValueError: for an unknown size or an invalid field.
         """
-        if size not in MODEL_SIZES:
-            raise ValueError(f"`size` must be one of {list(MODEL_SIZES)}, got {size!r}.")
-        fields = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), MODEL_SIZES[size])
+        if model_size not in MODEL_SIZES:
+            raise ValueError(f"`model_size` must be one of {list(MODEL_SIZES)}, got {model_size!r}.")
+        fields = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), MODEL_SIZES[model_size])
         return cls(**{**dict(fields), **overrides})
 
     @property
@@ -138,10 +138,12 @@ class RelPosConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
-        if not isinstance(self.position_start_augmentation, bool):
-            raise ValueError(
-                f"`position_start_augmentation` must be true or false, got {self.position_start_augmentation!r}."
-            )
+        for name in ("initializer_range", "rms_norm_eps"):
+            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
+        for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
 
     def _configure_positions(self, rope_parameters: dict | None) -> None:
         """Checks the scheme and its options and lets each scheme put them where they belong."""

@@ -131,7 +131,7 @@ def document_windows(documents: Iterable[Sequence[int]], length: int) -> Iterato
 
 def evaluate_lengths(
     model: Any,
-    documents: Sequence[Sequence[int]],
+    documents: Iterable[Sequence[int]],
     lengths: Sequence[int],
     train_length: int | None = None,
     tokens_per_batch: int = 16384,
@@ -145,7 +145,7 @@ def evaluate_lengths(
 
     Args:
         model: a causal language model of transformers.
-        documents: token ids of each document.
+        documents: token ids of each document; read twice, the first time to count the windows.
         lengths: evaluation lengths in tokens.
         train_length: the length the model was trained at; the slope is taken from there on.
         tokens_per_batch: tokens of one forward, at least one window.
@@ -171,18 +171,16 @@ def evaluate_lengths(
     slope, scores = ClusteredMean(), {token: ClusteredMean() for token in IN_CONTEXT_TOKENS}
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
-    available = sum(len(document) // longest for document in documents)
+    available = _count_windows(documents, longest)
     total = min(available, max_windows or available)
-    if not total:
-        longest_document = max((len(document) for document in documents), default=0)
-        raise ValueError(
-            f"`eval_lengths`: no document has {longest} tokens, the longest has {longest_document}; "
-            "--cross_document_attention joins them."
-        )
-    seen_documents = set()
+    num_documents, last_document = 0, None
     with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="window") as progress:
-        chosen = {index * available // total for index in range(total)}
-        windows = (w for index, w in enumerate(document_windows(documents, longest)) if index in chosen)
+        every = document_windows(documents, longest)
+        windows = (
+            window
+            for index, window in enumerate(every)
+            if (index + 1) * total // available > index * total // available
+        )
         for group in _grouped(windows, max(1, tokens_per_batch // longest)):
             tokens = torch.from_numpy(np.stack([window for _, window in group]))
             for length in lengths:
@@ -190,7 +188,8 @@ def evaluate_lengths(
                 sums[length].add(losses[:, targets])
             by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
             for (document, _), row in zip(group, losses):
-                seen_documents.add(document)
+                num_documents += document != last_document
+                last_document = document
                 for token, score in scores.items():
                     _add(score, _in_context_score(row, token), document)
                 _add(slope, _slope_past(row, train_length), document)
@@ -201,7 +200,7 @@ def evaluate_lengths(
         "in_context_score": {str(token): _named("score", score) for token, score in scores.items()},
         "slope": _named("slope", slope),
         "num_windows": total,
-        "num_documents": len(seen_documents),
+        "num_documents": num_documents,
     }
 
 
@@ -216,6 +215,18 @@ def check_lengths(lengths: Sequence[int], model: Any = None) -> list[int]:
             f"got {max(lengths)}."
         )
     return sorted(set(lengths))
+
+
+def _count_windows(documents: Iterable[Sequence[int]], length: int) -> int:
+    count = longest = 0
+    for document in documents:
+        count, longest = count + len(document) // length, max(longest, len(document))
+    if not count:
+        raise ValueError(
+            f"`eval_lengths`: no document has {length} tokens, the longest has {longest}; "
+            "--cross_document_attention joins them."
+        )
+    return count
 
 
 def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -275,7 +286,7 @@ def _named(name: str, mean: ClusteredMean) -> dict[str, float | None] | None:
 
 
 def evaluate_sliding(
-    model: Any, documents: Sequence[Sequence[int]], length: int, stride: int, tokens_per_batch: int = 16384
+    model: Any, documents: Iterable[Sequence[int]], length: int, stride: int, tokens_per_batch: int = 16384
 ) -> dict[str, Any]:
     """Perplexity by a sliding window: each token but a document's first is scored once, at any length and stride.
 
@@ -296,16 +307,17 @@ def evaluate_sliding(
     (length,) = check_lengths([length], model)
     if not 1 <= stride < length:
         raise ValueError(f"`stride` must lie between 1 and the length − 1 = {length - 1}, got {stride}.")
-    documents = [document for document in documents if len(document) > 1]
-    if not documents:
-        raise ValueError("the corpus is too short: no document has two tokens.")
     losses = RunningLoss()
     with evaluation_mode(model):
         for document in tqdm(documents, desc=f"Sliding over {length} by {stride}", unit="document"):
+            if len(document) < 2:
+                continue
             for group in _grouped(_sliding_windows(document, length, stride), max(1, tokens_per_batch // length)):
                 scored = token_losses(model, torch.tensor(np.stack([tokens for tokens, _ in group]))).numpy()
                 for row, (_, first) in zip(scored, group):
                     losses.add(row[first:])
+    if not losses.count:
+        raise ValueError("the corpus is too short: no document has two tokens.")
     return {"stride": stride, **losses.summary()}
 
 

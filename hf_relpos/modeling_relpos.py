@@ -197,17 +197,12 @@ class RelPosPreTrainedModel(PreTrainedModel):
         config = kwargs.get("config")
         wanted = getattr(config, "pos_embedding_type", kwargs.get("pos_embedding_type"))
         if wanted is not None and pretrained_model_name_or_path is not None:
-            hub_names = (
-                "cache_dir",
-                "force_download",
-                "local_files_only",
-                "proxies",
-                "revision",
-                "subfolder",
-                "token",
-            )
+            hub_names = "cache_dir force_download local_files_only proxies revision subfolder token".split()
             hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-            saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            try:
+                saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            except OSError:  # weights alone, beside a configuration from elsewhere
+                saved = {}
             saved_type = saved.get("pos_embedding_type", wanted)
             if saved_type != wanted:
                 raise ValueError(

@@ -7,6 +7,7 @@ depend on.
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,38 @@ def tokenize(
     )
 
 
+class TokenizedDocuments:
+    """Documents as arrays of tokens: read from disk one at a time, as often as they are asked for.
+
+    Args:
+        tokenized: rows of `input_ids`.
+        joined: whether the documents are read as one text, in pieces of 2^20 tokens.
+    """
+
+    piece_length = 2**20
+
+    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False) -> None:
+        self.tokenized, self.joined = tokenized, joined
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        documents = (np.asarray(row["input_ids"], dtype=np.int32) for row in self.tokenized)
+        return self._join(documents) if self.joined else documents
+
+    def _join(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        rest = np.empty(0, dtype=np.int32)
+        for document in documents:
+            rest = np.concatenate((rest, document))
+            while len(rest) >= self.piece_length:
+                yield rest[: self.piece_length]
+                rest = rest[self.piece_length :]
+        if len(rest):
+            yield rest
+
+
 def evaluation_documents(
     corpus: Corpus, args: DataArguments, tokenizer: Any, split: str | None = None
-) -> tuple[str, list[np.ndarray]]:
-    """→ the split's name and the tokens of its documents; all as one with `args.cross_document_attention`.
+) -> tuple[str, TokenizedDocuments]:
+    """→ the split's name and its documents; all as one text with `args.cross_document_attention`.
 
     Args:
         corpus: from `load_corpus`.
@@ -134,11 +163,9 @@ def evaluation_documents(
     split = split or ("test" if "test" in corpus.splits else "validation")
     if split not in corpus.splits:
         raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
-    tokenized = tokenize(
-        corpus.splits[split], tokenizer, f"{corpus.fingerprint}-{split}", args.preprocessing_num_workers
-    )
-    documents = [np.asarray(row["input_ids"], dtype=np.int32) for row in tokenized]
-    return split, [np.concatenate(documents)] if args.cross_document_attention else documents
+    fingerprint = f"{corpus.fingerprint}-{split}"
+    tokenized = tokenize(corpus.splits[split], tokenizer, fingerprint, args.preprocessing_num_workers)
+    return split, TokenizedDocuments(tokenized, joined=args.cross_document_attention)
 
 
 # --- blocks

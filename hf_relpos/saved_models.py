@@ -1,6 +1,7 @@
 """The model of a run: a new one from flags, or a saved one."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def _parse_overrides(overrides: str | None) -> dict[str, Any]:
                 f"`config_overrides` must be 'field=value,..' of {sorted(RelPosConfig.__annotations__)}, got {item!r}."
             )
         fields[name] = yaml.safe_load(value)
+        if isinstance(fields[name], str):
+            with suppress(ValueError):  # YAML takes 1e-3 for text
+                fields[name] = float(fields[name])
     return fields
 
 

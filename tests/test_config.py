@@ -66,6 +66,10 @@ BAD = {
     "float width": (dict(hidden_size=25.5), "`hidden_size` must be an integer of at least 1, got 25.5"),
     "activation": (dict(hidden_act="relu3"), "`hidden_act` must be one of .*'relu3'"),
     "dropout": (dict(hidden_dropout=1.0), r"`hidden_dropout` must lie in \[0, 1\), got 1.0"),
+    "text for a number": (
+        dict(initializer_range="1e-3"),
+        "`initializer_range` must be a number of at least 0, got '1e-3'",
+    ),
     "text for a boolean": (dict(position_start_augmentation="False"), "must be true or false, got 'False'"),
     "odd width": (dict(pos_embedding_type="sinusoidal", hidden_size=35, num_attention_heads=5), "must be even"),
     "rope for others": (dict(rope_parameters={"rope_theta": 1e4}), "`rope_parameters` is for .*'rotary'"),
@@ -92,7 +96,7 @@ def test_refuses(fields, message):
 
 
 def test_refuses_an_unknown_size():
-    with pytest.raises(ValueError, match=r"`size` must be one of \['xsmall'.*got 'tiny'"):
+    with pytest.raises(ValueError, match=r"`model_size` must be one of \['xsmall'.*got 'tiny'"):
         RelPosConfig.from_size("tiny")
 
 

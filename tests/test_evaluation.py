@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import evaluate
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_relpos.data import DataArguments, load_corpus
 from hf_relpos.evaluation import ClusteredMean, RunningLoss, evaluate_lengths, evaluate_sliding, token_losses
-from hf_relpos.packing import train_tokenizer
+from hf_relpos.packing import TokenizedDocuments, evaluation_documents, train_tokenizer
 
 
 DOCUMENTS = [make_tokens(length, seed=length).tolist() for length in (130, 64, 20, 257)]
@@ -78,7 +79,7 @@ def test_some_windows_are_spread_over_the_corpus():
     some = evaluate_lengths(model, DOCUMENTS, [32], max_windows=4)
     assert (some["num_windows"], some["num_documents"]) == (4, 2)
     expected = [
-        d[s : s + 32] for d, s in ((DOCUMENTS[0], 0), (DOCUMENTS[0], 96), (DOCUMENTS[3], 32), (DOCUMENTS[3], 128))
+        d[s : s + 32] for d, s in ((DOCUMENTS[0], 96), (DOCUMENTS[3], 0), (DOCUMENTS[3], 128), (DOCUMENTS[3], 224))
     ]
     assert some["lengths"] == evaluate_lengths(model, expected, [32])["lengths"]
 
@@ -94,6 +95,50 @@ def test_in_context_score_and_its_bands():
         assert score["score"] == pytest.approx(losses[token - half : token + half + 1].mean() - base, abs=1e-5)
         assert score["standard_error"] is None, "one document says nothing about the spread"
     assert evaluate_lengths(model, [document], [300])["in_context_score"]["500"] is None
+
+
+class ManyDocuments:
+    """`count` documents, made when they are asked for."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return (np.random.default_rng(index).integers(2, 97, 200) for index in range(self.count))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, documents: evaluate_lengths(model, documents, [64, 16], 16, tokens_per_batch=256),
+        lambda model, documents: evaluate_sliding(model, documents, 64, 32, tokens_per_batch=256),
+    ],
+    ids=["by length", "sliding"],
+)
+def test_memory_does_not_grow_with_the_corpus(run):
+    """What Python and numpy allocate at most: forty times the text, the same peak (a document is 1.6 kB)."""
+    model, peaks = make_model("none", num_hidden_layers=1), []
+    run(model, ManyDocuments(2))
+    for count in (5, 200):
+        tracemalloc.start()
+        run(model, ManyDocuments(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 50 * 1600
+
+
+def test_joined_documents_are_one_text(corpus_files, monkeypatch):
+    path = str(corpus_files / "valid.txt")
+    args = DataArguments(train_file=str(corpus_files / "train"), validation_file=path, cross_document_attention=True)
+    corpus = load_corpus(args)
+    tokenizer = train_tokenizer(corpus, 300)
+    monkeypatch.setattr(TokenizedDocuments, "piece_length", 1000)
+    _, joined = evaluation_documents(corpus, args, tokenizer, "train")
+    args.cross_document_attention = False
+    _, apart = evaluation_documents(corpus, args, tokenizer, "train")
+    pieces = list(joined)
+    assert [len(piece) for piece in pieces[:-1]] == [1000] * (len(pieces) - 1)
+    assert np.array_equal(np.concatenate(pieces), np.concatenate(list(apart))) and len(list(apart)) == 12
 
 
 def test_dropout_is_off_and_the_mode_is_left_as_it_was():

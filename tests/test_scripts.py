@@ -328,7 +328,7 @@ BAD_TRAINING = {
     "unknown scheme": (dict(pos_embedding_type="alibii"), "`pos_embedding_type` must be one of"),
     "unknown option": (dict(pos_embedding_kwargs='{"width": 1}'), "`pos_embedding_kwargs` of 'linear_cpb' may hold"),
     "options that are no JSON": (dict(pos_embedding_kwargs="{width}"), "`pos_embedding_kwargs` must be JSON"),
-    "unknown size": (dict(model_size="tiny"), "`size` must be one of"),
+    "unknown size": (dict(model_size="tiny"), "`model_size` must be one of"),
     "unknown field": (dict(config_overrides="hidden=3"), "`config_overrides` must be"),
     "heads": (dict(config_overrides="hidden_size=32,num_attention_heads=3"), "`num_attention_heads` must divide"),
     "unknown flag": (dict(no_such_flag=1), "unknown flag: '--no_such_flag'"),
