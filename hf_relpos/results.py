@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    git = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-    try:
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass
+    git = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD", "--show-prefix")
+    with suppress(OSError, subprocess.CalledProcessError, ValueError):
+        commit, prefix = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
+        if prefix == "hf_relpos/":  # and not an environment inside somebody's repository
+            found["commit"] = commit
     return found
 
 

@@ -117,6 +117,18 @@ def test_validation_documents_are_taken_from_training_if_none_are_given(corpus_f
     assert (len(train), len(validation)) == (9, 3) and not train & validation
 
 
+def test_everything_that_changes_the_documents_changes_the_fingerprint(corpus_files, tmp_path):
+    """Tokens and tokenizers are cached by it."""
+    path = tmp_path / "two.jsonl"
+    path.write_text("\n".join(json.dumps({"text": make_text(9, i), "body": make_text(7, i)}) for i in range(8)))
+    args = [dict(), dict(text_column="body"), dict(validation_split_percentage=50), dict(streaming=True)]
+    args[-1]["validation_file"] = str(path)
+    prints = [load_corpus(DataArguments(train_file=str(path), **fields)).fingerprint for fields in args]
+    path.write_text(path.read_text() + "\n" + json.dumps({"text": "more", "body": "more"}))
+    prints += [load_corpus(DataArguments(train_file=str(path), **fields)).fingerprint for fields in args]
+    assert len(set(prints)) == 8
+
+
 def bad_utf8(folder):
     (folder / "bad.txt").write_bytes(b"good so far \xff\xfe and then not")
     return {"train_file": str(folder / "bad.txt")}
@@ -157,6 +169,10 @@ BAD = {
     "a single document": (single, "`validation_file` is needed: .* a single document"),
     "broken JSON": (broken, "`train_file` .*broken.jsonl' cannot be read as json"),
     "wrong column": (wrong_column, r"`text_column` must be one of \['year', 'text'\], got 'body'"),
+    "column of numbers": (
+        lambda folder: {"train_file": str(write_corpus(folder, "csv")), "text_column": "year"},
+        "`text_column` must hold text, got 'year' of type int64",
+    ),
     "two sources": (lambda folder: {"dataset_name": "x", "train_file": "y"}, "exclude each other"),
     "unknown data set": (lambda folder: {"dataset_name": "no/such"}, "`dataset_name` 'no/such' cannot be loaded"),
     "percentage": (lambda folder: {"validation_split_percentage": 0}, "must lie between 0 and 100, got 0"),
