@@ -69,6 +69,7 @@ class RelPosTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // max(1, self.block_size))
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()  # it warns otherwise
         super().__post_init__()
 
 
