@@ -160,7 +160,7 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         positions, losses = smooth_by_position(result["loss_by_position"])
         axes.plot(positions, losses, label=label(result))
     axes.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)")
-    octaves = range(2, max(len(result["loss_by_position"]) for result in results).bit_length())
+    octaves = range(max(len(result["loss_by_position"]) for result in results).bit_length())
     _label_ticks(axes, [2**octave for octave in octaves])
     _finish(figure, axes, results, paths[0])
 
