@@ -28,7 +28,7 @@ def parse_arguments(types: Sequence[type], description: str, argv: Sequence[str]
     Raises:
         ValueError: for an unknown flag, a value of the wrong type, or a file that is missing or no YAML dictionary.
     """
-    parser = ArgumentParser(types, description=description)
+    parser = ArgumentParser(types, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
     argv = list(sys.argv[1:] if argv is None else argv)
     path = _pop_config(argv)
@@ -41,17 +41,14 @@ def parse_arguments(types: Sequence[type], description: str, argv: Sequence[str]
 
 
 def _pop_config(argv: list[str]) -> str | None:
-    for index, word in enumerate(argv):
-        if word == "--config":
-            if index + 1 == len(argv):
-                raise ValueError("--config needs a file.")
-            path = argv[index + 1]
-            del argv[index : index + 2]
-            return path
-        if word.startswith("--config="):
-            del argv[index]
-            return word.partition("=")[2]
-    return None
+    """Takes `--config FILE` or `--config=FILE` out of the command line."""
+    found = [index for index, word in enumerate(argv) if word.partition("=")[0] == "--config"]
+    if not found:
+        return None
+    _, equals, path = argv.pop(found[0]).partition("=")
+    if len(found) > 1 or not (equals or argv[found[0] :]):
+        raise ValueError("--config takes one file, once.")
+    return path if equals else argv.pop(found[0])
 
 
 def _flags_of(path: str, known: set[str]) -> list[str]:

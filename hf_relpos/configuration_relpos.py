@@ -138,6 +138,8 @@ class RelPosConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"`pad_token_id` must be below `vocab_size` {self.vocab_size}, got {self.pad_token_id}.")
         for name in ("initializer_range", "rms_norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
@@ -163,6 +165,8 @@ class RelPosConfig(PreTrainedConfig):
                     f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
                 )
         if rope_parameters is not None:
+            if not isinstance(rope_parameters, dict):
+                raise ValueError(f"`rope_parameters` must be a dictionary, got {rope_parameters!r}.")
             if "rotary" not in classes:
                 raise ValueError(
                     f"`rope_parameters` is for pos_embedding_type 'rotary', got it with {self.pos_embedding_type!r}."

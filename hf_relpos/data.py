@@ -2,10 +2,13 @@
 
 import codecs
 import csv
+import glob
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,12 @@ from datasets import Dataset, IterableDataset
 FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer text file is cut at a line's end
 CACHE_VERSION = 1  # raise it when the functions below change what they make
+
+
+def check_at_least_1(name: str, value: float | None) -> None:
+    """Raises `ValueError` for a value below 1; `None` is left to its default."""
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 @dataclass
@@ -49,6 +58,10 @@ class DataArguments:
         default=None, metadata={"help": "Processes for tokenising; by default one that uses all cores."}
     )
 
+    def __post_init__(self) -> None:
+        for name in ("max_eval_samples", "preprocessing_num_workers"):
+            check_at_least_1(name, getattr(self, name))
+
 
 @dataclass
 class Corpus:
@@ -57,7 +70,8 @@ class Corpus:
     Attributes:
         name: what to call it in a result.
         splits: "train", "validation" and, if there is one, "test"; each with the documents in column "text".
-        fingerprint: hash of the documents, or of the names, sizes and times of what is streamed.
+        fingerprint: hash of the documents, or of the names, sizes and times of streamed files; empty if it cannot be
+            told whether a stream is the same as before.
     """
 
     name: str
@@ -87,7 +101,8 @@ def load_corpus(args: DataArguments) -> Corpus:
     else:
         corpus = load_sotu()
     corpus.splits = {name: _text_only(split, args.text_column) for name, split in corpus.splits.items()}
-    corpus.fingerprint = corpus.fingerprint or _hash_documents(corpus.splits)
+    if not args.streaming:
+        corpus.fingerprint = corpus.fingerprint or _hash_documents(corpus.splits)
     if "train" in corpus.splits and "validation" not in corpus.splits:
         _split_validation(corpus, args.validation_split_percentage)
     return corpus
@@ -127,7 +142,7 @@ def _load_named(args: DataArguments) -> Corpus:
         raise ValueError(f"`dataset_name` {args.dataset_name!r} has neither a train nor a validation split.")
     name = "/".join(filter(None, (Path(args.dataset_name).name, args.dataset_config_name)))
     if args.streaming:
-        return Corpus(name, splits, digest(args.dataset_name, args.dataset_config_name, args.text_column))
+        return Corpus(name, splits, fingerprint="")
     return Corpus(name, splits, digest(args.text_column, *(split._fingerprint for split in splits.values())))
 
 
@@ -144,17 +159,36 @@ def _load_files(args: DataArguments) -> Corpus:
         names = [str(file) for file in files]
         if kind == "text":
             source = IterableDataset if args.streaming else Dataset
-            splits[split] = source.from_generator(_read_texts, gen_kwargs={"files": names, "stamps": stamps[split]})
+            with _quiet(sum(size for _, size, _ in stamps[split])):
+                splits[split] = source.from_generator(_read_texts, gen_kwargs={"files": names, "stamps": stamps[split]})
         else:
             try:
-                splits[split] = datasets.load_dataset(kind, data_files=names, split="train", streaming=args.streaming)
-            except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-                reason = str(error.__cause__ or error).splitlines()[0]
+                with _quiet(sum(size for _, size, _ in stamps[split])):
+                    splits[split] = datasets.load_dataset(
+                        kind, data_files=[glob.escape(name) for name in names], split="train", streaming=args.streaming
+                    )
+            except (datasets.exceptions.DatasetsError, ValueError) as error:
+                reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
                 raise ValueError(f"`{split}_file` {given[split]!r} cannot be read as {kind}: {reason}") from error
     name = "+".join(dict.fromkeys(Path(path).name for path in given.values() if path))
     if args.streaming:
         return Corpus(name, splits, digest(stamps, args.text_column))
     return Corpus(name, splits, fingerprint="")
+
+
+@contextmanager
+def _quiet(num_bytes: int) -> Iterator[None]:
+    """Keeps `datasets` from logging a failure that is reported in one line here; no bar for what takes no time."""
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if num_bytes < 2**26:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _list_files(split: str, given: str) -> list[Path]:
@@ -167,6 +201,9 @@ def _list_files(split: str, given: str) -> list[Path]:
     kinds = {FILE_TYPES[p.suffix.lower()] for p in found}
     if len(kinds) > 1:
         raise ValueError(f"`{split}_file` {given!r} must hold files of one kind, got {sorted(kinds)}.")
+    found = [path for path in found if path.stat().st_size]
+    if not found:
+        raise ValueError(f"`{split}_file` {given!r} is empty.")
     return found
 
 

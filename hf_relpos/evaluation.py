@@ -108,7 +108,7 @@ def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         (B, N) fp32 on the CPU; the first column is NaN: nothing comes before it.
 
     Raises:
-        ValueError: if the model cannot serve N positions.
+        ValueError: if the model cannot serve N positions, or gives a loss that is not finite.
     """
     tokens = tokens.to(model.device)
     try:
@@ -118,6 +118,8 @@ def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     losses = torch.full(tokens.shape, math.nan, dtype=torch.float32)
     for row in range(len(tokens)):  # one row at a time: an fp32 copy of all logits would be the peak of memory
         losses[row, 1:] = F.cross_entropy(logits[row, :-1].float(), tokens[row, 1:], reduction="none").cpu()
+    if not losses[:, 1:].isfinite().all():
+        raise ValueError(f"the model's loss is not finite at a length of {tokens.shape[1]} tokens.")
     return losses
 
 
@@ -165,6 +167,8 @@ def evaluate_lengths(
         ValueError: for lengths below 2, or if no document is as long as the longest length.
     """
     lengths = check_lengths(lengths, model)
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"`max_windows` must be at least 1, got {max_windows}.")
     longest = lengths[-1]
     sums = {length: RunningLoss() for length in lengths}
     by_position = np.zeros(longest)
@@ -227,6 +231,12 @@ def _count_windows(documents: Iterable[Sequence[int]], length: int) -> int:
             "--cross_document_attention joins them."
         )
     return count
+
+
+def check_stride(stride: int, length: int) -> None:
+    """Raises `ValueError` unless 1 ≤ stride < length."""
+    if not 1 <= stride < length:
+        raise ValueError(f"`stride` must lie between 1 and the length − 1 = {length - 1}, got {stride}.")
 
 
 def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -305,8 +315,7 @@ def evaluate_sliding(
         ValueError: if not 1 ≤ stride < length, or if no document has two tokens.
     """
     (length,) = check_lengths([length], model)
-    if not 1 <= stride < length:
-        raise ValueError(f"`stride` must lie between 1 and the length − 1 = {length - 1}, got {stride}.")
+    check_stride(stride, length)
     losses = RunningLoss()
     with evaluation_mode(model):
         for document in tqdm(documents, desc=f"Sliding over {length} by {stride}", unit="document"):

@@ -21,7 +21,7 @@ def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
 def _encode(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     start = tokenizer.bos_token or tokenizer.eos_token
     texts = [prompt or start for prompt in prompts]  # an empty prompt is the start of a document
-    return tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=False)
+    return tokenizer(texts, return_tensors="pt", padding=len(texts) > 1)
 
 
 def stream(model: Any, tokenizer: Any, prompt: str, config: GenerationConfig) -> str:

@@ -31,7 +31,7 @@ from .position_ids import (
     augment_starts,
     build_positions,
     count_positions,
-    find_documents,
+    inspect_positions,
     same_document,
     simplify_mask,
 )
@@ -271,7 +271,8 @@ class RelPosModel(RelPosPreTrainedModel):
             attention_mask: (B, K), 0 on padding, or a ready (B, 1, Q, K) mask.
             position_ids: (B, Q); counted over the real tokens of `attention_mask` by default. Where they do not
                 increase from one token to the next, a new document starts: packed rows attend within documents only.
-            past_key_values: keys and values of the tokens before these.
+            past_key_values: keys and values of the tokens before these, or an empty cache.
+                A position bias needs positions that go on by one from token to token then.
             use_cache: whether to return a cache. A packed row cannot be continued: it returns none.
 
         Raises:
@@ -288,14 +289,18 @@ class RelPosModel(RelPosPreTrainedModel):
             past_length = past_length.clone()  # a static cache counts in place
 
         attention_mask = simplify_mask(attention_mask)
-        documents = None
+        documents, cacheable = None, True
         if position_ids is None:
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
-        elif past_key_values is None and (attention_mask is None or attention_mask.ndim == 2):
-            documents = find_documents(position_ids, attention_mask)
-        elif isinstance(past_length, int) and past_length == 0 and attention_mask is None:
-            if find_documents(position_ids, None) is not None:
-                raise ValueError("`past_key_values` must be None for packed sequences (`position_ids` that restart).")
+        elif attention_mask is None or attention_mask.ndim == 2:
+            documents, cacheable = inspect_positions(
+                position_ids, attention_mask, past_length, past_key_values is not None, self.has_position_bias
+            )
+        if past_key_values is not None and not cacheable:
+            raise ValueError(
+                "`past_key_values` must be None for packed sequences (`position_ids` that restart) and, with a "
+                "position bias, for positions that leave numbers out."
+            )
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -312,7 +317,7 @@ class RelPosModel(RelPosPreTrainedModel):
             # distances stay: only what acts on absolute positions sees the shift
             positions.query = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
         positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
-        if use_cache and past_key_values is None and documents is None:
+        if use_cache and past_key_values is None and cacheable:
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, positions.query))

@@ -60,7 +60,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     if "train" not in corpus.splits:
         raise ValueError("`train_file` or `tokenizer_name` is needed: there is no text to train a tokenizer on.")
     cache = _cache_path("tokenizer", corpus.fingerprint, vocab_size, tokenizers.__version__)
-    if cache.is_dir():
+    if corpus.fingerprint and cache.is_dir():
         return AutoTokenizer.from_pretrained(cache)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,27 +80,30 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
     )
-    with tempfile.TemporaryDirectory(dir=_cache_root()) as folder:
-        tokenizer.save_pretrained(folder)
-        _publish(Path(folder), cache)
+    if corpus.fingerprint:
+        with tempfile.TemporaryDirectory(dir=_cache_root()) as folder:
+            tokenizer.save_pretrained(folder)
+            _publish(Path(folder), cache)
     return tokenizer
 
 
 def tokenize(
     documents: Dataset | IterableDataset, tokenizer: Any, fingerprint: str = "", num_workers: int | None = None
 ) -> Dataset | IterableDataset:
-    """Documents → one row of `input_ids` each, ended by the end-of-sequence token.
+    """Documents → one row of `input_ids` each, ended by the end-of-sequence token, if the tokenizer has one.
 
     Args:
         documents: column "text".
-        tokenizer: a fast tokenizer with an end-of-sequence token.
+        tokenizer: any tokenizer of transformers.
         fingerprint: of the corpus and split; with it the result is cached.
         num_workers: processes; the tokenizer itself uses all cores in one.
     """
 
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+        return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
 
     if isinstance(documents, IterableDataset):
         return documents.map(encode, batched=True, batch_size=100, remove_columns=["text"])
@@ -204,7 +207,10 @@ def make_blocks(
     options = {"fn_kwargs": {"block_size": block_size, "cross_document": cross_document}, "batched": True}
     options |= {"batch_size": 1000, "remove_columns": ["input_ids"]}
     if isinstance(tokenized, IterableDataset):
-        return tokenized.map(pack, **options)
+        blocks = tokenized.map(pack, **options)
+        if next(iter(blocks), None) is None:
+            raise ValueError(f"`block_size` {block_size} is more than the {split} split holds, or it is empty.")
+        return blocks
     # one process, so that the cuts do not depend on the number of cores
     blocks = tokenized.with_format("numpy").map(pack, desc=f"Packing blocks of {block_size}", **options)
     if not len(blocks):
@@ -228,7 +234,9 @@ class BlockCollator:
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    return digest(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return digest(content, tokenizer.eos_token_id)
 
 
 def _cache_root() -> Path:

@@ -55,6 +55,44 @@ def find_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | No
     return documents
 
 
+def inspect_positions(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+    has_cache: bool,
+    needs_distance: bool,
+) -> tuple[torch.Tensor | None, bool]:
+    """What given positions mean: the documents of a packed row, and whether later tokens can be cached after them.
+
+    Args:
+        position_ids: (B or 1, Q).
+        attention_mask: (B, K), 0 on padding, or `None`.
+        past_length: number of tokens in the cache.
+        has_cache: whether there is one.
+        needs_distance: whether any scheme needs the positions of cached keys, which are found again by counting.
+
+    Returns:
+        (B or 1, Q) document indices or `None`, see `find_documents`, and whether a cache may hold these tokens.
+    """
+    if position_ids.shape[1] == 1 or (has_cache and is_tracing(position_ids)):
+        return None, True
+    recent = attention_mask
+    if attention_mask is not None and has_cache:
+        slots = past_length + torch.arange(position_ids.shape[1], device=attention_mask.device)
+        recent = attention_mask.index_select(1, slots)
+    documents = find_documents(position_ids, recent)
+    if is_tracing(position_ids):
+        return documents, True
+    if documents is not None or not needs_distance:
+        return documents, documents is None
+    if recent is None:
+        return None, bool((position_ids.diff(dim=-1) == 1).all())
+    offset = position_ids - recent.long().cumsum(-1)
+    lowest = torch.where(recent.bool(), offset, offset.max()).amin(-1)
+    highest = torch.where(recent.bool(), offset, offset.min()).amax(-1)
+    return None, bool((lowest >= highest).all())
+
+
 def same_document(documents: torch.Tensor) -> Callable:
     """(B or 1, Q) document indices → a mask function of transformers: a query sees keys of its own document only."""
     rows = documents.shape[0]

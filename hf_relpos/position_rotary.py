@@ -42,6 +42,9 @@ class RotaryEmbedding(PositionEmbedding):
             raise ValueError(
                 f"`rope_parameters` must be of rope_type 'default' with {sorted(cls.defaults)}, got {parameters}."
             )
+        for name in cls.defaults:
+            if not isinstance(parameters[name], (int, float)):
+                raise ValueError(f"`rope_parameters` {name!r} must be a number, got {parameters[name]!r}.")
         factor, theta = parameters["partial_rotary_factor"], parameters["rope_theta"]
         if not 0 < factor <= 1 or int(config.head_dim * factor) < 2 or int(config.head_dim * factor) % 2:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, set_seed
 
 from .configuration_relpos import MODEL_SIZES, RelPosConfig
@@ -96,13 +97,13 @@ def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None =
 
 
 def _parse_overrides(overrides: str | None) -> dict[str, Any]:
+    elsewhere = {"train_length", "pad_token_id", "bos_token_id", "eos_token_id"}  # the run and the tokenizer say
+    allowed = set(RelPosConfig.__annotations__) - elsewhere - set(ModelArguments.__dataclass_fields__)
     fields = {}
     for item in overrides.split(",") if overrides else []:
         name, equals, value = item.partition("=")
-        if not equals or name not in RelPosConfig.__annotations__:
-            raise ValueError(
-                f"`config_overrides` must be 'field=value,..' of {sorted(RelPosConfig.__annotations__)}, got {item!r}."
-            )
+        if not equals or name not in allowed:
+            raise ValueError(f"`config_overrides` must be 'field=value,..' of {sorted(allowed)}, got {item!r}.")
         fields[name] = yaml.safe_load(value)
         if isinstance(fields[name], str):
             with suppress(ValueError):  # YAML takes 1e-3 for text
@@ -127,8 +128,10 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     model = load_model(name, RelPosForCausalLM, **{key: value for key, value in kwargs.items() if value is not None})
     if getattr(model_args, "position_start_augmentation", False):
         model.config.position_start_augmentation = True
-    tokenizer = load_model_tokenizer(data_args.tokenizer_name or name)
+    tokenizer = load_model_tokenizer(data_args.tokenizer_name or name, model)
     check_vocab_size(tokenizer, model.config.vocab_size)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to part documents.")
     return model, tokenizer
 
 
@@ -150,15 +153,27 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
                 f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
                 f"got model_type {saved.get('model_type')!r}."
             )
-    return model_class.from_pretrained(name, **kwargs)
-
-
-def load_model_tokenizer(name: str) -> Any:
-    """The tokenizer saved with a model; raises `ValueError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    wrong = sorted(report["missing_keys"])
+    if isinstance(model, RelPosForCausalLM):
+        wrong += sorted(report["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"`model_name_or_path` {name!r} holds other weights than its configuration says: {wrong[0]}.")
+    return model
+
+
+def load_model_tokenizer(name: str, model: Any) -> Any:
+    """The tokenizer of `model`, by its name; raises `ValueError` if there is none or it has more entries."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer can be loaded from {name!r}.") from error
+    if len(tokenizer) > model.config.vocab_size:
+        check_vocab_size(tokenizer, model.config.vocab_size)
+    return tokenizer
 
 
 def extend_learned_positions(model: RelPosForCausalLM, length: int) -> None:

@@ -5,14 +5,13 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_relpos import RelPosConfig
-from .data import Corpus, DataArguments, load_corpus
+from .data import Corpus, DataArguments, check_at_least_1, load_corpus
 from .modeling_relpos import RelPosForCausalLM
 from .packing import BlockCollator, load_tokenizer, make_blocks, tokenize
 from .results import hardware, peak_memory_mib, versions, write_json
@@ -35,6 +34,8 @@ class RelPosTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
     16,384 tokens, with data in the same order whatever the model's seed."""
 
+    default_steps: ClassVar[int] = 10_000
+
     block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "constant"
@@ -47,7 +48,9 @@ class RelPosTrainingArguments(TrainingArguments):
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Number of passes over the data, in place of --max_steps."}
     )
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; 10000 unless --num_train_epochs is given."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps, unless --num_train_epochs is given."}
+    )
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
     eval_strategy: str = "steps"
     eval_steps: float | None = 1000
@@ -62,9 +65,12 @@ class RelPosTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required.")
-        if self.num_train_epochs is None:
-            self.num_train_epochs = 1.0
-            self.max_steps = self.max_steps if self.max_steps > 0 else 10_000
+        for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            check_at_least_1(name, getattr(self, name))
+        check_at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        if self.max_steps is None:
+            self.max_steps = self.default_steps if self.num_train_epochs is None else -1
+        self.num_train_epochs = 1.0 if self.num_train_epochs is None else self.num_train_epochs
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // max(1, self.block_size))
         if self.per_device_eval_batch_size is None:
@@ -75,9 +81,9 @@ class RelPosTrainingArguments(TrainingArguments):
 
 @dataclass
 class FinetuningArguments(RelPosTrainingArguments):
-    """The recipe for going on at a longer context; --block_size is the new length."""
+    """The recipe for going on at a longer context, 1000 steps by default; --block_size is the new length."""
 
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; 1000 unless --num_train_epochs is given."})
+    default_steps: ClassVar[int] = 1000
     extend_learned_positions: bool = field(
         default=False,
         metadata={
@@ -85,29 +91,32 @@ class FinetuningArguments(RelPosTrainingArguments):
         },
     )
 
-    def __post_init__(self) -> None:
-        if self.num_train_epochs is None and self.max_steps <= 0:
-            self.max_steps = 1000
-        super().__post_init__()
-
 
 # --- interruption
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint and stop. A second one stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint and stop. Once more, a second later: stop at once.
+
+    Launchers of several processes send each worker signals of their own on top of the terminal's, so there all further
+    ones are ignored; a launcher kills what does not end in its own time.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.request_time = 0.0
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.world_size = args.world_size
         for number in (signal.SIGINT, signal.SIGTERM):
             self.previous[number] = signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-        self._restore()
+        if self.requested and self.world_size == 1 and time.monotonic() - self.request_time > 1:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self.request_time = True, time.monotonic()
 
     def _restore(self) -> None:
         while self.previous:
@@ -317,9 +326,11 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             )
         return None
     if str(wanted).lower() in ("last", "true"):
-        wanted = get_last_checkpoint(folder) if folder.is_dir() else None
-        if wanted is None:
+        # one that was being written when the run was killed is not whole: the state is saved last
+        whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+        if not whole:
             raise ValueError(f"`resume_from_checkpoint`: {args.output_dir!r} holds no checkpoint.")
+        wanted = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ValueError(f"`resume_from_checkpoint` {str(wanted)!r} is no checkpoint of a run.")
     return str(wanted)

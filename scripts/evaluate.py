@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.data import DataArguments, load_corpus
-from hf_relpos.evaluation import check_lengths, evaluate_lengths, evaluate_sliding
+from hf_relpos.data import DataArguments, check_at_least_1, load_corpus
+from hf_relpos.evaluation import check_lengths, check_stride, evaluate_lengths, evaluate_sliding
 from hf_relpos.packing import evaluation_documents
 from hf_relpos.results import hardware, markdown_table, peak_memory_mib, plot_results, versions, write_json
 from hf_relpos.saved_models import load_model, load_model_tokenizer
@@ -34,7 +34,8 @@ class EvaluationArguments:
         default=None, metadata={"help": "Split to evaluate on; by default test if there is one, else validation."}
     )
     stride: int | None = field(
-        default=None, metadata={"help": "Also compute the sliding-window perplexity at each length, with this stride."}
+        default=None,
+        metadata={"help": "Also compute the sliding-window perplexity with this stride, at each length above it."},
     )
     train_length: int | None = field(
         default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
@@ -51,19 +52,20 @@ class EvaluationArguments:
 def main() -> None:
     args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__)
     folder = Path(args.output_dir)
-    if (folder / "results.json").exists():
-        raise ValueError(f"`output_dir` {args.output_dir!r} already holds a result: choose another.")
+    if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"`output_dir` {args.output_dir!r} is a file or already holds a result: choose another.")
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
-    check_lengths(args.eval_lengths)
+    longest = check_lengths(args.eval_lengths)[-1]
+    if args.stride is not None:
+        check_stride(args.stride, longest)
+    for name in ("max_windows", "tokens_per_batch", "train_length"):
+        check_at_least_1(name, getattr(args, name))
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = load_model(args.model_name_or_path, AutoModelForCausalLM, dtype=getattr(torch, args.dtype), **kwargs)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"`vocab_size` of the model is {model.config.vocab_size}, but the tokenizer has {len(tokenizer)} entries."
-        )
+    tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
+    check_lengths(args.eval_lengths, model)
     corpus = load_corpus(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     record = _training_record(args.model_name_or_path)
@@ -79,6 +81,7 @@ def main() -> None:
         result["sliding_window"] = {
             str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)
             for length in sorted(set(args.eval_lengths))
+            if length > args.stride
         }
     result |= {
         "attn_implementation": model.config._attn_implementation,

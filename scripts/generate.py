@@ -59,12 +59,13 @@ def main() -> None:
         raise ValueError("exactly one of --prompt and --prompt_file is needed.")
     if args.max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, got {args.max_new_tokens}.")
-    if args.output_file and (args.prompt_file is None or Path(args.output_file).exists()):
-        raise ValueError(f"`output_file` {args.output_file!r} must be new, and needs --prompt_file.")
+    target = Path(args.output_file) if args.output_file else None
+    if target and (args.prompt_file is None or target.exists() or not target.parent.is_dir()):
+        raise ValueError(f"`output_file` {args.output_file!r} must be new, in a folder, and needs --prompt_file.")
     prompts = _read_prompts(args.prompt_file) if args.prompt_file else []
     model = load_model(args.model_name_or_path, AutoModelForCausalLM)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    tokenizer = load_model_tokenizer(args.model_name_or_path)
+    tokenizer = load_model_tokenizer(args.model_name_or_path, model)
     config = _generation_config(args, model)
     set_seed(args.seed)
     if args.prompt is not None:
@@ -72,8 +73,8 @@ def main() -> None:
         return
     texts = list(complete(model, tokenizer, prompts, config, args.batch_size))
     lines = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in zip(prompts, texts)]
-    if args.output_file:
-        Path(args.output_file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if target:
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         sys.stdout.write("\n".join(lines) + "\n")
 

@@ -73,6 +73,12 @@ BAD = {
     "text for a boolean": (dict(position_start_augmentation="False"), "must be true or false, got 'False'"),
     "odd width": (dict(pos_embedding_type="sinusoidal", hidden_size=35, num_attention_heads=5), "must be even"),
     "rope for others": (dict(rope_parameters={"rope_theta": 1e4}), "`rope_parameters` is for .*'rotary'"),
+    "rope that is no dictionary": (dict(pos_embedding_type="rotary", rope_parameters="x"), "must be a dictionary"),
+    "rope of text": (
+        dict(pos_embedding_type="rotary", rope_parameters={"rope_theta": "x"}),
+        "`rope_parameters` 'rope_theta' must be a number, got 'x'",
+    ),
+    "padding outside": (dict(pad_token_id=60, vocab_size=50), "`pad_token_id` must be below `vocab_size` 50, got 60"),
     "rope type": (dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "yarn"}), "rope_type 'default'"),
     "odd rotation": (
         dict(pos_embedding_type="rotary", pos_embedding_kwargs={"partial_rotary_factor": 0.02}),

@@ -82,6 +82,13 @@ def test_a_folder_of_text_files_has_a_document_per_file(streaming, corpus_files)
     assert texts == [make_text(400, index) for index in range(12)]
 
 
+def test_names_with_wildcards_are_names(tmp_path):
+    path = write_corpus(tmp_path, "jsonl").rename(tmp_path / "a[1]*.jsonl")
+    for streaming in (False, True):
+        corpus = load_corpus(DataArguments(train_file=str(path), validation_file=str(path), streaming=streaming))
+        assert len(list(corpus.splits["train"])) == 3
+
+
 def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_relpos.data.MAX_DOCUMENT_CHARACTERS", 100)
     text = "\n".join(make_text(5, index) for index in range(40))
@@ -145,6 +152,11 @@ def empty(folder):
     return {"train_file": str(folder / "empty.txt"), "validation_file": str(folder / "empty.txt")}
 
 
+def no_bytes(folder):
+    (folder / "none.jsonl").write_bytes(b"")
+    return {"train_file": str(folder / "none.jsonl")}
+
+
 def single(folder):
     (folder / "one.txt").write_text("one document")
     return {"train_file": str(folder / "one.txt")}
@@ -166,6 +178,7 @@ BAD = {
     "not UTF-8": (bad_utf8, "bad.txt' is not UTF-8 text .near byte 12"),
     "mixed folder": (mixed, "must hold files of one kind, got"),
     "empty corpus": (empty, "the corpus is empty"),
+    "empty file": (no_bytes, "`train_file` .*none.jsonl' is empty"),
     "a single document": (single, "`validation_file` is needed: .* a single document"),
     "broken JSON": (broken, "`train_file` .*broken.jsonl' cannot be read as json"),
     "wrong column": (wrong_column, r"`text_column` must be one of \['year', 'text'\], got 'body'"),
@@ -212,6 +225,33 @@ def test_tokenizer_refuses_sizes_that_it_cannot_have(corpus, tmp_path):
         load_tokenizer(DataArguments(tokenizer_name=str(tmp_path)), corpus, 400)
     with pytest.raises(ValueError, match="`tokenizer_name` 'no/such' cannot be loaded"):
         load_tokenizer(DataArguments(tokenizer_name="no/such"), corpus, None)
+
+
+class SlowTokenizer:
+    """What is asked of a tokenizer that is not of the `tokenizers` library."""
+
+    eos_token_id = None
+
+    def __call__(self, texts, **kwargs):
+        return {"input_ids": [[ord(character) % 97 for character in text] for text in texts]}
+
+    def get_vocab(self):
+        return {str(index): index for index in range(97)}
+
+
+def test_any_tokenizer(corpus):
+    rows = tokenize(corpus.splits["train"], SlowTokenizer(), "slow")["input_ids"]
+    assert [len(row) for row in rows] == [len(text) for text in corpus.splits["train"]["text"]]
+
+
+def test_a_stream_of_unknown_content_is_not_cached(tmp_path):
+    for word, other in ((" zebra", " quokka"), (" quokka", " zebra")):
+        text = make_text(3000, 0) + word * 500
+        for split in ("train", "validation"):
+            (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}))
+        corpus = load_corpus(DataArguments(dataset_name=str(tmp_path), streaming=True))
+        tokenizer = train_tokenizer(corpus, 300)
+        assert len(tokenizer(word)["input_ids"]) == 1 < len(tokenizer(other)["input_ids"])
 
 
 def test_tokens_end_with_the_end_of_text_and_are_cached_by_all_that_they_depend_on(corpus, monkeypatch):

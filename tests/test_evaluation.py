@@ -177,6 +177,15 @@ def test_any_causal_language_model():
         evaluate_lengths(gpt2, DOCUMENTS, [128])
 
 
+def test_a_broken_model_is_an_error_and_no_result():
+    model = make_model("none")
+    model.model.embed_tokens.weight.data[DOCUMENTS[0][40]] = float("nan")
+    with pytest.raises(ValueError, match="loss is not finite at a length of 64"):
+        evaluate_lengths(model, DOCUMENTS, [64])
+    with pytest.raises(ValueError, match="loss is not finite"):
+        evaluate_sliding(model, DOCUMENTS, 64, 32)
+
+
 def test_refuses():
     model = make_model("learned")
     with pytest.raises(ValueError, match="`eval_lengths` must be at least 2 tokens each, got .0, 64."):

@@ -137,8 +137,11 @@ def test_packed_rows_that_differ(scheme):
 def test_packed_rows_refuse_a_cache():
     model, tokens = make_model("alibi"), make_tokens(1, 6)
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ValueError, match="`past_key_values` must be None for packed sequences"):
-        model(tokens, position_ids=position_ids, past_key_values=DynamicCache())
+    padded = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    filled = model(tokens, use_cache=True).past_key_values
+    for mask, past in ((None, DynamicCache()), (padded, DynamicCache()), (None, filled)):
+        with pytest.raises(ValueError, match="`past_key_values` must be None for packed sequences"):
+            model(tokens, position_ids=position_ids, attention_mask=mask, past_key_values=past)
 
 
 @each_scheme
@@ -156,7 +159,16 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
     for index in range(9):  # without a cache's help, from the dense definition: key positions are the given ones
         output = model(tokens[:1, : index + 1], position_ids=spread[:, : index + 1])
         one_by_one.append(output.logits[:, -1])
-    assert_close(model(tokens[:1], position_ids=spread, past_key_values=past).logits[0], torch.cat(one_by_one), **CLOSE)
+    whole = model(tokens[:1], position_ids=spread)
+    assert_close(whole.logits[0], torch.cat(one_by_one), **CLOSE)
+    if model.model.has_position_bias:  # whose distances to cached keys are found by counting
+        assert whole.past_key_values is None
+        with pytest.raises(ValueError, match="`past_key_values` must be None for .* positions that leave numbers out"):
+            model(tokens[:1], position_ids=spread, past_key_values=past)
+    else:
+        model(tokens[:1, :8], position_ids=spread[:, :8], past_key_values=past)
+        step = model(tokens[:1, 8:], position_ids=spread[:, 8:], past_key_values=past).logits
+        assert_close(step[0], whole.logits[0, 8:], **CLOSE)
     if scheme not in ("none",):
         assert not torch.allclose(torch.cat(one_by_one), model(tokens[:1]).logits[0], **CLOSE)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,7 @@ def test_resuming_is_the_same_as_not_stopping(data_flags, tmp_path, run_script):
     run_script("train", *training_flags(data_flags, tmp_path / "whole", **overrides))
     (tmp_path / "parts").mkdir()
     os.rename(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
+    (tmp_path / "parts" / "checkpoint-5").mkdir()  # killed while it was written
     resumed = training_flags(data_flags, tmp_path / "parts", **overrides, resume_from_checkpoint="last")
     run_script("train", *resumed)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -167,15 +169,38 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_pat
 
 
 def test_two_processes_under_accelerate(data_flags, tmp_path):
-    flags = training_flags(data_flags, tmp_path / "ddp", pos_embedding_type="linear_cpb", logging_steps=2)
+    """A Ctrl-C, which the terminal sends to all processes and the launcher sends again, then the rest of the run."""
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", "29711"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "scripts" / "train.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def start(**overrides):
+        flags = training_flags(data_flags, tmp_path / "ddp", pos_embedding_type="linear_cpb", **overrides)
+        return subprocess.Popen(
+            [*command, *map(str, flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    process = start(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=2)
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode and "go on with --resume_from_checkpoint last" in output, output[-3000:]
+    (checkpoint,) = (tmp_path / "ddp").glob("checkpoint-*")
+    steps = int(checkpoint.name.rpartition("-")[2]) + 2
+
+    process = start(max_steps=steps, eval_steps=steps, resume_from_checkpoint="last")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
     record = json.loads((tmp_path / "ddp" / "training.json").read_text())
-    assert record["num_processes"] == 2 and record["num_tokens"] == 2 * 6 * 4 * 32
+    assert record["num_processes"] == 2 and record["num_tokens"] == 2 * steps * 4 * 32
 
 
 def test_processes_that_do_not_take_part_are_refused(tmp_path, monkeypatch):
@@ -330,6 +355,15 @@ BAD_TRAINING = {
     "options that are no JSON": (dict(pos_embedding_kwargs="{width}"), "`pos_embedding_kwargs` must be JSON"),
     "unknown size": (dict(model_size="tiny"), "`model_size` must be one of"),
     "unknown field": (dict(config_overrides="hidden=3"), "`config_overrides` must be"),
+    "field of the tokenizer": (dict(config_overrides="vocab_size=555"), "`config_overrides` must be 'field=value,..'"),
+    "no step": (dict(max_steps=0), "`max_steps` must be at least 1, got 0"),
+    "no block": (dict(per_device_train_batch_size=0), "`per_device_train_batch_size` must be at least 1, got 0"),
+    "no accumulation": (dict(gradient_accumulation_steps=0), "`gradient_accumulation_steps` must be at least 1, got 0"),
+    "no evaluation": (dict(max_eval_samples=0), "`max_eval_samples` must be at least 1, got 0"),
+    "too short a stream": (
+        dict(streaming="true", block_size=100_000),
+        "`block_size` 100000 is more than the train split",
+    ),
     "heads": (dict(config_overrides="hidden_size=32,num_attention_heads=3"), "`num_attention_heads` must divide"),
     "unknown flag": (dict(no_such_flag=1), "unknown flag: '--no_such_flag'"),
     "no number": (dict(block_size="long"), "invalid int value: 'long'"),
@@ -387,13 +421,67 @@ def test_finetuning_refuses_what_is_no_model(data_flags, tmp_path, run_script, c
     )
 
 
+def copy_of(model, folder):
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    return folder
+
+
+def other_scheme(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pos_embedding_type": "alibi"}))
+
+
+def truncated_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def larger_tokenizer(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+SPOILT = {
+    "weights of another scheme": (other_scheme, "holds other weights than its configuration says"),
+    "truncated weights": (truncated_weights, "cannot be loaded"),
+    "a larger tokenizer": (larger_tokenizer, "`vocab_size` of the model is 300, but the tokenizer has 301 entries"),
+    "no tokenizer": (no_tokenizer, "no tokenizer can be loaded"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_model_is_refused_everywhere(spoil, message, trained, data_flags, tmp_path, run_script, capsys):
+    spoil(copy_of(trained / "linear_cpb", tmp_path / "spoilt"))
+    model = ["--model_name_or_path", tmp_path / "spoilt"]
+    flags = finetuning_flags(data_flags, tmp_path / "spoilt", tmp_path / "x")
+    assert message in refusal(run_script, capsys, "generate", [*model, "--prompt", "the"])
+    assert message in refusal(run_script, capsys, "evaluate", [*model, "--output_dir", tmp_path / "x", *data_flags])
+    assert message in refusal(run_script, capsys, "finetune", flags)
+    assert not (tmp_path / "x").exists()
+
+
 BAD_EVALUATION = {
     "length of 0": (["--eval_lengths", 0, 64], "`eval_lengths` must be at least 2"),
     "past a learned table": (["--eval_lengths", 32, 64], "`eval_lengths` must be at most 32"),
-    "no such split": (["--eval_split", "dev"], r"`eval_split` must be one of ['train', 'validation'], got 'dev'"),
+    "no such split": (
+        ["--eval_lengths", 32, "--eval_split", "dev"],
+        "`eval_split` must be one of ['train', 'validation'], got 'dev'",
+    ),
     "stride": (["--eval_lengths", 16, 32, "--stride", 32], "`stride` must lie between 1 and"),
+    "no windows": (["--eval_lengths", 32, "--max_windows", 0], "`max_windows` must be at least 1, got 0"),
+    "abbreviation": (["--conf", "no.yaml"], "unknown flag: '--conf'"),
+    "two configurations": (["--config", "a.yaml", "--config", "b.yaml"], "--config takes one file, once"),
     "dtype": (["--dtype", "int8"], "`dtype` must be float32"),
-    "missing file": (["--validation_file", "no.txt"], "`validation_file` 'no.txt' does not exist"),
+    "missing file": (
+        ["--eval_lengths", 32, "--validation_file", "no.txt"],
+        "`validation_file` 'no.txt' does not exist",
+    ),
 }
 
 
