@@ -296,11 +296,6 @@ class RelPosModel(RelPosPreTrainedModel):
             documents, cacheable = inspect_positions(
                 position_ids, attention_mask, past_length, past_key_values is not None, self.has_position_bias
             )
-        if past_key_values is not None and not cacheable:
-            raise ValueError(
-                "`past_key_values` must be None for packed sequences (`position_ids` that restart) and, with a "
-                "position bias, for positions that leave numbers out."
-            )
 
         causal_mask = create_causal_mask(
             config=self.config,

@@ -73,6 +73,9 @@ def inspect_positions(
 
     Returns:
         (B or 1, Q) document indices or `None`, see `find_documents`, and whether a cache may hold these tokens.
+
+    Raises:
+        ValueError: if there is a cache that may not.
     """
     if position_ids.shape[1] == 1 or (has_cache and is_tracing(position_ids)):
         return None, True
@@ -83,14 +86,24 @@ def inspect_positions(
     documents = find_documents(position_ids, recent)
     if is_tracing(position_ids):
         return documents, True
-    if documents is not None or not needs_distance:
-        return documents, documents is None
-    if recent is None:
-        return None, bool((position_ids.diff(dim=-1) == 1).all())
-    offset = position_ids - recent.long().cumsum(-1)
-    lowest = torch.where(recent.bool(), offset, offset.max()).amin(-1)
-    highest = torch.where(recent.bool(), offset, offset.min()).amax(-1)
-    return None, bool((lowest >= highest).all())
+    cacheable = documents is None and not (needs_distance and _has_gaps(position_ids, recent))
+    if has_cache and not cacheable:
+        raise ValueError(
+            "`past_key_values` must be None for packed sequences (`position_ids` that restart) and, with a "
+            "position bias, for positions that leave numbers out."
+        )
+    return documents, cacheable
+
+
+def _has_gaps(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether positions leave numbers out between the real tokens of a row."""
+    if attention_mask is None:
+        return bool((position_ids.diff(dim=-1) != 1).any())
+    real = attention_mask.bool()
+    offset = position_ids - real.long().cumsum(-1)
+    lowest = torch.where(real, offset, offset.max()).amin(-1)
+    highest = torch.where(real, offset, offset.min()).amax(-1)
+    return bool((lowest < highest).any())
 
 
 def same_document(documents: torch.Tensor) -> Callable:
