@@ -10,9 +10,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 demo: .venv/installed-sample
 	rm -rf demo
-	$(BIN)/python scripts/train.py --output_dir demo/model --max_steps 250 --per_device_train_batch_size 8 \
+	$(BIN)/python scripts/train.py --output_dir demo/model --max_steps 350 --per_device_train_batch_size 8 \
 	    --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 20 --config_overrides hidden_dropout=0 \
-	    --eval_steps 250 --max_eval_samples 256 --report_to none
+	    --eval_steps 350 --max_eval_samples 256 --report_to none
 	$(BIN)/python scripts/generate.py --model_name_or_path demo/model --max_new_tokens 60 --temperature 0.7 \
 	    --prompt "The state of the Union is"
 	$(BIN)/python scripts/evaluate.py --model_name_or_path demo/model --output_dir demo/evaluation \
