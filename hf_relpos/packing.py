@@ -75,7 +75,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     backend.train_from_iterator((batch["text"] for batch in train.iter(batch_size=100)), trainer)
     if backend.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"`vocab_size` {vocab_size} is more than this corpus gives: it has {backend.get_vocab_size()} entries."
+            f"`vocab_size` {vocab_size} is more than this corpus gives: {backend.get_vocab_size()} entries."
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"

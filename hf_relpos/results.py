@@ -97,9 +97,10 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def label(result: dict[str, Any]) -> str:
-    """What to call a run in a table or a plot."""
-    return f"{result['pos_embedding_type'] or result.get('model', 'model')} ({result['seed']})"
+def labels(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What to call each run in a table or a plot: scheme and seed, and the model's name where that is not enough."""
+    names = [f"{result['pos_embedding_type'] or result.get('model', 'model')} ({result['seed']})" for result in results]
+    return [f"{name}, {result.get('model')}" if names.count(name) > 1 else name for name, result in zip(names, results)]
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
@@ -108,14 +109,14 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     reference = [_ratio(result) for result in results]
     head = ["scheme (seed)", *(f"ppl@{length}" for length in lengths), "ratio", "in-context score", "slope per 1000"]
     rows = [head, ["---", *("---:" for _ in head[1:])]]
-    for result, ratio in zip(results, reference):
+    for name, result, ratio in zip(labels(results), results, reference):
         cells = [result["lengths"].get(str(length)) for length in lengths]
         rows.append(
             [
-                label(result),
+                name,
                 *(f"{cell['perplexity']:.2f}" if cell else "–" for cell in cells),
                 f"{ratio:.3f}" if ratio else "–",
-                _with_error(_longest_score(result), 1),
+                _longest_score(result),
                 _with_error(result["slope"], 1000),
             ]
         )
@@ -123,16 +124,17 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _ratio(result: dict[str, Any]) -> float | None:
-    """Perplexity at the longest length / at the training length."""
-    base = result["lengths"].get(str(result["train_length"]))
-    longest = result["lengths"][max(result["lengths"], key=int)]
-    return longest["perplexity"] / base["perplexity"] if base else None
+    """Perplexity at the longest length / at the training length, if the longest is longer."""
+    base, longest = result["lengths"].get(str(result["train_length"])), max(result["lengths"], key=int)
+    if not base or int(longest) <= result["train_length"]:
+        return None
+    return result["lengths"][longest]["perplexity"] / base["perplexity"]
 
 
-def _longest_score(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The in-context score at the latest token that the windows reach."""
+def _longest_score(result: dict[str, Any]) -> str:
+    """The in-context score at the latest token that the windows reach, and which one that is."""
     scores = {int(token): score for token, score in result["in_context_score"].items() if score}
-    return scores[max(scores)] if scores else None
+    return f"{_with_error(scores[max(scores)], 1)} @{max(scores)}" if scores else "–"
 
 
 def _with_error(estimate: dict[str, float] | None, factor: float) -> str:
@@ -156,24 +158,28 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "loss_by_position.png", folder / "perplexity_by_length.png"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for result in results:
+    for name, result in zip(labels(results), results):
         positions, losses = smooth_by_position(result["loss_by_position"])
-        axes.plot(positions, losses, label=label(result))
+        axes.plot(positions, losses, label=name)
     axes.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)")
     octaves = range(max(len(result["loss_by_position"]) for result in results).bit_length())
     _label_ticks(axes, [2**octave for octave in octaves])
     _finish(figure, axes, results, paths[0])
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for result in results:
+    for name, result in zip(labels(results), results):
         lengths = sorted(int(length) for length in result["lengths"])
         perplexities = [result["lengths"][str(length)]["perplexity"] for length in lengths]
-        axes.plot(lengths, perplexities, marker="o", label=label(result))
-    axes.set(xscale="log", yscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity, same target tokens")
-    ticks = sorted({int(length) for result in results for length in result["lengths"]})
-    _label_ticks(axes, ticks)
-    axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.plot(lengths, perplexities, marker="o", label=name)
+    axes.set(xscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity, same target tokens")
+    _label_ticks(axes, sorted({int(length) for result in results for length in result["lengths"]}))
+    low, high = axes.get_ylim()
+    if high > 3 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+    elif high < 1.05 * low:  # a flat line is to look flat
+        axes.set_ylim(0.975 * low, 1.025 * high)
     _finish(figure, axes, results, paths[1])
     return paths
 

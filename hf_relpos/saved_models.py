@@ -147,7 +147,10 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
     if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"`model_name_or_path` {name!r} is no folder.")
     if model_class is RelPosForCausalLM:
-        saved, _ = RelPosConfig.get_config_dict(name)
+        try:
+            saved, _ = RelPosConfig.get_config_dict(name)
+        except OSError as error:
+            raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {error}") from error
         if saved.get("model_type") != RelPosConfig.model_type:
             raise ValueError(
                 f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
@@ -155,7 +158,7 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
             )
     try:
         model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     wrong = sorted(report["missing_keys"])
     if isinstance(model, RelPosForCausalLM):

@@ -215,15 +215,20 @@ def _fit(
     if checkpoint:
         _check_checkpoint(checkpoint, model.config)
     interrupt = InterruptCallback()
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks["validation"],
-        processing_class=tokenizer,
-        data_collator=BlockCollator(),
-        callbacks=[interrupt],
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=blocks["train"],
+            eval_dataset=blocks["validation"],
+            processing_class=tokenizer,
+            data_collator=BlockCollator(),
+            callbacks=[interrupt],
+        )
+    except RuntimeError as error:
+        if "requires" in str(error):  # a tracker that is not installed
+            raise ValueError(f"`report_to` {args.report_to} cannot be served: {error}") from error
+        raise
     start = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.requested:

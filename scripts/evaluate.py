@@ -35,7 +35,9 @@ class EvaluationArguments:
     )
     stride: int | None = field(
         default=None,
-        metadata={"help": "Also compute the sliding-window perplexity with this stride, at each length above it."},
+        metadata={
+            "help": "Also compute the sliding-window perplexity of the whole split, at each length above this stride."
+        },
     )
     train_length: int | None = field(
         default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
@@ -101,6 +103,9 @@ def main() -> None:
     write_json(folder / "results.json", result)
     plots = plot_results([result], folder)
     print(markdown_table([result]))
+    for length, row in result.get("sliding_window", {}).items():
+        tokens = row["num_tokens"]
+        print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
     print("\n".join(f"wrote {path}" for path in (folder / "results.json", *plots)))
 
 

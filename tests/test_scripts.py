@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_relpos import RelPosForCausalLM
 from hf_relpos.data import DataArguments
-from hf_relpos.results import REQUIRED_KEYS
+from hf_relpos.results import REQUIRED_KEYS, labels
 from hf_relpos.saved_models import ModelArguments, new_model
 from hf_relpos.training import RelPosTrainingArguments, train
 
@@ -223,6 +223,12 @@ def test_trackers(data_flags, tmp_path, tracker):
     assert any(path.is_file() and path.stat().st_size for path in (tmp_path / tracker).rglob("*"))
 
 
+def test_a_tracker_that_is_not_installed(data_flags, tmp_path, run_script, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    flags = training_flags(data_flags, tmp_path / "run", report_to="tensorboard")
+    assert "`report_to` ['tensorboard'] cannot be served" in refusal(run_script, capsys, "train", flags)
+
+
 def test_streaming(data_flags, tmp_path, run_script):
     run_script("train", *training_flags(data_flags, tmp_path / "run", streaming="true"))
     assert json.loads((tmp_path / "run" / "training.json").read_text())["num_steps"] == 6
@@ -287,7 +293,13 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
     assert result["corpus"]["name"] == "train+valid.txt" and str(tmp_path) not in json.dumps(result)
     for plot in ("loss_by_position.png", "perplexity_by_length.png"):
         assert (tmp_path / "eval" / plot).read_bytes().startswith(b"\x89PNG")
-    assert "| linear_cpb (42) |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| linear_cpb (42) |" in printed and "sliding window of 64 by 16: perplexity" in printed
+    assert labels([result, result | {"seed": 7}, result | {"model": "other"}]) == [
+        "linear_cpb (42), linear_cpb",
+        "linear_cpb (7)",
+        "linear_cpb (42), other",
+    ]
 
     run_script("evaluate", *[trained / "rotary" if f == trained / "linear_cpb" else f for f in flags[:3]],
                tmp_path / "eval2", *data_flags, "--eval_lengths", 32, 64)  # fmt: skip
