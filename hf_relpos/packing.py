@@ -98,7 +98,6 @@ def tokenize(
         fingerprint: of the corpus and split; with it the result is cached.
         num_workers: processes; the tokenizer itself uses all cores in one.
     """
-
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -119,6 +118,12 @@ def tokenize(
         cache_file_name=str(cache) if cache else None,
         desc="Tokenising",
     )
+
+
+def tokenize_split(corpus: Corpus, split: str, tokenizer: Any, args: DataArguments) -> Dataset | IterableDataset:
+    """`tokenize` of one split of a corpus, cached by what the corpus holds."""
+    fingerprint = f"{corpus.fingerprint}-{split}"
+    return tokenize(corpus.splits[split], tokenizer, fingerprint, args.preprocessing_num_workers)
 
 
 class TokenizedDocuments:
@@ -166,9 +171,7 @@ def evaluation_documents(
     split = split or ("test" if "test" in corpus.splits else "validation")
     if split not in corpus.splits:
         raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
-    fingerprint = f"{corpus.fingerprint}-{split}"
-    tokenized = tokenize(corpus.splits[split], tokenizer, fingerprint, args.preprocessing_num_workers)
-    return split, TokenizedDocuments(tokenized, joined=args.cross_document_attention)
+    return split, TokenizedDocuments(tokenize_split(corpus, split, tokenizer, args), args.cross_document_attention)
 
 
 # --- blocks

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .configuration_relpos import RelPosConfig
 from .data import Corpus, DataArguments, check_at_least_1, load_corpus
 from .modeling_relpos import RelPosForCausalLM
-from .packing import BlockCollator, load_tokenizer, make_blocks, tokenize
+from .packing import BlockCollator, load_tokenizer, make_blocks, tokenize_split
 from .results import hardware, peak_memory_mib, versions, write_json
 from .saved_models import (
     ModelArguments,
@@ -151,16 +151,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrai
     _check_processes(args)
     checkpoint = find_checkpoint(args)
     if model_args.model_name_or_path:
-        model, tokenizer = load_saved(model_args, data_args)
-        return _fit(model, tokenizer, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
+        return _go_on(*load_saved(model_args, data_args), model_args, data_args, args, checkpoint)
     config = new_config(model_args, args.block_size)
     _check_length(config, args.block_size)
     with args.main_process_first(desc="tokenizer"):
-        tokenizer = load_tokenizer(data_args, load_corpus(data_args), model_args.vocab_size)
+        corpus = load_corpus(data_args)
+        tokenizer = load_tokenizer(data_args, corpus, model_args.vocab_size)
     config.vocab_size = len(tokenizer)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))
-    return _fit(new_model(config, args.seed, model_args.attn_implementation), tokenizer, data_args, args, checkpoint)
+    model = new_model(config, args.seed, model_args.attn_implementation)
+    return _fit(model, tokenizer, corpus, data_args, args, checkpoint)
 
 
 def finetune(model_args: SavedModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
@@ -178,34 +179,37 @@ def finetune(model_args: SavedModelArguments, data_args: DataArguments, args: Fi
                 f"got {model.config.pos_embedding_type!r}."
             )
         extend_learned_positions(model, max(limit, args.block_size))
-    return _fit(model, tokenizer, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
+    return _go_on(model, tokenizer, model_args, data_args, args, checkpoint)
+
+
+def _go_on(
+    model: RelPosForCausalLM,
+    tokenizer: Any,
+    model_args: SavedModelArguments,
+    data_args: DataArguments,
+    args: RelPosTrainingArguments,
+    checkpoint: str | None,
+) -> dict[str, Any]:
+    _check_length(model.config, args.block_size)
+    with args.main_process_first(desc="corpus"):
+        corpus = load_corpus(data_args)
+    return _fit(model, tokenizer, corpus, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
 
 
 def _fit(
     model: RelPosForCausalLM,
     tokenizer: Any,
+    corpus: Corpus,
     data_args: DataArguments,
     args: RelPosTrainingArguments,
     checkpoint: str | None,
     base_model: str | None = None,
 ) -> dict[str, Any]:
-    _check_length(model.config, args.block_size)
     with args.main_process_first(desc="tokenising"):
-        corpus = load_corpus(data_args)
-        blocks = {
-            split: make_blocks(
-                tokenize(
-                    corpus.splits[split],
-                    tokenizer,
-                    f"{corpus.fingerprint}-{split}",
-                    data_args.preprocessing_num_workers,
-                ),
-                args.block_size,
-                data_args.cross_document_attention,
-                split,
-            )
-            for split in _needed_splits(corpus)
-        }
+        blocks = {}
+        for split in _needed_splits(corpus):
+            tokenized = tokenize_split(corpus, split, tokenizer, data_args)
+            blocks[split] = make_blocks(tokenized, args.block_size, data_args.cross_document_attention, split)
     _check_batch(blocks["train"], args)
     if data_args.max_eval_samples is not None:
         blocks["validation"] = blocks["validation"].take(data_args.max_eval_samples)
