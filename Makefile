@@ -1,12 +1,13 @@
 # make demo: train, evaluate and generate with a small model, in a few minutes on two cores
 # make test: the test suite
-# Both make a virtual environment in .venv first, with the versions that constraints.txt pins.
+# make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
+# All make a virtual environment in .venv first, with the versions that constraints.txt pins.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test
+.PHONY: demo test test-hf
 
 demo: .venv/installed-sample
 	rm -rf demo
@@ -20,6 +21,10 @@ demo: .venv/installed-sample
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+test-hf: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized
+	$(BIN)/python tests/hf_suite/run.py $(if $(TRANSFORMERS_REPO),--transformers_repo $(TRANSFORMERS_REPO))
 
 # a marker per extra, older than what it was made from after a pull that changes the requirements
 .venv/installed-%: setup.py pyproject.toml constraints.txt

@@ -3,18 +3,12 @@
 Importing the package registers the family with the Auto classes of transformers.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-from transformers.models.auto import modeling_auto
+import transformers
 
 from .configuration_relpos import MODEL_SIZES, RelPosConfig
 from .modeling_relpos import (
     RelPosForCausalLM,
+    RelPosForQuestionAnswering,
     RelPosForSequenceClassification,
     RelPosForTokenClassification,
     RelPosModel,
@@ -22,6 +16,7 @@ from .modeling_relpos import (
 )
 from .position_base import PositionEmbedding, Positions, register_position_embedding
 from .positions import list_position_embeddings
+from .sharing_relpos import AUTO_MAP
 
 
 __version__ = "0.1.0"
@@ -32,6 +27,7 @@ __all__ = [
     "Positions",
     "RelPosConfig",
     "RelPosForCausalLM",
+    "RelPosForQuestionAnswering",
     "RelPosForSequenceClassification",
     "RelPosForTokenClassification",
     "RelPosModel",
@@ -42,25 +38,12 @@ __all__ = [
 
 
 def _register() -> None:
-    AutoConfig.register(RelPosConfig.model_type, RelPosConfig, exist_ok=True)
-    # Pipelines and the Trainer's label smoothing look a class up by name in these tables: a name that is missing there
-    # is trained on labels that are not shifted
-    for auto_class, model_class, names in (
-        (AutoModel, RelPosModel, modeling_auto.MODEL_MAPPING_NAMES),
-        (AutoModelForCausalLM, RelPosForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        (
-            AutoModelForSequenceClassification,
-            RelPosForSequenceClassification,
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        ),
-        (
-            AutoModelForTokenClassification,
-            RelPosForTokenClassification,
-            modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        ),
-    ):
-        auto_class.register(RelPosConfig, model_class, exist_ok=True)
-        names[RelPosConfig.model_type] = model_class.__name__
+    for auto_class, reference in AUTO_MAP.items():
+        registered = globals()[reference.rpartition(".")[2]]
+        if auto_class == "AutoConfig":
+            transformers.AutoConfig.register(RelPosConfig.model_type, registered, exist_ok=True)
+        else:
+            getattr(transformers, auto_class).register(RelPosConfig, registered, exist_ok=True)
 
 
 _register()

@@ -8,6 +8,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
+
+
+# the implementations that take a position bias; all others would drop it
+BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+
+
+def check_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
+    """Raises `ValueError` for an attention implementation that would drop the position bias of the scheme."""
+    if config.has_position_bias and attn_implementation not in (None, *BIAS_IMPLEMENTATIONS):
+        raise ValueError(
+            f"`attn_implementation` must be one of {list(BIAS_IMPLEMENTATIONS)} for pos_embedding_type "
+            f"{config.pos_embedding_type!r}, got {attn_implementation!r}: it would drop the position bias."
+        )
 
 
 def eager_attention_forward(

@@ -35,7 +35,8 @@ class RelPosConfig(PreTrainedConfig):
         train_length: the length in tokens that the model was trained at; written by training, read by evaluation.
         pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+".
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
-        rope_parameters: `rotary` only, as in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor`.
+        rope_parameters: `rotary` only, as in transformers: `rope_type` ("default", "linear", "dynamic", "yarn",
+            "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type takes.
         position_start_augmentation: in training, the positions of each sequence start at
             k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
         hidden_dropout: dropout of the embeddings and of each residual branch.
@@ -52,6 +53,20 @@ class RelPosConfig(PreTrainedConfig):
 
     model_type = "relpos"
     keys_to_ignore_at_inference = ["past_key_values"]
+    ignore_keys_at_rope_validation = {"partial_rotary_factor", "original_max_position_embeddings"}
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 8192
     hidden_size: int = 256
@@ -110,6 +125,11 @@ class RelPosConfig(PreTrainedConfig):
         """The number of positions that the model can serve; `None` for no limit."""
         classes = position_embedding_classes(self.pos_embedding_type).values()
         return self.max_position_embeddings if any(cls.has_position_limit for cls in classes) else None
+
+    @property
+    def has_position_bias(self) -> bool:
+        """Whether any of the schemes adds a bias to the attention scores."""
+        return any(cls.has_bias() for cls in position_embedding_classes(self.pos_embedding_type).values())
 
     def _check_sizes(self) -> None:
         optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length")
@@ -179,3 +199,7 @@ class RelPosConfig(PreTrainedConfig):
             # transformers completes and saves the field of any config that has it
             del self.rope_parameters
         self.pos_embedding_kwargs = kept
+
+
+# a configuration that is saved alone carries its code too
+RelPosConfig.register_for_auto_class()

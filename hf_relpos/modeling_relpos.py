@@ -1,21 +1,19 @@
 """The RelPos models: a pre-norm decoder in which the position scheme is the one thing that changes.
 
-Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, C hidden size,
-V vocabulary. No scheme is named in this file: `position_base.py` has the interface, `positions.py` the choice.
+Shape letters: B batch, H query heads, Q query length, K key length, C hidden size, V vocabulary. No scheme is named in
+this file: `position_base.py` has the interface, `positions.py` the choice.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,18 +22,21 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_relpos import eager_attention_forward, merge_position_bias
+from .attention_relpos import check_implementation
 from .configuration_relpos import RelPosConfig
-from .position_base import Positions, SelfInitialized
+from .layers_relpos import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
+from .position_base import SelfInitialized
 from .position_ids import (
     augment_starts,
     build_positions,
     count_positions,
+    flash_lengths,
     inspect_positions,
     same_document,
     simplify_mask,
 )
 from .positions import build_position_embeddings
+from .sharing_relpos import SelfContainedModel
 
 
 try:
@@ -47,139 +48,35 @@ except ImportError:  # transformers < 5.19
         return hidden_states[:, kept]
 
 
-# the implementations that take a dense additive mask, and so a position bias
-BIAS_IMPLEMENTATIONS = ("eager", "sdpa")
-
-
-class RelPosRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = hidden_states.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
-
-
-class RelPosMLP(nn.Module):
-    """C → 4C → C, without a gate."""
-
-    def __init__(self, config: RelPosConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class RelPosAttention(nn.Module):
-    """Causal multi-head attention with whatever the position schemes do to q, k and the scores."""
-
-    def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.position_embeddings = build_position_embeddings(config, shared=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, Q, C)
-        shared_bias: torch.Tensor | None,  # (B or 1, H, Q, K), from the schemes that all layers share
-        positions: Positions,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, Q, D)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
-        for rotate, rotation in positions.rotations:
-            query, key = rotate(query, key, rotation)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, K, D)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        bias = self.position_embeddings.bias(positions)
-        if shared_bias is not None:
-            bias = shared_bias if bias is None else shared_bias + bias
-        if bias is not None:
-            if self.config._attn_implementation not in BIAS_IMPLEMENTATIONS:
-                raise ValueError(
-                    f"`attn_implementation` must be one of {list(BIAS_IMPLEMENTATIONS)} for pos_embedding_type "
-                    f"{self.config.pos_embedding_type!r}, got {self.config._attn_implementation!r}: it would drop the "
-                    "position bias."
-                )
-            attention_mask = merge_position_bias(bias, attention_mask, query)
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
-
-
-class RelPosDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = RelPosAttention(config, layer_idx)
-        self.post_attention_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = RelPosMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        # positional, as hidden_states: reentrant checkpointing only differentiates positional arguments
-        shared_bias: torch.Tensor | None = None,
-        positions: Positions | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            shared_bias,
-            positions,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-
-class RelPosPreTrainedModel(PreTrainedModel):
+class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
     config_class = RelPosConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RelPosDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RelPosDecoderLayer, "attentions": RelPosAttention}
+
+    def __init__(self, config: RelPosConfig, *args: Any, **kwargs: Any) -> None:
+        if config.has_position_bias:  # these keep nothing of a mask but causality and padding
+            self._supports_flash_attn = False
+            self._supports_attention_backend = False
+            self._supports_context_parallel = False
+        super().__init__(config, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation in ALL_ATTENTION_FUNCTIONS.valid_keys() or "/" in str(attn_implementation):
+            check_implementation(self.config, attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; its paged attention has no place for a position bias, so bias schemes are refused."""
+        check_implementation(self.config, f"paged|{self.config._attn_implementation}")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SelfInitialized):
@@ -223,8 +120,6 @@ class RelPosModel(RelPosPreTrainedModel):
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        schemes = [*self.position_embeddings.values(), *self.layers[0].self_attn.position_embeddings.values()]
-        self.has_position_bias = any(scheme.has_bias for scheme in schemes)
         self.post_init()
 
     def distance_bias(self, length: int) -> torch.Tensor:
@@ -294,7 +189,7 @@ class RelPosModel(RelPosPreTrainedModel):
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
         elif attention_mask is None or attention_mask.ndim == 2:
             documents, cacheable = inspect_positions(
-                position_ids, attention_mask, past_length, past_key_values is not None, self.has_position_bias
+                position_ids, attention_mask, past_length, past_key_values is not None, self.config.has_position_bias
             )
 
         causal_mask = create_causal_mask(
@@ -303,11 +198,13 @@ class RelPosModel(RelPosPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             and_mask_function=None if documents is None else same_document(documents),
-            allow_is_causal_skip=not self.has_position_bias,
+            allow_is_causal_skip=not self.config.has_position_bias,
         )
         positions = build_positions(
-            position_ids, attention_mask, documents, past_key_values, past_length, self.has_position_bias
+            position_ids, attention_mask, documents, past_key_values, past_length, self.config.has_position_bias
         )
+        if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
+            kwargs |= flash_lengths(documents, causal_mask, batch_size)
         if self.training and self.config.position_start_augmentation and past_key_values is None:
             # distances stay: only what acts on absolute positions sees the shift
             positions.query = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
@@ -325,7 +222,6 @@ class RelPosModel(RelPosPreTrainedModel):
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                position_ids=position_ids,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -335,6 +231,9 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: RelPosConfig) -> None:
         super().__init__(config)
@@ -411,4 +310,14 @@ class RelPosForTokenClassification(GenericForTokenClassification, RelPosPreTrain
         self.model = RelPosModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class RelPosForQuestionAnswering(GenericForQuestionAnswering, RelPosPreTrainedModel):
+    """The decoder with a score for each token to be the start or the end of the answer."""
+
+    def __init__(self, config: RelPosConfig) -> None:
+        RelPosPreTrainedModel.__init__(self, config)
+        self.model = RelPosModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

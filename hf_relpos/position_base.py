@@ -26,6 +26,7 @@ class Positions:
         span: exclusive upper bound of `distance`.
         rotations: for each scheme that transforms q and k, its `rotate` function and what it computed once from
             `query`; filled in by the model.
+        mesh: the device mesh whose ranks share the heads out among them (tensor parallelism), or `None`.
     """
 
     query: torch.Tensor
@@ -33,6 +34,27 @@ class Positions:
     distance: torch.Tensor | None
     span: int
     rotations: tuple[tuple[Callable, Any], ...] = ()
+    mesh: Any = None
+
+    def local_heads(self, values: torch.Tensor) -> torch.Tensor:
+        """(H, ..) values of all heads → (H / ranks, ..), those of this rank. The gradient is that of all heads."""
+        return values if self.mesh is None else _LocalHeads.apply(values, self.mesh)
+
+
+class _LocalHeads(torch.autograd.Function):
+    """Forward: a rank's slice of the first dimension. Backward: the slices of all ranks, so that parameters that every
+    rank holds whole get the same whole gradient everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, mesh: Any) -> torch.Tensor:
+        ctx.mesh = mesh
+        return values.tensor_split(mesh.size())[mesh.get_local_rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gathered = [torch.empty_like(gradient) for _ in range(ctx.mesh.size())]
+        torch.distributed.all_gather(gathered, gradient.contiguous(), group=ctx.mesh.get_group())
+        return torch.cat(gathered), None
 
 
 class SelfInitialized:
@@ -99,20 +121,21 @@ class PositionEmbedding(SelfInitialized, nn.Module):
     def bias(self, positions: Positions) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32, added to the scaled scores; `None` for no bias.
 
-        The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up.
+        The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up. A scheme that
+        overrides it returns the heads that `positions.local_heads` leaves.
         """
-        if not self.has_distance_bias:
+        if not self.has_distance_bias():
             return None
-        table = self.table(positions.span, positions.query.device)
+        table = positions.local_heads(self.table(positions.span, positions.query.device))
         return table[:, positions.distance].movedim(0, 1)
 
-    @property
-    def has_distance_bias(self) -> bool:
-        return type(self).distance_bias is not PositionEmbedding.distance_bias
+    @classmethod
+    def has_distance_bias(cls) -> bool:
+        return cls.distance_bias is not PositionEmbedding.distance_bias
 
-    @property
-    def has_bias(self) -> bool:
-        return self.has_distance_bias or type(self).bias is not PositionEmbedding.bias
+    @classmethod
+    def has_bias(cls) -> bool:
+        return cls.has_distance_bias() or cls.bias is not PositionEmbedding.bias
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
         """→ (H, length) fp32: `distance_bias` on 0..length−1, outside of autocast."""

@@ -117,6 +117,31 @@ def same_document(documents: torch.Tensor) -> Callable:
     return mask
 
 
+def flash_lengths(
+    documents: torch.Tensor, attention_mask: torch.Tensor | None, batch_size: int
+) -> dict[str, torch.Tensor | int]:
+    """Where documents begin and end in the rows laid end to end, as flash attention takes it.
+
+    Args:
+        documents: (B or 1, Q), from `find_documents`.
+        attention_mask: must be `None`.
+        batch_size: B.
+
+    Returns:
+        the `FlashAttentionKwargs` of transformers.
+
+    Raises:
+        ValueError: if there is a mask, which flash attention would take in place of the documents.
+    """
+    if attention_mask is not None:
+        raise ValueError("`attention_mask` must be None for packed sequences with flash attention.")
+    documents = documents.expand(batch_size, -1)
+    starts = torch.cat((torch.ones_like(documents[:, :1]), documents.diff(dim=-1)), dim=-1).flatten().nonzero()[:, 0]
+    bounds = torch.cat((starts, starts.new_tensor([documents.numel()]))).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 def augment_starts(
     position_ids: torch.Tensor, documents: torch.Tensor | None, batch_size: int, max_positions: int
 ) -> torch.Tensor:

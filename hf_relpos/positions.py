@@ -56,7 +56,7 @@ class PositionEmbeddings(nn.ModuleDict):
 
     def table(self, length: int, device: torch.device) -> torch.Tensor | None:
         """→ the sum of the schemes' distance tables, (H, length) fp32, or `None`."""
-        return _sum(scheme.table(length, device) for scheme in self.values() if scheme.has_distance_bias)
+        return _sum(scheme.table(length, device) for scheme in self.values() if scheme.has_distance_bias())
 
 
 def _sum(terms: Any) -> torch.Tensor | None:

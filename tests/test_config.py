@@ -76,10 +76,32 @@ BAD = {
     "rope that is no dictionary": (dict(pos_embedding_type="rotary", rope_parameters="x"), "must be a dictionary"),
     "rope of text": (
         dict(pos_embedding_type="rotary", rope_parameters={"rope_theta": "x"}),
-        "`rope_parameters` 'rope_theta' must be a number, got 'x'",
+        "`rope_parameters` 'rope_theta' must be a positive number, got 'x'",
     ),
     "padding outside": (dict(pad_token_id=60, vocab_size=50), "`pad_token_id` must be below `vocab_size` 50, got 60"),
-    "rope type": (dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "yarn"}), "rope_type 'default'"),
+    "rope type": (
+        dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "ntk"}),
+        "'rope_type' must be one of .*'yarn'.*, got 'ntk'",
+    ),
+    "rope type without its factor": (
+        dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "yarn"}),
+        r"rope_type 'yarn' must have \['factor'\]",
+    ),
+    "rope key of another type": (
+        dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "linear", "factor": 2.0, "beta_fast": 32}),
+        r"rope_type 'linear' must have \['factor'\] and may have .*'beta_fast'",
+    ),
+    "rope factor that shrinks": (
+        dict(pos_embedding_type="rotary", rope_parameters={"rope_type": "linear", "factor": 0.5}),
+        "'factor' must be at least 1, got 0.5",
+    ),
+    "too few long factors": (
+        dict(
+            pos_embedding_type="rotary",
+            rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0]},
+        ),
+        "'long_factor' must hold a number for each of the 32 angles, got 1",
+    ),
     "odd rotation": (
         dict(pos_embedding_type="rotary", pos_embedding_kwargs={"partial_rotary_factor": 0.02}),
         "`partial_rotary_factor` must lie in",

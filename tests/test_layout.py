@@ -25,7 +25,17 @@ HUB_FILES = {
     "position_ids": {"position_base"},
     "attention_relpos": set(),
     "configuration_relpos": {"positions"},
-    "modeling_relpos": {"attention_relpos", "configuration_relpos", "position_base", "position_ids", "positions"},
+    "sharing_relpos": {"configuration_relpos", "positions"},
+    "layers_relpos": {"attention_relpos", "configuration_relpos", "position_base", "positions"},
+    "modeling_relpos": {
+        "attention_relpos",
+        "configuration_relpos",
+        "layers_relpos",
+        "position_base",
+        "position_ids",
+        "positions",
+        "sharing_relpos",
+    },
 }
 # library files → those of them that each may import, besides what the package makes public
 LIBRARY_FILES = {
@@ -76,7 +86,10 @@ def test_library_files_import_one_way(name):
     assert own <= LIBRARY_FILES[name]
 
 
-@pytest.mark.parametrize("name", ["modeling_relpos", "attention_relpos", "configuration_relpos", "position_ids"])
+@pytest.mark.parametrize(
+    "name",
+    ["modeling_relpos", "layers_relpos", "sharing_relpos", "attention_relpos", "configuration_relpos", "position_ids"],
+)
 def test_no_scheme_is_named_where_schemes_are_used(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     docstrings = {

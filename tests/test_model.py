@@ -161,7 +161,7 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
         one_by_one.append(output.logits[:, -1])
     whole = model(tokens[:1], position_ids=spread)
     assert_close(whole.logits[0], torch.cat(one_by_one), **CLOSE)
-    if model.model.has_position_bias:  # whose distances to cached keys are found by counting
+    if model.config.has_position_bias:  # whose distances to cached keys are found by counting
         assert whole.past_key_values is None
         with pytest.raises(ValueError, match="`past_key_values` must be None for .* positions that leave numbers out"):
             model(tokens[:1], position_ids=spread, past_key_values=past)
@@ -283,7 +283,7 @@ def test_bf16(scheme, implementation):
 @each_scheme
 def test_autocast_leaves_the_bias_in_fp32(scheme):
     model = make_model(scheme)
-    if model.model.has_position_bias:
+    if model.config.has_position_bias:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(model.model.distance_bias(999), make_model(scheme).model.distance_bias(999))
     with torch.autocast("cpu", torch.bfloat16):
@@ -346,7 +346,7 @@ def test_compiles_without_graph_breaks(scheme):
         assert_close(compiled(padded, attention_mask=mask).logits[1, 4:], expected[1, 4:], **CLOSE)
         packed = torch.cat((torch.arange(6), torch.arange(11)))[None].expand(2, -1)
         assert_close(compiled(tokens, position_ids=packed).logits, model(tokens, position_ids=packed).logits, **CLOSE)
-    if model.model.has_position_bias:
+    if model.config.has_position_bias:
         with pytest.raises(RuntimeError, match="gaps cannot be compiled"):
             compiled(tokens, position_ids=torch.arange(17)[None] * 9)
 
@@ -428,19 +428,6 @@ def test_tied_embeddings_are_one_matrix(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
-def test_kernels_that_are_not_served_are_refused(implementation):
-    with pytest.raises(ValueError, match="does not support"):
-        make_model("alibi", attn_implementation=implementation)
-
-
-def test_a_foreign_kernel_may_not_drop_the_bias():
-    model = make_model("alibi")
-    model.config._attn_implementation = "paged|sdpa"
-    with pytest.raises(ValueError, match=r"`attn_implementation` must be one of \['eager', 'sdpa'\].*'alibi'"):
-        model(make_tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool).tril())
 
 
 def test_outputs_on_request():

@@ -1,0 +1,154 @@
+"""The blocks of the RelPos decoder. No scheme is named in this file: `position_base.py` has the interface.
+
+Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, C hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .attention_relpos import check_implementation, eager_attention_forward, merge_position_bias
+from .configuration_relpos import RelPosConfig
+from .position_base import Positions
+from .positions import build_position_embeddings
+
+
+class RelPosRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = hidden_states.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+class RelPosMLP(nn.Module):
+    """C → 4C → C, without a gate."""
+
+    def __init__(self, config: RelPosConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class RelPosAttention(nn.Module):
+    """Causal multi-head attention with whatever the position schemes do to q, k and the scores."""
+
+    def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.position_embeddings = build_position_embeddings(config, shared=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, Q, C)
+        shared_bias: torch.Tensor | None,  # (B or 1, H, Q, K), from the schemes that all layers share
+        positions: Positions,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, Q, D)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
+        for rotate, rotation in positions.rotations:
+            query, key = rotate(query, key, rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, K, D)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        flex = self.config._attn_implementation == "flex_attention"
+        if flex and isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool:
+            # it adds a mask that is a tensor to the scores, a boolean one too
+            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        bias = self._position_bias(shared_bias, positions, query)
+        if bias is not None:
+            check_implementation(self.config, self.config._attn_implementation)
+            if flex:  # indexes the bias by the row, also where all rows share one
+                kwargs["position_bias"] = bias.expand(query.shape[0], -1, -1, -1)
+            else:
+                attention_mask = merge_position_bias(bias, attention_mask, query)
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+    def _position_bias(
+        self, shared_bias: torch.Tensor | None, positions: Positions, query: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The biases of all schemes for the heads that `query` has: under tensor parallelism, those of this rank."""
+        if query.shape[1] != self.config.num_attention_heads:
+            positions = replace(positions, mesh=self.q_proj.weight.device_mesh)
+            if shared_bias is not None:
+                shared_bias = positions.local_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
+        bias = self.position_embeddings.bias(positions)
+        if bias is None or shared_bias is None:
+            return shared_bias if bias is None else bias
+        return shared_bias + bias
+
+
+class RelPosDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = RelPosAttention(config, layer_idx)
+        self.post_attention_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = RelPosMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        # positional, as hidden_states: reentrant checkpointing only differentiates positional arguments
+        shared_bias: torch.Tensor | None = None,
+        positions: Positions | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            shared_bias,
+            positions,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))

@@ -1,0 +1,273 @@
+"""Runs transformers' own test suites over the family, scheme by scheme, and over peers; writes docs/conformance.md.
+
+    python tests/hf_suite/run.py                     # every row of the table
+    python tests/hf_suite/run.py --only alibi Llama  # some rows, printed and not written
+    python tests/hf_suite/run.py --transformers_repo ../transformers  # with the tests that no source distribution has
+
+The tests come from the source distribution of the installed transformers, through pip, into .hf-suite.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from hf_relpos.results import hardware, write_json
+
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+REPORT = ROOT / "docs" / "results" / "conformance.json"
+PAGE = ROOT / "docs" / "conformance.md"
+
+SCHEMES = ("none", "learned", "alibi", "linear_cpb", "rotary")
+PEERS = ("Llama", "GPTNeoX", "Bloom", "MPT")
+MODULES = {"Llama": "Llama", "GPTNeoX": "GPTNeoX", "Bloom": "Bloom", "MPT": "Mpt"}
+# in the repository of transformers and not in its source distribution
+REPOSITORY_FILES = (
+    "causal_lm_tester.py",
+    "distributed_testing_utils.py",
+    "generation/test_utils.py",
+    "exporters/test_export.py",
+)
+
+# Every test that Llama passes and one of our schemes skips: a pattern of its name → schemes, reason
+EXCEPTIONS = {
+    r"test_model_rope_scaling_.*": (
+        ("none", "learned", "alibi", "linear_cpb"),
+        "the scheme has no rotation that could be scaled.",
+    ),
+    r"test_model_rope_scaling_frequencies": (
+        ("rotary",),
+        "looks for a module of transformers' form; the rotation is a hook of the scheme here, and "
+        "`tests/test_schemes.py` checks the angles of each `rope_type` against transformers' own.",
+    ),
+}
+
+# Skips that say nothing about a family: the machine lacks something, or the test is for other kinds of models
+MACHINE = re.compile(r"test is slow|test requires|requires|Need at least|not currently implemented|`run_pipeline_test`")
+OTHER_KIND = re.compile(
+    r"pipeline_|modality|composite|sub-?config|MoE|experts?\b|MTP|axial RoPE|recurrent|sequence-to-sequence|vision|"
+    r"audio|image|video|No conversion found|sliding window|[Ee]ncoder-[Dd]ecoder|router|_keep_in_fp32|speech|quantized",
+)
+
+
+def assemble(repository: Path | None) -> Path:
+    """→ a folder with the tests of the installed transformers and the family's test among them."""
+    version = transformers.__version__
+    folder = ROOT / ".hf-suite" / version
+    archive = folder / f"transformers-{version}.tar.gz"
+    if not archive.is_file():
+        command = "download --quiet --no-binary :all: --no-deps --no-build-isolation".split()
+        subprocess.run(
+            [sys.executable, "-m", "pip", *command, "-d", str(folder), f"transformers=={version}"], check=True
+        )
+    for part in ("tests", "src"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        prefix = f"transformers-{version}/"
+        members = [member for member in tar.getmembers() if member.name.startswith(prefix + "tests/")]
+        for member in members:
+            member.name = member.name.removeprefix(prefix)
+        tar.extractall(folder, members=members, filter="data")
+    tests = folder / "tests"
+    shutil.copytree(HERE / "stubs", tests, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in REPOSITORY_FILES if repository else ():
+        shutil.copyfile(repository / "tests" / name, tests / name)
+    (tests / "family").mkdir()
+    shutil.copyfile(HERE / "family.py", tests / "family" / "test_family.py")
+    shutil.copyfile(HERE / "plugin.py", folder / "conftest.py")
+    for package in (tests, *(path for path in tests.iterdir() if path.is_dir())):
+        (package / "__init__.py").touch()
+    # two things that the pipeline tests read
+    (tests / "utils" / "tiny_model_summary.json").write_text("{}")
+    (folder / "src").mkdir()
+    (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
+    return folder
+
+
+def run(folder: Path, row: str, tests: str | None) -> dict:
+    """One row of the table: all suites over one scheme or peer, in a process of its own."""
+    own = row not in PEERS
+    report = folder / f"{row}.json"
+    report.unlink(missing_ok=True)
+    environment = {
+        **os.environ,
+        "HF_SUITE_MODULE": "hf_relpos" if own else "transformers",
+        "HF_SUITE_PREFIX": "RelPos" if own else MODULES[row],
+        "HF_SUITE_CONFIG": json.dumps({"pos_embedding_type": row} if own else {}),
+        "HF_SUITE_REPORT": str(report),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(folder)]
+    command += ["-c", os.devnull, "tests/family/test_family.py", *(["-k", tests] if tests else [])]
+    start = time.perf_counter()
+    log = folder / f"{row}.log"
+    with log.open("w") as output:
+        subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    if not report.is_file():
+        raise SystemExit(f"the suite did not run for {row}: see {log}")
+    tests = fold(json.loads(report.read_text()))
+    return {"row": row, "seconds": round(time.perf_counter() - start, 1), "tests": tests}
+
+
+def fold(reports: list[dict]) -> dict[str, dict]:
+    """Reports, of subtests too → test → suite, outcome, seconds and reason. A failed subtest fails its test."""
+    tests: dict[str, dict] = {}
+    for report in reports:
+        test = tests.setdefault(report["test"], {"suite": report["suite"], "outcome": None, "seconds": 0.0, "why": ""})
+        test["suite"] = test["suite"] or report["suite"]
+        if not report["subtest"]:
+            test["seconds"] = report["seconds"]
+        if report["outcome"] == "failed" or (not report["subtest"] and test["outcome"] != "failed"):
+            test["outcome"], test["why"] = report["outcome"], report["why"] or test["why"]
+        elif report["subtest"] and report["outcome"] == "skipped":
+            test["why"] = report["why"]
+    return tests
+
+
+def kind_of_skip(why: str) -> str:
+    return "machine" if MACHINE.search(why) else "other kind" if OTHER_KIND.search(why) else "own"
+
+
+def exception(scheme: str, test: str) -> str | None:
+    for pattern, (schemes, reason) in EXCEPTIONS.items():
+        if scheme in schemes and re.fullmatch(pattern, test):
+            return reason
+    return None
+
+
+def problems(rows: list[dict]) -> list[str]:
+    """Failures of our schemes, and skips that Llama does not have and `EXCEPTIONS` does not name."""
+    by_name = {row["row"]: row["tests"] for row in rows}
+    llama = by_name.get("Llama", {})
+    found = []
+    for name, tests in by_name.items():
+        for test, result in tests.items() if name not in PEERS else ():
+            if result["outcome"] == "failed":
+                found.append(f"{name}: {test} failed: {result['why']}")
+            elif result["outcome"] == "skipped" and llama.get(test, {}).get("outcome") == "passed":
+                if exception(name, test) is None:
+                    found.append(f"{name}: {test} is skipped, Llama passes it: {result['why']}")
+    return found
+
+
+def page(record: dict) -> str:
+    """docs/conformance.md from the record of a run."""
+    rows, versions, hardware = record["rows"], record["versions"], record["hardware"]
+    suites = sorted({test["suite"] for row in rows for test in row["tests"].values()})
+    lines = [
+        "# Conformance",
+        "",
+        "transformers' own test suites over the family, one scheme of each kind, beside four of the library's families",
+        f"in the same run. Made by `make test-hf`, kept in {REPORT.relative_to(ROOT)}: transformers "
+        f"{versions['transformers']}, torch {versions['torch']}, {hardware['cores']} cores of {hardware['cpu']}.",
+        "",
+        "The tests come from the source distribution. "
+        + (
+            "The files that it lacks, with the generation and export tests, come from the repository."
+            if record["with_repository"]
+            else "It lacks the generation and the export tests; with a clone of the repository of the same version, "
+            "`make test-hf TRANSFORMERS_REPO=path` adds them. Not run for this page."
+        ),
+        "",
+        "| family | passed | failed | skipped | own skips | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        outcomes = Counter(test["outcome"] for test in row["tests"].values())
+        own = sum(t["outcome"] == "skipped" and kind_of_skip(t["why"]) == "own" for t in row["tests"].values())
+        lines.append(
+            f"| {_name(row)} | {outcomes['passed']} | {outcomes['failed']} | {outcomes['skipped']} | {own} | "
+            f"{row['seconds']:.0f} |"
+        )
+    lines += [
+        "",
+        "*Own skips* are those that say something about the family: not those for want of a GPU or a library, nor",
+        "those of tests for other kinds of models (vision, mixtures of experts, encoder-decoders).",
+        "",
+        "## By suite",
+        "",
+        "passed / failed / skipped, seconds in tests.",
+        "",
+        "| family | " + " | ".join(f"`{suite}`" for suite in suites) + " |",
+        "| --- |" + " ---: |" * len(suites),
+    ]
+    for row in rows:
+        cells = []
+        for suite in suites:
+            tests = [test for test in row["tests"].values() if test["suite"] == suite]
+            outcomes = Counter(test["outcome"] for test in tests)
+            seconds = sum(test["seconds"] for test in tests)
+            cells.append(f"{outcomes['passed']} / {outcomes['failed']} / {outcomes['skipped']}, {seconds:.0f} s")
+        lines.append(f"| {_name(row)} | " + " | ".join(cells) + " |")
+    lines += ["", "## What Llama passes and a scheme skips", ""]
+    llama = next(row["tests"] for row in rows if row["row"] == "Llama")
+    skips: dict[str, list[str]] = {}
+    for row in rows:
+        for test, result in row["tests"].items() if row["row"] not in PEERS else ():
+            if result["outcome"] == "skipped" and llama.get(test, {}).get("outcome") == "passed":
+                skips.setdefault(test, []).append(row["row"])
+    for test, schemes in skips.items():
+        lines.append(f"- `{test}` ({', '.join(schemes)}): {exception(schemes[0], test)}")
+    if not skips:
+        lines.append("Nothing.")
+    lines += ["", "## Failures", ""]
+    failures = [
+        f"- {_name(row)}: `{test}`: {result['why'].splitlines()[0][:200]}"
+        for row in rows
+        for test, result in row["tests"].items()
+        if result["outcome"] == "failed"
+    ]
+    return "\n".join(lines + (failures or ["None."])) + "\n"
+
+
+def _name(row: dict) -> str:
+    return row["row"] if row["row"] in PEERS else f"**{row['row']}**"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=(*SCHEMES, *PEERS), help="these rows; nothing is written")
+    parser.add_argument("--tests", help="pytest's -k: these tests only; nothing is written")
+    parser.add_argument("--transformers_repo", type=Path, help="a clone of transformers at the installed version")
+    args = parser.parse_args()
+    folder = assemble(args.transformers_repo)
+    names = tqdm(args.only or (*SCHEMES, *PEERS), unit="family")
+    rows = []
+    for name in names:
+        names.set_description(name)
+        rows.append(run(folder, name, args.tests))
+    record = {
+        "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
+        "hardware": hardware(),
+        "with_repository": args.transformers_repo is not None,
+        "rows": rows,
+    }
+    if not args.only and not args.tests:
+        write_json(REPORT, record)
+        PAGE.write_text(page(record), encoding="utf-8")
+    for row in rows:
+        outcomes = Counter(test["outcome"] for test in row["tests"].values())
+        own = [t for t, r in row["tests"].items() if r["outcome"] == "skipped" and kind_of_skip(r["why"]) == "own"]
+        print(f"{row['row']:12} {dict(outcomes)} own skips {len(own)} in {row['seconds']} s")
+    found = problems(rows)
+    print("\n".join(found) or "no failure and no unexplained skip")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
