@@ -53,7 +53,7 @@ class RelPosConfig(PreTrainedConfig):
 
     model_type = "relpos"
     keys_to_ignore_at_inference = ["past_key_values"]
-    ignore_keys_at_rope_validation = {"partial_rotary_factor", "original_max_position_embeddings"}
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

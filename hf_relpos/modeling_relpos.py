@@ -29,6 +29,7 @@ from .position_base import SelfInitialized
 from .position_ids import (
     augment_starts,
     build_positions,
+    check_mask,
     count_positions,
     flash_lengths,
     inspect_positions,
@@ -69,7 +70,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation in ALL_ATTENTION_FUNCTIONS.valid_keys() or "/" in str(attn_implementation):
+        known = attn_implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
+        if known or any(mark in str(attn_implementation) for mark in ("paged", "/")):  # "/": a kernel from the Hub
             check_implementation(self.config, attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -183,6 +185,7 @@ class RelPosModel(RelPosPreTrainedModel):
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()  # a static cache counts in place
 
+        check_mask(attention_mask, batch_size, query_length, past_length)
         attention_mask = simplify_mask(attention_mask)
         documents, cacheable = None, True
         if position_ids is None:

@@ -12,6 +12,23 @@ from transformers.utils.import_utils import is_tracing
 from .position_base import Positions
 
 
+def check_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, query_length: int, past_length: int | torch.Tensor
+) -> None:
+    """Raises `ValueError` for a mask that does not fit: attention would be computed, over other keys than meant."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
+        return  # a ready mask, which meets the scores as it is
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
+    if fits and isinstance(past_length, int):
+        width = attention_mask.shape[1]
+        fits = width == query_length if past_length == 0 else width >= past_length + query_length
+    if not fits:
+        raise ValueError(
+            f"`attention_mask` must be of shape ({batch_size}, number of cached tokens + {query_length}), got "
+            f"{tuple(attention_mask.shape)} with {past_length} cached tokens."
+        )
+
+
 def simplify_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """A (B, K) mask that hides nothing becomes `None`, so that all rows may share their positions."""
     if attention_mask is None or attention_mask.ndim != 2 or is_tracing(attention_mask):

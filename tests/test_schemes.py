@@ -12,6 +12,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from hf_relpos import (
     PositionEmbedding,
     RelPosConfig,
+    RelPosForCausalLM,
     RelPosModel,
     list_position_embeddings,
     register_position_embedding,
@@ -185,8 +186,9 @@ def test_learned_table_has_the_models_initialisation():
 
 
 def llama_twin(model) -> LlamaForCausalLM:
-    """Llama with the weights of a RelPos model, and its MLP."""
-    config, rope = model.config, {"rope_type": "default", "rope_theta": 10000.0}
+    """Llama with the weights of a RelPos model, its rotation and its MLP."""
+    config = model.config
+    rope = dict(getattr(config, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}))
     fields = (
         "vocab_size",
         "hidden_size",
@@ -209,6 +211,65 @@ def test_rotary_is_llama():
     model = make_model("rotary", num_key_value_heads=3)
     tokens = make_tokens(2, 40)
     torch.testing.assert_close(model(tokens).logits, llama_twin(model)(tokens).logits, rtol=0, atol=2e-6)
+
+
+ROPE = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 40, "beta_fast": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [2.0, 3.0, 5.0, 9.0],
+        "original_max_position_embeddings": 50,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_scaled_rotary_is_llamas(rope_type, tmp_path):
+    """Below and above the original length, in training and from a saved folder."""
+    rope = {"rope_type": rope_type, **ROPE[rope_type]}
+    model = make_model("rotary", rope_parameters=rope, max_position_embeddings=64)
+    twin = llama_twin(model)
+    model.save_pretrained(tmp_path)
+    loaded = RelPosForCausalLM.from_pretrained(tmp_path).eval()
+    plain = make_model("rotary", max_position_embeddings=64)
+    for length in (30, 90):
+        tokens = make_tokens(2, length)
+        logits = model(tokens).logits
+        torch.testing.assert_close(logits, twin(tokens).logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(loaded(tokens).logits, logits)
+        same = torch.allclose(plain(tokens).logits, logits, atol=1e-3)
+        assert same == (rope_type == "dynamic" and length == 30)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_angles_that_follow_the_length(rope_type):
+    """A row's angles are those of its own length, and keys cached at a shorter length are refused."""
+    rope = {"rope_type": rope_type, **ROPE[rope_type]}
+    model = make_model("rotary", rope_parameters=rope, max_position_embeddings=50)
+    long, short = make_tokens(1, 70), make_tokens(1, 20, seed=1)
+    padded = torch.cat((torch.zeros(1, 50, dtype=torch.long), short), dim=1)
+    mask = torch.cat((torch.ones(1, 70), torch.cat((torch.zeros(1, 50), torch.ones(1, 20)), dim=1))).long()
+    logits = model(torch.cat((long, padded)), attention_mask=mask).logits
+    torch.testing.assert_close(logits[1, 50:], model(short).logits[0], rtol=1e-4, atol=2e-5)
+
+    below = model.generate(short, max_new_tokens=9, do_sample=False)
+    assert torch.equal(below, model.generate(short, max_new_tokens=9, do_sample=False, use_cache=False))
+    tokens = make_tokens(1, 48, seed=2)
+    with pytest.raises(ValueError, match=f"`use_cache` must be False past 50 tokens with rope_type '{rope_type}'"):
+        model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=False).shape == (1, 53)
+    if rope_type == "longrope":  # from the first token on at the long angles: nothing changes any more
+        cached = model.generate(long, max_new_tokens=5, do_sample=False)
+        assert torch.equal(cached, model.generate(long, max_new_tokens=5, do_sample=False, use_cache=False))
 
 
 def test_none_is_llama_without_the_rotation():
