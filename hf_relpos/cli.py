@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -83,5 +84,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
+        finally:
+            if torch.distributed.is_initialized():  # its threads abort a process that ends while they run
+                torch.distributed.destroy_process_group()
 
     return wrapped

@@ -298,6 +298,7 @@ def _record(
         "num_parameters": trainer.model.num_parameters(),
         "num_steps": steps,
         "num_processes": args.world_size,
+        "distributed_type": trainer.accelerator.distributed_type.value,
         "tokens_per_step": tokens_per_step,
         "num_tokens": steps * tokens_per_step,
         "recipe": {name: getattr(value := getattr(args, name), "value", value) for name in recipe},

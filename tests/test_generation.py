@@ -93,7 +93,7 @@ def test_static_cache_of_generate_with_its_compiler(scheme):
 
 @pytest.mark.parametrize("scheme", KINDS)
 def test_quantised_cache(scheme):
-    """The error is that of the quantisation alone: with 4 bits, whose steps are a fifth as wide, far below that of 2."""
+    """The error is the quantisation's alone: with 4 bits, whose steps are a fifth as wide, far less than with 2."""
     pytest.importorskip("optimum.quanto", reason="keeps the quantised keys and values")
     model, tokens = make_model(scheme, head_dim=16), make_tokens(2, 40)
     expected, errors = model(tokens).logits[:, 30:], []
