@@ -1,15 +1,18 @@
 # make demo: train, evaluate and generate with a small model, in a few minutes on two cores
 # make test: the test suite
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
-# All make a virtual environment in .venv first, with the versions that constraints.txt pins.
+# All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
+# supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
 .PHONY: demo test test-hf
 
-demo: .venv/installed-sample
+demo: $(VENV)/installed-sample
 	rm -rf demo
 	$(BIN)/python scripts/train.py --output_dir demo/model --max_steps 350 --per_device_train_batch_size 8 \
 	    --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 20 --config_overrides hidden_dropout=0 \
@@ -19,16 +22,16 @@ demo: .venv/installed-sample
 	$(BIN)/python scripts/evaluate.py --model_name_or_path demo/model --output_dir demo/evaluation \
 	    --eval_lengths 128 256 512 1024 --max_windows 32
 
-test: .venv/installed-test
+test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
-test-hf: .venv/installed-test
+test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized
 	$(BIN)/python tests/hf_suite/run.py $(if $(TRANSFORMERS_REPO),--transformers_repo $(TRANSFORMERS_REPO))
 
 # a marker per extra, older than what it was made from after a pull that changes the requirements
-.venv/installed-%: setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	@echo "installing into .venv, this takes a minute or two"
+$(VENV)/installed-%: setup.py pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), this takes a minute or two"
 	$(INSTALL) ".[$*]"
 	@touch $@

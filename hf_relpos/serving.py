@@ -45,8 +45,8 @@ def adapt_server(name: str) -> None:
     build_server = server.build_server
     listed = {"id": name, "object": "model", "created": int(time.time()), "owned_by": ""}
 
-    def answer(request: Any, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, status_code=400)
+    def answer(request: Any, error: Exception) -> JSONResponse:  # in OpenAI's form: its client shows this message
+        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
 
     def build(*args: Any, **kwargs: Any) -> Any:
         app = build_server(*args, **kwargs)
@@ -70,7 +70,7 @@ def main() -> None:
         raise ValueError(f"usage: {USAGE}")
     if not is_serve_available():
         raise ValueError('serving needs more packages: pip install "transformers[serving]"')
-    from transformers.cli.transformers import app  # before the class is set: it replaces the module it is set on
+    from transformers.cli.transformers import app
 
     if arguments[1] not in ("--help", "-h"):
         check_model(arguments[1], arguments[2:])

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from test_scripts import data_flags, training_flags, weights  # noqa: F401
+from test_scripts import data_flags, resumes_on_cpus, training_flags, weights  # noqa: F401
 from test_sharing import run_without_the_package
 
 from hf_relpos.sharing_relpos import AUTO_MAP, code_files
@@ -64,7 +64,7 @@ def one_process(tmp_path_factory, data_flags):  # noqa: F811
 COMMON = {"pos_embedding_type": "linear_cpb", "config_overrides": TINY, "seed": 3, "eval_strategy": "no"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("DDP", marks=resumes_on_cpus), "FSDP2"])
 def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags, tmp_path):  # noqa: F811
     """The same batches, halved between two processes; killed after a checkpoint, and resumed."""
     folder = tmp_path / "run"
