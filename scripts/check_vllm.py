@@ -127,7 +127,10 @@ def main() -> None:
     ):
         for folder in folders or pool.submit(make_models, temporary).result():
             start = time.perf_counter()
-            right, what = judge(pool.submit(expect, folder).result(), pool.submit(serve, folder).result())
+            try:
+                right, what = judge(pool.submit(expect, folder).result(), pool.submit(serve, folder).result())
+            except Exception as error:  # one model's failure is one line
+                right, what = False, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
             all_right &= right
             verdict = "ok" if right else "WRONG"
             print(f"{Path(folder).name}: {verdict}: {what}, {time.perf_counter() - start:.0f} s", flush=True)

@@ -13,6 +13,8 @@ from conftest import ROOT, WORDS, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from hf_relpos import serving
+
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -56,12 +58,6 @@ def save(folder, scheme: str, chat_template: str | None = TEMPLATE):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
-
-
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hf_relpos.serving", *map(str, arguments)]
-    env = {**os.environ, **ENVIRONMENT, **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
 
 
 @contextmanager
@@ -168,16 +164,17 @@ def test_says_what_is_wrong_with_a_request(tmp_path):
 def test_continuous_batching(tmp_path):
     model = save(tmp_path / "rotary", "rotary")
     request = {"model": str(tmp_path / "rotary"), "prompt": PROMPT, "temperature": 0, "max_tokens": NEW_TOKENS}
-    with serve(tmp_path / "rotary", "--continuous-batching") as client:
+    with serve(tmp_path / "rotary", "--continuous-batching", "--cb-num-blocks", "16") as client:
         assert client.completions.create(**request).choices[0].text == expected_texts(model)[1]
         pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
         assert "".join(pieces) == expected_texts(model)[1]
 
 
-def test_refuses_what_it_cannot_serve(tmp_path):
+def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
     save(tmp_path / "bias", "alibi")
     LlamaConfig().save_pretrained(tmp_path / "llama")
     make_model("none").config.save_pretrained(tmp_path / "bare")
+    capsys.readouterr()  # bars of what was saved
     for arguments, message in (
         ([], "usage: hf-relpos serve DIR"),
         (["serve"], "usage: hf-relpos serve DIR"),
@@ -186,9 +183,29 @@ def test_refuses_what_it_cannot_serve(tmp_path):
         (["serve", tmp_path / "llama"], "is no model of the family ('relpos'), got 'llama'"),
         (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
         (["serve", tmp_path / "bias", "--continuous-batching"], "would drop the position bias"),
-        (["serve", tmp_path / "bias", "--attn-implementation", "flash_attention_2"], "would drop the position bias"),
     ):
-        result = run(*arguments)
-        assert result.returncode == 2, (arguments, result.stderr)
-        assert message in result.stderr.splitlines()[-1], (arguments, result.stderr)
-        assert "Traceback" not in result.stderr and result.stdout == ""
+        monkeypatch.setattr(sys, "argv", ["hf-relpos", *map(str, arguments)])
+        with pytest.raises(SystemExit) as error:
+            serving.main()
+        printed = capsys.readouterr()
+        assert error.value.code == 2 and printed.out == "", arguments
+        assert len(printed.err.splitlines()) == 1 and message in printed.err, arguments
+
+
+def test_refuses_on_the_command_line(tmp_path):
+    """What transformers' own server finds out while it loads is one line too."""
+    save(tmp_path / "bias", "alibi")
+    command = [sys.executable, "-m", "hf_relpos.serving", "serve", str(tmp_path / "bias"), "--device", "cpu"]
+    command += ["--attn-implementation", "flash_attention_2"]
+    environment = {**os.environ, **ENVIRONMENT}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "would drop the position bias" in result.stderr.splitlines()[-1]
+
+
+def test_names_the_missing_packages(monkeypatch, capsys):
+    monkeypatch.setattr(serving, "is_serve_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", "serve", "somewhere"])
+    with pytest.raises(SystemExit, match="2"):
+        serving.main()
+    assert 'pip install "transformers[serving]"' in capsys.readouterr().err
