@@ -60,6 +60,7 @@ def _rank_main(rank, func, world_size, port, args, kwargs):
     func(rank, *args, **kwargs)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # its work is done: now and then the threads of gloo abort a process that takes itself down in order
 
 
 def run_distributed(world_size):
