@@ -48,6 +48,7 @@ LIBRARY_FILES = {
     "saved_models": {"data", "packing", "configuration_relpos", "modeling_relpos"},
     "training": {"data", "packing", "results", "saved_models", "configuration_relpos", "modeling_relpos"},
     "perplexity_by_length": {"evaluation"},
+    "serving": {"attention_relpos", "cli", "configuration_relpos", "modeling_relpos"},
 }
 
 

@@ -16,8 +16,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def _suite(item: pytest.Item) -> str:
-    """The file of transformers whose mixin has the test; the name that the test was written under is a prefix."""
-    for cls in item.cls.__mro__:
+    """The file of transformers whose mixin has the test; classes further down only wrap what they inherit."""
+    for cls in reversed(item.cls.__mro__):
         if item.originalname in cls.__dict__:
             return cls.__module__.rpartition(".")[2]
     raise LookupError(item.nodeid)

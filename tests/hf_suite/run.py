@@ -216,13 +216,13 @@ def page(record: dict) -> str:
         lines.append(f"| {_name(row)} | " + " | ".join(cells) + " |")
     lines += ["", "## What Llama passes and a scheme skips", ""]
     llama = next(row["tests"] for row in rows if row["row"] == "Llama")
-    skips: dict[str, list[str]] = {}
+    skips: dict[tuple[str, str | None], list[str]] = {}
     for row in rows:
         for test, result in row["tests"].items() if row["row"] not in PEERS else ():
             if result["outcome"] == "skipped" and llama.get(test, {}).get("outcome") == "passed":
-                skips.setdefault(test, []).append(row["row"])
-    for test, schemes in skips.items():
-        lines.append(f"- `{test}` ({', '.join(schemes)}): {exception(schemes[0], test)}")
+                skips.setdefault((test, exception(row["row"], test)), []).append(row["row"])
+    for (test, reason), schemes in skips.items():
+        lines.append(f"- `{test}` ({', '.join(schemes)}): {reason}")
     if not skips:
         lines.append("Nothing.")
     lines += ["", "## Failures", ""]
