@@ -29,7 +29,6 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 NEW_TOKENS = 24
-MODEL_LENGTH = 128
 # in one batch, which vLLM lays end to end: positions start again inside of it
 PROMPTS = ["The", "the state of the union and the people of our country", "in congress a government of war with law"]
 
@@ -91,7 +90,7 @@ def serve(folder: str) -> list[list[int]] | str:
 
     options = {"model_impl": "transformers", "dtype": "float32", "trust_remote_code": True, "enforce_eager": True}
     try:
-        llm = LLM(folder, max_model_len=MODEL_LENGTH, **options)
+        llm = LLM(folder, **options)
     except Exception as error:  # of any type: the reader judges by the message
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
