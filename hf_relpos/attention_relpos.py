@@ -16,11 +16,17 @@ BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 def check_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
-    """Raises `ValueError` for an attention implementation that would drop the position bias of the scheme."""
-    if config.has_position_bias and attn_implementation not in (None, *BIAS_IMPLEMENTATIONS):
+    """Raises `ValueError` for an attention implementation that would serve the scheme wrongly."""
+    allowed, reason = BIAS_IMPLEMENTATIONS, "it would drop the position bias"
+    if not config.has_position_bias:
+        allowed += ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+        reason = "its rows hold several sequences, and the angles of the rope_type follow the length of the row"
+        if not config.needs_whole_rows:
+            return
+    if attn_implementation not in (None, *allowed):
         raise ValueError(
-            f"`attn_implementation` must be one of {list(BIAS_IMPLEMENTATIONS)} for pos_embedding_type "
-            f"{config.pos_embedding_type!r}, got {attn_implementation!r}: it would drop the position bias."
+            f"`attn_implementation` must be one of {list(allowed)} for pos_embedding_type "
+            f"{config.pos_embedding_type!r}, got {attn_implementation!r}: {reason}."
         )
 
 

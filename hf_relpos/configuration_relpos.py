@@ -131,6 +131,11 @@ class RelPosConfig(PreTrainedConfig):
         """Whether any of the schemes adds a bias to the attention scores."""
         return any(cls.has_bias() for cls in position_embedding_classes(self.pos_embedding_type).values())
 
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether any of the schemes must see each sequence in a row of its own."""
+        return any(cls.needs_whole_rows(self) for cls in position_embedding_classes(self.pos_embedding_type).values())
+
     def _check_sizes(self) -> None:
         optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length")
         required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

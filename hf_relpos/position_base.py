@@ -130,6 +130,11 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return table[:, positions.distance].movedim(0, 1)
 
     @classmethod
+    def needs_whole_rows(cls, config: Any) -> bool:
+        """Whether it must see each sequence in a row of its own, which servers that lay requests end to end break."""
+        return False
+
+    @classmethod
     def has_distance_bias(cls) -> bool:
         return cls.distance_bias is not PositionEmbedding.distance_bias
 

@@ -78,6 +78,10 @@ class RotaryEmbedding(PositionEmbedding):
         config.rope_parameters = parameters
         return {}
 
+    @classmethod
+    def needs_whole_rows(cls, config: Any) -> bool:
+        return config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config)
         parameters = config.rope_parameters

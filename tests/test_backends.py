@@ -192,6 +192,14 @@ def test_continuous_batching_is_generate_or_refused(scheme):
     assert sorted(generated) == sorted(expected)
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_angles_that_follow_the_row_are_refused_where_rows_hold_several_requests(rope_type):
+    factors = {"factor": 4.0} if rope_type == "dynamic" else {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = make_model("rotary", rope_parameters={"rope_type": rope_type, **factors})
+    with pytest.raises(ValueError, match="got 'paged.sdpa': its rows hold several sequences"):
+        model.generate_batch([[5, 6, 7], [8, 9]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("scheme", KINDS)
 def test_wrong_shapes_are_errors(scheme, implementation):
