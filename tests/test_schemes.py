@@ -168,12 +168,12 @@ def test_cpb_starts_as_torch_linear(scheme):
     """U(±1/sqrt(fan_in)) for weights and biases, whatever `initializer_range` says."""
     layers = make_model(scheme, initializer_range=0.5).model.layers
     for linear in layers[0].self_attn.position_embeddings[scheme].mlp:
-        bound = linear.in_features**-0.5
+        bound = linear.weight.shape[1] ** -0.5
         for parameter in linear.parameters():
             assert 0.5 * bound < parameter.abs().max() <= bound  # the smallest has 6 entries
     first = [layer.self_attn.position_embeddings[scheme].mlp[0].weight for layer in layers]
     assert not torch.equal(*first), "each layer has an MLP of its own"
-    widths = [linear.out_features for linear in layers[0].self_attn.position_embeddings[scheme].mlp]
+    widths = [linear.weight.shape[0] for linear in layers[0].self_attn.position_embeddings[scheme].mlp]
     assert widths == ([256, 256, 6] if scheme == "linear_cpb_large" else [256, 6])
 
 
