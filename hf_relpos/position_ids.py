@@ -248,7 +248,8 @@ def _key_positions(
     counted = padding.long().cumsum(-1) - 1
     counted = torch.cat((counted, counted[:, -1:].expand(-1, max(key_length - counted.shape[1], 0))), dim=-1)
     counted = counted[:, :key_length]
-    last_slot = torch.as_tensor(last, device=key_slots.device).reshape(1)
+    # not `as_tensor`, which makes a constant of a length that is traced
+    last_slot = last + torch.zeros(1, dtype=torch.long, device=key_slots.device)
     return counted + position_ids[:, -1:] - counted.index_select(1, last_slot)
 
 
