@@ -232,6 +232,8 @@ def page(record: dict) -> str:
         for test, result in row["tests"].items()
         if result["outcome"] == "failed"
     ]
+    if any("SIGABRT" in failure for failure in failures):
+        failures += ["", "SIGABRT: gloo's threads aborted a rank as it left; it comes and goes, whatever the family."]
     return "\n".join(lines + (failures or ["None."])) + "\n"
 
 
