@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, WORDS, make_model, make_text, make_tokens
+from test_sharing import run_without_the_package
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (
@@ -52,14 +53,8 @@ def save_model(folder, scheme: str, **overrides):
 
 
 def run_alone(code: str, *arguments: object, cwd) -> str:
-    """→ what `code` prints where the package cannot be imported."""
-    block = "import sys; sys.modules['hf_relpos'] = None  # it may be installed\n"
-    environment = {name: value for name, value in OFFLINE.items() if name != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(cwd / "modules")
-    command = [sys.executable, "-c", block + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """→ what `code` prints where the package cannot be imported and all that clients need can."""
+    return run_without_the_package(code, *arguments, cwd=cwd, modules=cwd / "modules", blocked=("hf_relpos",))
 
 
 # --- transformers: pipeline, Trainer
@@ -129,6 +124,13 @@ def train_briefly(model, tokens, steps: int = 8) -> list[float]:
     return losses
 
 
+def reload_adapter(peft, model, folder):
+    """→ the adapter, saved and put on the base model that lies beside it."""
+    model.save_pretrained(folder / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    return peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+
+
 @pytest.mark.parametrize("scheme", KINDS)
 def test_peft_lora(scheme, tmp_path):
     peft = pytest.importorskip("peft", reason="LoRA adapters")
@@ -142,9 +144,7 @@ def test_peft_lora(scheme, tmp_path):
     assert all(p.any() for p in adapters.values())  # they start at zero: each had a gradient
     assert len(adapters) == 2 * 6  # q, k, v, o, up and down in each layer, and nothing of a bias
     logits = model.eval()(tokens).logits
-    model.save_pretrained(tmp_path / "adapter")
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    loaded = reload_adapter(peft, model, tmp_path)
     assert_close(loaded(tokens).logits, logits, **CLOSE)
     merged = loaded.merge_and_unload()
     # one product of W + B·A in place of two products: rounding differs, 2⁻²⁴ relative, over 2 layers
@@ -167,9 +167,7 @@ def test_peft_trains_a_position_bias_whole(tmp_path):
     table = base.model.distance_bias(24).detach()
     assert (table - before).abs().amax(dim=(1, 2)).min() > 0.01  # in each layer
     logits = model.eval()(tokens).logits
-    model.save_pretrained(tmp_path / "adapter")
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    loaded = reload_adapter(peft, model, tmp_path)
     assert_close(loaded(tokens).logits, logits, **CLOSE)
     merged = loaded.merge_and_unload()
     assert_close(merged.model.distance_bias(24), table)

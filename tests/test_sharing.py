@@ -13,9 +13,11 @@ from hf_relpos.position_base import POSITION_EMBEDDINGS
 from hf_relpos.sharing_relpos import AUTO_MAP, code_files
 
 
-def run_without_the_package(code: str, *arguments: object, cwd, modules) -> str:
+LIBRARIES = ("hf_relpos", "datasets", "accelerate", "evaluate", "matplotlib")
+
+
+def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked=LIBRARIES) -> str:
     """Runs code in a process that cannot import hf_relpos, nor anything but torch, transformers and what they need."""
-    blocked = ("hf_relpos", "datasets", "accelerate", "evaluate", "matplotlib")
     guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
