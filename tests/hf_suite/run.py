@@ -150,19 +150,32 @@ def exception(scheme: str, test: str) -> str | None:
     return None
 
 
+def skips_unlike_llama(rows: list[dict]) -> list[tuple[str, str, str]]:
+    """→ scheme, test and reason of each skip of ours where Llama passes."""
+    llama = next((row["tests"] for row in rows if row["row"] == "Llama"), {})
+    return [
+        (row["row"], test, result["why"])
+        for row in rows
+        if row["row"] not in PEERS
+        for test, result in row["tests"].items()
+        if result["outcome"] == "skipped" and llama.get(test, {}).get("outcome") == "passed"
+    ]
+
+
 def problems(rows: list[dict]) -> list[str]:
     """Failures of our schemes, and skips that Llama does not have and `EXCEPTIONS` does not name."""
-    by_name = {row["row"]: row["tests"] for row in rows}
-    llama = by_name.get("Llama", {})
-    found = []
-    for name, tests in by_name.items():
-        for test, result in tests.items() if name not in PEERS else ():
-            if result["outcome"] == "failed":
-                found.append(f"{name}: {test} failed: {result['why']}")
-            elif result["outcome"] == "skipped" and llama.get(test, {}).get("outcome") == "passed":
-                if exception(name, test) is None:
-                    found.append(f"{name}: {test} is skipped, Llama passes it: {result['why']}")
-    return found
+    found = [
+        f"{row['row']}: {test} failed: {result['why']}"
+        for row in rows
+        if row["row"] not in PEERS
+        for test, result in row["tests"].items()
+        if result["outcome"] == "failed"
+    ]
+    return found + [
+        f"{scheme}: {test} is skipped, Llama passes it: {why}"
+        for scheme, test, why in skips_unlike_llama(rows)
+        if exception(scheme, test) is None
+    ]
 
 
 def page(record: dict) -> str:
@@ -214,18 +227,20 @@ def page(record: dict) -> str:
             seconds = sum(test["seconds"] for test in tests)
             cells.append(f"{outcomes['passed']} / {outcomes['failed']} / {outcomes['skipped']}, {seconds:.0f} s")
         lines.append(f"| {_name(row)} | " + " | ".join(cells) + " |")
-    lines += ["", "## What Llama passes and a scheme skips", ""]
-    llama = next(row["tests"] for row in rows if row["row"] == "Llama")
+    lines += ["", "## What Llama passes and a scheme skips", "", *_skips(rows)]
+    lines += ["", "## Failures", "", *_failures(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _skips(rows: list[dict]) -> list[str]:
     skips: dict[tuple[str, str | None], list[str]] = {}
-    for row in rows:
-        for test, result in row["tests"].items() if row["row"] not in PEERS else ():
-            if result["outcome"] == "skipped" and llama.get(test, {}).get("outcome") == "passed":
-                skips.setdefault((test, exception(row["row"], test)), []).append(row["row"])
-    for (test, reason), schemes in skips.items():
-        lines.append(f"- `{test}` ({', '.join(schemes)}): {reason}")
-    if not skips:
-        lines.append("Nothing.")
-    lines += ["", "## Failures", ""]
+    for scheme, test, _ in skips_unlike_llama(rows):
+        skips.setdefault((test, exception(scheme, test)), []).append(scheme)
+    lines = [f"- `{test}` ({', '.join(schemes)}): {reason}" for (test, reason), schemes in skips.items()]
+    return lines or ["Nothing."]
+
+
+def _failures(rows: list[dict]) -> list[str]:
     failures = [
         f"- {_name(row)}: `{test}`: {result['why'].splitlines()[0][:200]}"
         for row in rows
@@ -234,7 +249,7 @@ def page(record: dict) -> str:
     ]
     if any("SIGABRT" in failure for failure in failures):
         failures += ["", "SIGABRT: gloo's threads aborted a rank as it left; it comes and goes, whatever the family."]
-    return "\n".join(lines + (failures or ["None."])) + "\n"
+    return failures or ["None."]
 
 
 def _name(row: dict) -> str:
