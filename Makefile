@@ -23,11 +23,14 @@ demo: $(VENV)/installed-sample
 	$(BIN)/python scripts/evaluate.py --model_name_or_path demo/model --output_dir demo/evaluation \
 	    --eval_lengths 128 256 512 1024 --max_windows 32
 
+# one thread in each of two processes: two threads in one would leave the second core idle in most tests
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
-	$(BIN)/python -m pytest tests/test_clients.py tests/test_serving.py tests/test_generation.py
+	$(PYTEST) tests/test_clients.py tests/test_serving.py tests/test_generation.py
 
 test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized

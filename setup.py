@@ -34,7 +34,7 @@ setup(
     extras_require={
         "sample": SAMPLE,
         "serve": SERVE,
-        "test": [*SAMPLE, "psutil", "pytest>=8", "tensorboard>=2.19", "trackio>=0.40"],
+        "test": [*SAMPLE, "psutil", "pytest>=8", "pytest-xdist>=3.8", "tensorboard>=2.19", "trackio>=0.40"],
         "clients": [
             *SERVE,
             "openai>=3",
