@@ -132,6 +132,12 @@ class RelPosConfig(PreTrainedConfig):
         return any(cls.has_bias() for cls in position_embedding_classes(self.pos_embedding_type).values())
 
     @property
+    def has_distance_table(self) -> bool:
+        """Whether the schemes add a bias that is a function of the head and the distance alone."""
+        classes = position_embedding_classes(self.pos_embedding_type).values()
+        return self.has_position_bias and not any(cls.has_other_bias() for cls in classes)
+
+    @property
     def needs_whole_rows(self) -> bool:
         """Whether any of the schemes must see each sequence in a row of its own."""
         return any(cls.needs_whole_rows(self) for cls in position_embedding_classes(self.pos_embedding_type).values())

@@ -5,6 +5,7 @@ Shape letters: B batch, H query heads, G key and value heads, Q query length, K 
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_relpos import check_implementation, eager_attention_forward, merge_position_bias
+from .attention_relpos import (
+    check_implementation,
+    distance_bias_attention,
+    eager_attention_forward,
+    flex_distance_attention,
+    merge_position_bias,
+    row_mask,
+)
 from .configuration_relpos import RelPosConfig
 from .position_base import Positions
-from .positions import build_position_embeddings
+from .positions import add_biases, build_position_embeddings
 
 
 class RelPosRMSNorm(nn.Module):
@@ -67,7 +75,7 @@ class RelPosAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, Q, C)
-        shared_bias: torch.Tensor | None,  # (B or 1, H, Q, K), from the schemes that all layers share
+        shared_bias: torch.Tensor | None,  # of the schemes that all layers share: (H, span), or (B or 1, H, Q, K)
         positions: Positions,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -83,21 +91,87 @@ class RelPosAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, K, D)
 
+        if query.shape[1] != self.config.num_attention_heads:  # this rank's under tensor parallelism
+            positions = replace(positions, mesh=self.q_proj.weight.device_mesh)
+        if positions.offset is not None:
+            attend, bias = self._attend_with_table, shared_bias
+        else:
+            attend, bias = self._attend_with_mask, self._dense_bias(shared_bias, positions)
+        output, weights = attend(query, key, value, bias, attention_mask, positions, **kwargs)
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+    def _dense_bias(self, shared_bias: torch.Tensor | None, positions: Positions) -> torch.Tensor | None:
+        """→ (B or 1, H, Q, K) fp32 or `None`."""
+        if shared_bias is not None:
+            shared_bias = positions.local_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
+        return add_biases((shared_bias, self.position_embeddings.bias(positions)))
+
+    def _table(self, shared_table: torch.Tensor | None, positions: Positions, device: torch.device) -> torch.Tensor:
+        """→ (H, span) fp32, from distance 0 on."""
+        return positions.local_heads(add_biases((shared_table, self.position_embeddings.table(positions.span, device))))
+
+    def _last_row(self, shared_table: torch.Tensor | None, positions: Positions, device: torch.device) -> torch.Tensor:
+        """→ (H, offset + 1) fp32, from the distance of the first key down to 0: a slice of what earlier steps left."""
+        kept = positions.kept_table(self.layer_idx)
+        if kept is None:
+            kept = self._table(shared_table, positions, device).flip(1)
+            if positions.reversed_tables is not None:
+                positions.reversed_tables[self.layer_idx] = kept
+        return kept[:, kept.shape[1] - positions.offset - 1 :]
+
+    def _attend_with_table(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        shared_table: torch.Tensor | None,
+        attention_mask: Any,
+        positions: Positions,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """→ (B, Q, H, D), and weights as `_attend_with_mask`."""
+        check_implementation(self.config, self.config._attn_implementation)
+        scaling, offset, key_mask = self.scaling, positions.offset, positions.key_mask
+        if self.config._attn_implementation == "flex_attention":
+            table = self._table(shared_table, positions, query.device)
+            output = flex_distance_attention(self, query, key, value, table, attention_mask, offset, scaling)
+        elif query.shape[2] > 1:
+            table, documents = self._table(shared_table, positions, query.device), positions.documents
+            output = distance_bias_attention(
+                query, key, value, table, scaling=scaling, offset=offset, key_mask=key_mask, documents=documents
+            )
+        else:  # one row of scores: any kernel that takes a mask
+            key, value = key[:, :, : offset + 1], value[:, :, : offset + 1]
+            key_mask = None if key_mask is None else key_mask[:, : offset + 1]
+            mask = row_mask(self._last_row(shared_table, positions, query.device), key_mask, query)
+            return self._attend_with_mask(query, key, value, None, mask, positions, **kwargs)
+        return output.transpose(1, 2), None
+
+    def _attend_with_mask(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        attention_mask: Any,
+        positions: Positions,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """→ (B, Q, H, D), and the (B, H, Q, K) weights from kernels that give them."""
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if bias is not None:
+            check_implementation(self.config, self.config._attn_implementation)
         flex = self.config._attn_implementation == "flex_attention"
         if flex and isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool:
             # it adds a mask that is a tensor to the scores, a boolean one too
             attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-        bias = self._position_bias(shared_bias, positions, query)
-        if bias is not None:
-            check_implementation(self.config, self.config._attn_implementation)
-            if flex:  # indexes the bias by the row, also where all rows share one
-                kwargs["position_bias"] = bias.expand(query.shape[0], -1, -1, -1)
-            else:
-                attention_mask = merge_position_bias(bias, attention_mask, query)
-        output, weights = attention_interface(
+        if bias is not None and flex:  # indexes the bias by the row, also where all rows share one
+            kwargs["position_bias"] = bias.expand(query.shape[0], -1, -1, -1)
+        elif bias is not None:
+            attention_mask = merge_position_bias(bias, attention_mask, query)
+        return attention_interface(
             self,
             query,
             key,
@@ -107,20 +181,6 @@ class RelPosAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
-
-    def _position_bias(
-        self, shared_bias: torch.Tensor | None, positions: Positions, query: torch.Tensor
-    ) -> torch.Tensor | None:
-        """The biases of all schemes for the heads that `query` has: under tensor parallelism, those of this rank."""
-        if query.shape[1] != self.config.num_attention_heads:
-            positions = replace(positions, mesh=self.q_proj.weight.device_mesh)
-            if shared_bias is not None:
-                shared_bias = positions.local_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
-        bias = self.position_embeddings.bias(positions)
-        if bias is None or shared_bias is None:
-            return shared_bias if bias is None else bias
-        return shared_bias + bias
 
 
 class RelPosDecoderLayer(GradientCheckpointingLayer):

@@ -18,11 +18,12 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_relpos import check_implementation
+from .attention_relpos import check_implementation, table_kernel
 from .configuration_relpos import RelPosConfig
 from .layers_relpos import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
 from .position_base import SelfInitialized
@@ -33,6 +34,8 @@ from .position_ids import (
     count_positions,
     flash_lengths,
     inspect_positions,
+    is_exported,
+    keep_tables,
     same_document,
     simplify_mask,
 )
@@ -47,6 +50,9 @@ except ImportError:  # transformers < 5.19
     def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, kept]
+
+
+logger = logging.get_logger(__name__)
 
 
 class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
@@ -74,6 +80,44 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         if known or any(mark in str(attn_implementation) for mark in ("paged", "/")):  # "/": a kernel from the Hub
             check_implementation(self.config, attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def attention_path(self) -> str:
+        """What computes the attention over rows without gaps in their positions, on this device and in this mode.
+
+        Returns:
+            "eager", "sdpa", "flex_attention", ..: the implementation of transformers of that name, without a bias;
+            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias:
+            "distance_bias:triton" or "distance_bias:blocks": `distance_bias_attention`, on a table of the distances,
+            by a Triton kernel or in torch operations;
+            "flex_attention:table": FlexAttention, which reads the table;
+            "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
+        """
+        implementation = self.config._attn_implementation
+        if not self.config.has_position_bias:
+            return implementation
+        if not self._may_use_table():
+            return f"{implementation}:dense_bias"
+        if implementation == "flex_attention":
+            return "flex_attention:table"
+        return f"distance_bias:{table_kernel(self.device)}"
+
+    def _may_use_table(self) -> bool:
+        drops = self.training and self.config.attention_dropout > 0
+        can_read = self.config._attn_implementation in ("sdpa", "flex_attention")
+        return self.config.has_distance_table and can_read and not drops
+
+    def _tell_of_dense_bias(self, attention_mask: torch.Tensor | None) -> None:
+        if not self.config.has_distance_table or is_tracing():
+            return
+        if self.training and self.config.attention_dropout > 0:
+            reason = f"`attention_dropout` is {self.config.attention_dropout}"
+        elif attention_mask is not None and attention_mask.ndim == 4:
+            reason = "`attention_mask` has 4 dimensions"
+        else:
+            reason = "the positions leave numbers out, or padding stands between tokens"
+        logger.warning_once(
+            f"The position bias is computed for each pair of tokens, which takes more time and memory: {reason}."
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; its paged attention has no place for a position bias, so bias schemes are refused."""
@@ -182,41 +226,57 @@ class RelPosModel(RelPosPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, query_length = inputs_embeds.shape[:2]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past_length, torch.Tensor):
-            past_length = past_length.clone()  # a static cache counts in place
+        if isinstance(past_length, torch.Tensor):  # a static cache counts in place
+            past_length = past_length.clone() if is_tracing(past_length) else int(past_length)
 
         check_mask(attention_mask, batch_size, query_length, past_length)
         attention_mask = simplify_mask(attention_mask)
-        documents, cacheable = None, True
-        if position_ids is None:
+        documents, cacheable, is_counted = None, True, position_ids is None
+        if is_counted:
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
         elif attention_mask is None or attention_mask.ndim == 2:
             documents, cacheable = inspect_positions(
                 position_ids, attention_mask, past_length, past_key_values is not None, self.config.has_position_bias
             )
-
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=None if documents is None else same_document(documents),
-            allow_is_causal_skip=not self.config.has_position_bias,
-        )
         positions = build_positions(
-            position_ids, attention_mask, documents, past_key_values, past_length, self.config.has_position_bias
+            position_ids,
+            attention_mask,
+            documents,
+            past_key_values,
+            past_length,
+            needs_distance=self.config.has_position_bias,
+            may_use_table=self._may_use_table() and not is_exported(inputs_embeds),
+            is_counted=is_counted,
         )
+        if positions.offset is None and self.config.has_position_bias and self.config._attn_implementation == "sdpa":
+            self._tell_of_dense_bias(attention_mask)
+        causal_mask = None
+        if positions.offset is None or self.config._attn_implementation == "flex_attention":
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                and_mask_function=None if documents is None else same_document(documents),
+                allow_is_causal_skip=not self.config.has_position_bias,
+            )
         if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
             kwargs |= flash_lengths(documents, causal_mask, batch_size)
         if self.training and self.config.position_start_augmentation and past_key_values is None:
             # distances stay: only what acts on absolute positions sees the shift
             positions.query = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
         positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
+        if past_key_values is not None and not torch.is_grad_enabled():
+            keep_tables(positions, past_key_values)
         if use_cache and past_key_values is None and cacheable:
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, positions.query))
-        shared_bias = self.position_embeddings.bias(positions)
+        shared_bias = None
+        if positions.offset is None:
+            shared_bias = self.position_embeddings.bias(positions)
+        elif positions.kept_table(0) is None:
+            shared_bias = self.position_embeddings.table(positions.span, inputs_embeds.device)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,

@@ -22,8 +22,14 @@ class Positions:
         query: (B or 1, Q) int64, the position of each query token.
         key: (B or 1, K) int64, the position of each cached or current key token.
         distance: (B or 1, Q, K) int64, query − key, 0 where the key lies ahead (the causal mask hides it); `None` if
-            no scheme of the model adds a bias. The first dimension is 1 wherever all rows agree.
-        span: exclusive upper bound of `distance`.
+            no scheme adds a bias or if `offset` says it all. The first dimension is 1 wherever all rows agree.
+        span: exclusive upper bound of the distances.
+        offset: the key slot of the first query, if the distance of any query to any key that it sees is that of their
+            slots, so that a table of the distances is all that the attention needs; else `None`.
+        key_mask: (B, K) boolean, False on padding, or `None`; beside `offset`.
+        documents: (B or 1, K) document indices, or `None`; beside `offset`.
+        reversed_tables: layer index → (H, n) table from the longest distance down to 0, kept as long as the cache of
+            keys that the forward goes on from; `None` where tables must not be kept.
         rotations: for each scheme that transforms q and k, its `rotate` function and what it computed once from
             `query`; filled in by the model.
         mesh: the device mesh whose ranks share the heads out among them (tensor parallelism), or `None`.
@@ -33,8 +39,17 @@ class Positions:
     key: torch.Tensor
     distance: torch.Tensor | None
     span: int
+    offset: int | None = None
+    key_mask: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+    reversed_tables: dict[int, torch.Tensor] | None = None
     rotations: tuple[tuple[Callable, Any], ...] = ()
     mesh: Any = None
+
+    def kept_table(self, layer_idx: int) -> torch.Tensor | None:
+        """→ (H, n) table from distance n − 1 down to 0 that a step before left, if it reaches as far as this one."""
+        table = None if self.reversed_tables is None else self.reversed_tables.get(layer_idx)
+        return table if table is not None and table.shape[1] > self.offset else None
 
     def local_heads(self, values: torch.Tensor) -> torch.Tensor:
         """(H, ..) values of all heads → (H / ranks, ..), those of this rank. The gradient is that of all heads."""
@@ -121,8 +136,9 @@ class PositionEmbedding(SelfInitialized, nn.Module):
     def bias(self, positions: Positions) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32, added to the scaled scores; `None` for no bias.
 
-        The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up. A scheme that
-        overrides it returns the heads that `positions.local_heads` leaves.
+        The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up; it only serves
+        what the attention cannot serve from the table itself. A scheme that overrides it is always served from here,
+        and returns the heads that `positions.local_heads` leaves.
         """
         if not self.has_distance_bias():
             return None
@@ -139,8 +155,13 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return cls.distance_bias is not PositionEmbedding.distance_bias
 
     @classmethod
+    def has_other_bias(cls) -> bool:
+        """Whether its bias is more than a table of the distances."""
+        return cls.bias is not PositionEmbedding.bias
+
+    @classmethod
     def has_bias(cls) -> bool:
-        return cls.has_distance_bias() or cls.bias is not PositionEmbedding.bias
+        return cls.has_distance_bias() or cls.has_other_bias()
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
         """→ (H, length) fp32: `distance_bias` on 0..length−1, outside of autocast."""

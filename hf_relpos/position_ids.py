@@ -4,12 +4,22 @@ Shape letters: B batch, Q query length, K key length.
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache
 from transformers.utils.import_utils import is_tracing
 
 from .position_base import Positions
+
+
+# cache of keys → `Positions.reversed_tables`; not an attribute of the cache, which others copy and flatten
+_REVERSED_TABLES: WeakKeyDictionary[Cache, dict[int, torch.Tensor]] = WeakKeyDictionary()
+
+
+def is_exported(tensor: torch.Tensor) -> bool:
+    """Whether a graph is made for others to run, who know the operators of torch alone."""
+    return is_tracing(tensor) and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
 
 
 def check_mask(
@@ -117,7 +127,11 @@ def _has_gaps(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
     if attention_mask is None:
         return bool((position_ids.diff(dim=-1) != 1).any())
     real = attention_mask.bool()
-    offset = position_ids - real.long().cumsum(-1)
+    return _varies(position_ids - real.long().cumsum(-1), real)
+
+
+def _varies(offset: torch.Tensor, real: torch.Tensor) -> bool:
+    """Whether (B or 1, N) numbers differ between the real tokens of a row."""
     lowest = torch.where(real, offset, offset.max()).amin(-1)
     highest = torch.where(real, offset, offset.min()).amax(-1)
     return bool((lowest < highest).any())
@@ -197,6 +211,8 @@ def build_positions(
     past_key_values: Cache | None,
     past_length: int | torch.Tensor,
     needs_distance: bool,
+    may_use_table: bool,
+    is_counted: bool,
 ) -> Positions:
     """Positions of the queries, of all keys in the cache, and the distances between them.
 
@@ -207,6 +223,8 @@ def build_positions(
         past_key_values: the cache before this forward's update, or `None`.
         past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
         needs_distance: whether any scheme adds a bias.
+        may_use_table: whether the attention can be computed from a table of the distances, where they follow the slots.
+        is_counted: whether `position_ids` are from `count_positions`.
     """
     query_length = position_ids.shape[1]
     key_length = query_length
@@ -217,20 +235,46 @@ def build_positions(
         return Positions(position_ids, position_ids, None, key_length)
 
     key_slots = torch.arange(key_length, device=position_ids.device)
-    query_slots = past_length + torch.arange(query_length, device=position_ids.device)
     key = _key_positions(position_ids, padding, past_length, key_slots)
+    traced = is_tracing(key)
+    if may_use_table and isinstance(past_length, int) and padding is attention_mask:
+        slots = past_length + query_length
+        key_mask = None if padding is None else padding[:, :slots].bool()
+        # a graph's shapes cannot follow the data: there is no looking at them
+        by_construction = (is_counted or query_length == 1) and padding is None and documents is None
+        if by_construction or (not traced and _is_contiguous(key[:, :slots], key_mask, documents)):
+            return Positions(position_ids, key, None, slots, past_length, _pad(key_mask, key_length), documents)
+
     distance = position_ids[:, :, None] - key[:, None, :]
     span = key_length
-    if is_tracing(distance):
-        # the graph's shapes cannot follow the data: gaps that lead out of the table stop the run, never clamp
+    if traced:
+        # gaps that lead out of the table stop the run, never clamp
         torch._assert_async(
             (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
         )
-    elif _is_contiguous(key, key_slots, padding, documents):
-        distance = (query_slots[:, None] - key_slots[None, :])[None]
     else:
         span = max(span, int(distance.max()) + 1)
     return Positions(position_ids, key, distance.clamp(min=0), span)
+
+
+def keep_tables(positions: Positions, past_key_values: Cache) -> None:
+    """Lets the single steps of a generation share their tables, which belong to the keys that the steps go on from."""
+    if is_tracing(positions.query):
+        return
+    is_step = positions.offset is not None and positions.query.shape[1] == 1
+    if not is_step or positions.offset == 0:
+        _REVERSED_TABLES.pop(past_key_values, None)
+    if not is_step:
+        return
+    positions.reversed_tables = _REVERSED_TABLES.setdefault(past_key_values, {})
+    positions.span = max(64, 2 ** positions.offset.bit_length())  # room for the steps to come
+
+
+def _pad(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
+    """(B, k) → (B, K): nothing stands in the slots behind the last query yet."""
+    if key_mask is None or key_mask.shape[1] == key_length:
+        return key_mask
+    return torch.nn.functional.pad(key_mask, (0, key_length - key_mask.shape[1]))
 
 
 def _key_positions(
@@ -253,19 +297,17 @@ def _key_positions(
     return counted + position_ids[:, -1:] - counted.index_select(1, last_slot)
 
 
-def _is_contiguous(
-    key: torch.Tensor, key_slots: torch.Tensor, padding: torch.Tensor | None, documents: torch.Tensor | None
-) -> bool:
-    """Whether distances between positions are distances between slots, wherever a query may see a key."""
-    if key.shape[0] == 1 and documents is None:
-        return bool((key.diff(dim=-1) == 1).all())
+def _is_contiguous(key: torch.Tensor, key_mask: torch.Tensor | None, documents: torch.Tensor | None) -> bool:
+    """Whether distances between positions are distances between slots, wherever a query may see a key.
+
+    Args:
+        key: (B or 1, K) positions of the keys.
+        key_mask: (B, K) boolean, False on padding, or `None`.
+        documents: (B or 1, K) or `None`.
+    """
     if documents is not None:
-        if padding is not None:
+        if key_mask is not None:
             return False
         return bool(((key.diff(dim=-1) == 1) | (documents.diff(dim=-1) != 0)).all())
-    offset = key - key_slots
-    even = offset == offset[:, -1:]
-    if padding is not None:
-        width = min(padding.shape[1], key.shape[1])
-        even = even[:, :width] | (padding[:, :width] == 0)
-    return bool(even.all())
+    offset = key - torch.arange(key.shape[1], device=key.device)
+    return not _varies(offset, torch.ones_like(key, dtype=torch.bool) if key_mask is None else key_mask)

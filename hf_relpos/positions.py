@@ -1,5 +1,6 @@
 """All position schemes by name: what a `pos_embedding_type` selects, and how several act together."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,14 +53,15 @@ class PositionEmbeddings(nn.ModuleDict):
 
     def bias(self, positions: Positions) -> torch.Tensor | None:
         """→ the sum of the schemes' biases, (B or 1, H, Q, K) fp32, or `None`."""
-        return _sum(scheme.bias(positions) for scheme in self.values())
+        return add_biases(scheme.bias(positions) for scheme in self.values())
 
     def table(self, length: int, device: torch.device) -> torch.Tensor | None:
         """→ the sum of the schemes' distance tables, (H, length) fp32, or `None`."""
-        return _sum(scheme.table(length, device) for scheme in self.values() if scheme.has_distance_bias())
+        return add_biases(scheme.table(length, device) for scheme in self.values() if scheme.has_distance_bias())
 
 
-def _sum(terms: Any) -> torch.Tensor | None:
+def add_biases(terms: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """→ the sum of those that are not `None`, or `None`."""
     total = None
     for term in terms:
         if term is not None:

@@ -1,0 +1,372 @@
+"""Attention with a bias that depends on the distance alone, in torch operations, with memory linear in the length.
+
+The bias of a block of rows is a window on one strip of the table, so no (Q, K) matrix is ever built: the scores of a
+block are computed, used and thrown away, in the backward pass a second time.
+
+Shape letters: B batch, H query heads, G key and value heads, R = H / G, Q query length, K key length, D head size,
+L length of the table.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+# scores that one thread holds at a time in the backward pass: twice 1 MiB in fp32, what a core's L2 cache takes
+CHUNK_SCORES = 2**18
+# keys that are taken at a time there
+TILE_KEYS = 4096
+# past this many keys, forward and backward, the strip is a view of the table and the rows of a block stand in reverse;
+# below, turning the rows costs more than a copy of the strip
+LONGEST_COPY, LONGEST_COPY_BACKWARD = 1024, 256
+
+
+@dataclass
+class DistanceBias:
+    """The bias of any block of rows as a window on a (H, rows, width) tensor that does not depend on the block.
+
+    Row r of a block whose last row stands at slot `end` − 1 sees key slot j at distance end − rows + r − j. With the
+    columns counted from the end, c = slots − end + j, that is slots − rows + r − c: the same for all blocks.
+
+    Attributes:
+        strip: (H, rows, slots + ahead), the values; −inf where a causal mask hides the key.
+        rows: rows of a block; a block of fewer is the end of it.
+        slots: slots up to the last query.
+        ahead: columns for keys behind the last query, 0 with a causal mask.
+        is_reversed: whether the rows of a block stand in reverse: then a view of the table has the rows r + c on its
+            diagonals, and nothing is copied.
+    """
+
+    strip: torch.Tensor
+    rows: int
+    slots: int
+    ahead: int
+    is_reversed: bool
+
+    @classmethod
+    def build(
+        cls,
+        bias_table: torch.Tensor,
+        rows: int,
+        offset: int,
+        slots: int,
+        num_keys: int,
+        is_causal: bool,
+        is_reversed: bool,
+    ) -> "DistanceBias":
+        """From the (H, L) table, for queries at the slots from `offset` to `slots` and keys from 0 to `num_keys`."""
+        ahead = 0 if is_causal else max(num_keys - offset, 0)
+        past, num_later = bias_table[:, :slots].flip(1), ahead + rows - 1
+        past = F.pad(past, (slots - past.shape[1], 0))  # distances that no key has
+        if is_causal:
+            later = past.new_full((past.shape[0], num_later), -math.inf)
+        else:
+            later = bias_table[:, 1 : num_later + 1]
+            later = F.pad(later, (0, num_later - later.shape[1]))
+        signed = torch.cat((past, later), dim=1)  # (H, n), at distance slots − 1 − index
+        strip = signed.as_strided((signed.shape[0], rows, slots + ahead), (signed.shape[1], 1, 1))
+        return cls(strip if is_reversed else strip.flip(1), rows, slots, ahead, is_reversed)
+
+    def window(self, strip: torch.Tensor, rows: int, end: int, keys: slice) -> torch.Tensor:
+        """(H, rows, keys) of a strip, for the block whose last row stands at slot `end` − 1."""
+        first = self.slots - end
+        held = slice(0, rows) if self.is_reversed else slice(self.rows - rows, self.rows)
+        return strip[:, held, first + keys.start : first + keys.stop]
+
+    def fold(self, gradient: torch.Tensor, length: int) -> torch.Tensor:
+        """The gradient of a strip → (H, length), that of the table: each row is shifted and all are summed."""
+        if not self.is_reversed:
+            gradient = gradient.flip(1)
+        num_heads, rows, width = gradient.shape
+        lags = width + rows - 1
+        skewed = F.pad(gradient, (0, rows)).flatten(1)[:, : rows * lags].view(num_heads, rows, lags)
+        signed = skewed.sum(1)
+        folded = signed[:, : self.slots].flip(1)
+        folded = F.pad(folded, (0, max(length - self.slots, 0)))[:, :length].contiguous()
+        if self.ahead:
+            later = signed[:, self.slots :][:, : length - 1]
+            folded[:, 1 : later.shape[1] + 1] += later
+        return folded
+
+
+def hidden_keys(
+    key_mask: torch.Tensor | None, documents: torch.Tensor | None, batch: slice, queries: torch.Tensor, keys: slice
+) -> torch.Tensor | None:
+    """→ (b, 1, rows, keys) boolean, True where padding or another document hides a key; `None` if nothing does.
+
+    Args:
+        key_mask: (B, K) boolean, False on padding.
+        documents: (B or 1, K) integers, the document of each slot.
+        batch: rows of the batch.
+        queries: (rows,) slots of the queries.
+        keys: slots of the keys.
+    """
+    hidden = None
+    if key_mask is not None:
+        hidden = ~key_mask[batch, None, None, keys]
+    if documents is not None:
+        documents = documents[batch if documents.shape[0] > 1 else slice(None)]
+        other = (documents[:, queries, None] != documents[:, None, keys])[:, None]
+        hidden = other if hidden is None else hidden | other
+    return hidden
+
+
+def block_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+    offset: int,
+    key_mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """→ (B, H, Q, D) in the dtype of `query` and the (B, H, Q) logarithm of the sum of exponentials of each row.
+
+    Arguments as in `distance_bias_attention`, checked there; query i stands at slot `offset` + i.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    batch_size, num_heads, query_length, head_dim = query.shape
+    slots, num_groups = offset + query_length, key.shape[1]
+    num_keys = slots if is_causal else key.shape[2]
+    block = min(query_length, 64 if num_keys <= 128 else 128 if num_keys <= LONGEST_COPY else 256)
+    bias = DistanceBias.build(bias_table.to(dtype), block, offset, slots, num_keys, is_causal, num_keys > LONGEST_COPY)
+    key, value = key.to(dtype), value.to(dtype)
+    # laid out as the layers use it: the heads of a token beside each other
+    out = query.new_empty(batch_size, query_length, num_heads, head_dim).transpose(1, 2)
+    lse = query.new_empty(batch_size, num_heads, query_length, dtype=dtype)
+    for start, rows, end, queries in iterate_blocks(query_length, block, offset, bias):
+        keys = slice(0, end if is_causal else num_keys)
+        mask = bias.window(bias.strip, rows, end, keys)[None]
+        hidden = hidden_keys(key_mask, documents, slice(None), queries, keys)
+        if hidden is not None:
+            mask = torch.where(hidden, -math.inf, mask)
+        taken = query[:, :, start : start + rows].to(dtype)
+        if bias.is_reversed:
+            taken = taken.flip(2)
+        # the heads that share a key are rows of one
+        taken = taken.reshape(batch_size, num_groups, -1, head_dim)
+        mask = mask.reshape(mask.shape[0], num_groups, -1, mask.shape[-1])
+        block_out, block_lse = _attend(taken, key[:, :, keys], value[:, :, keys], mask, scaling)
+        block_out = block_out.reshape(batch_size, num_heads, rows, head_dim)
+        block_lse = block_lse.reshape(batch_size, num_heads, rows)
+        if bias.is_reversed:
+            block_out, block_lse = block_out.flip(2), block_lse.flip(2)
+        out[:, :, start : start + rows] = block_out
+        lse[:, :, start : start + rows] = block_lse
+    return out, lse
+
+
+def iterate_blocks(
+    query_length: int, block: int, offset: int, bias: DistanceBias
+) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Blocks of rows, the last one first → first row, number of rows, slot after the last row, (rows,) slots."""
+    for stop in range(query_length, 0, -block):
+        start = max(stop - block, 0)
+        slots = torch.arange(offset + start, offset + stop, device=bias.strip.device)
+        yield start, stop - start, offset + stop, slots.flip(0) if bias.is_reversed else slots
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one block, (b, G, rows, D), and the logarithms of its sums; 0 and 0 where all keys are hidden."""
+    if query.device.type == "cpu" and _CPU_FLASH is not None:
+        return _CPU_FLASH(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)
+    scores = (query @ key.transpose(2, 3)).mul_(scaling).add_(mask)
+    lse = scores.logsumexp(-1)
+    lse = lse.masked_fill(lse == -math.inf, 0.0)
+    return scores.sub_(lse[..., None]).exp_() @ value, lse
+
+
+# private, but the one kernel of torch on CPUs that takes a mask and gives the logarithms that the backward pass needs
+_CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def block_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias_table: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+    offset: int,
+    key_mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ the gradients of query, key, value and `bias_table`, each in its dtype. Arguments as in `block_forward`."""
+    return _Backward(
+        grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents
+    ).run()
+
+
+@dataclass
+class _Chunk:
+    """What a thread works on, contiguous: n rows of the batch × key heads, queries in the order of the bias."""
+
+    batch: slice
+    groups: slice
+    query: torch.Tensor  # (n, R, Q, D), scaled
+    grad_out: torch.Tensor  # (n, R, Q, D)
+    lse: torch.Tensor  # (n, R, Q, 1)
+    delta: torch.Tensor  # (n, R, Q, 1), grad_out · out
+    key: torch.Tensor  # (n, K, D)
+    value: torch.Tensor  # (n, K, D)
+    grad_key: torch.Tensor
+    grad_value: torch.Tensor
+
+
+class _Backward:
+    """One backward pass: chunks that fit a core's cache, each computed by one thread from start to end.
+
+    The threads are Python's, not those inside of each operation: an operation on a chunk is too short to be shared.
+    """
+
+    def __init__(
+        self, grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents
+    ) -> None:
+        self.grad_out, self.query, self.key, self.value, self.out, self.lse = grad_out, query, key, value, out, lse
+        self.bias_table, self.scaling, self.is_causal, self.offset = bias_table, scaling, is_causal, offset
+        self.key_mask, self.documents = key_mask, documents
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.query_length, self.group_size = query.shape[2], query.shape[1] // key.shape[1]
+        slots = offset + self.query_length
+        self.num_keys = slots if is_causal else key.shape[2]
+        self.block = min(self.query_length, 64)
+        self.tile = min(self.num_keys, TILE_KEYS)
+        self.bias = DistanceBias.build(
+            bias_table.to(self.dtype),
+            self.block,
+            offset,
+            slots,
+            self.num_keys,
+            is_causal,
+            self.num_keys > LONGEST_COPY_BACKWARD,
+        )
+        # as the layers lay them out; no query sees the keys behind the last one
+        self.grad_query, self.grad_key, self.grad_value = (
+            x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
+        )
+        self.grad_key[:, :, self.num_keys :] = 0
+        self.grad_value[:, :, self.num_keys :] = 0
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        chunks = self._chunks()
+        num_threads = torch.get_num_threads()
+        workers = min(num_threads, len(chunks)) if self.query.device.type == "cpu" else 1
+        if workers == 1:
+            strips = [self._run_chunks(chunks)]
+        else:
+            shares = [chunks[first::workers] for first in range(workers)]
+            try:
+                with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    strips = list(pool.map(self._run_chunks, shares))
+            finally:
+                torch.set_num_threads(num_threads)  # what a thread sets holds for all that are yet to come
+        strip = strips[0]
+        for other in strips[1:]:  # in the order of the shares, whoever was done first
+            strip += other
+        grad_table = self.bias.fold(strip, self.bias_table.shape[1]).to(self.bias_table.dtype)
+        return self.grad_query, self.grad_key, self.grad_value, grad_table
+
+    def _chunks(self) -> list[tuple[slice, slice]]:
+        """Rows of the batch and key heads, so many that the scores of a block stay below `CHUNK_SCORES`."""
+        batch_size, num_groups = self.key.shape[:2]
+        scores = self.group_size * self.block * self.tile
+        groups = min(max(CHUNK_SCORES // scores, 1), num_groups)
+        rows = 1 if groups < num_groups else min(max(CHUNK_SCORES // (scores * groups), 1), batch_size)
+        return [
+            (slice(row, min(row + rows, batch_size)), slice(group, min(group + groups, num_groups)))
+            for row in range(0, batch_size, rows)
+            for group in range(0, num_groups, groups)
+        ]
+
+    @torch.no_grad()
+    def _run_chunks(self, chunks: list[tuple[slice, slice]]) -> torch.Tensor:
+        """Writes the gradients of some chunks; → the sum of those of their scores, in the form of the strip."""
+        strip = torch.zeros_like(self.bias.strip, memory_format=torch.contiguous_format)
+        largest = max((batch.stop - batch.start) * (groups.stop - groups.start) for batch, groups in chunks)
+        buffers = strip.new_empty(2, largest * self.group_size * self.block * self.tile)
+        for batch, groups in chunks:
+            chunk = self._take(batch, groups)
+            for start, rows, end, queries in iterate_blocks(self.query_length, self.block, self.offset, self.bias):
+                self._run_block(chunk, start, rows, end, queries, strip, buffers)
+            self._give(chunk)
+        return strip
+
+    def _take(self, batch: slice, groups: slice) -> _Chunk:
+        heads = slice(groups.start * self.group_size, groups.stop * self.group_size)
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            x = x[batch, heads].to(self.dtype)
+            x = x.flip(2) if self.bias.is_reversed else x
+            return x.reshape(-1, self.group_size, self.query_length, x.shape[-1])
+
+        def keys(x: torch.Tensor) -> torch.Tensor:
+            return x[batch, groups, : self.num_keys].to(self.dtype).flatten(0, 1).contiguous()
+
+        query, grad_out, out, lse = rows(self.query), rows(self.grad_out), rows(self.out), rows(self.lse[..., None])
+        key, value, delta = keys(self.key), keys(self.value), (grad_out * out).sum(-1, keepdim=True)
+        gradients = torch.empty_like(key), torch.empty_like(value)
+        return _Chunk(batch, groups, query * self.scaling, grad_out, lse, delta, key, value, *gradients)
+
+    def _run_block(
+        self,
+        chunk: _Chunk,
+        start: int,
+        rows: int,
+        end: int,
+        queries: torch.Tensor,
+        strip: torch.Tensor,
+        buffers: torch.Tensor,
+    ) -> None:
+        """Adds what a block of rows gives to the gradients of its chunk, for some keys at a time."""
+        held = slice(start, start + rows)
+        if self.bias.is_reversed:
+            held = slice(self.query_length - start - rows, self.query_length - start)
+        query, grad_out, lse, delta = (
+            x[:, :, held].flatten(1, 2) for x in (chunk.query, chunk.grad_out, chunk.lse, chunk.delta)
+        )
+        # the last block comes first and sees all keys: it finds their gradients empty
+        kept = 0 if start + rows == self.query_length else 1
+        heads = slice(chunk.groups.start * self.group_size, chunk.groups.stop * self.group_size)
+        num_keys, grad_query = end if self.is_causal else self.num_keys, torch.empty_like(query)
+        for first in range(0, num_keys, self.tile):
+            keys = slice(first, min(first + self.tile, num_keys))
+            key, value = chunk.key[:, keys], chunk.value[:, keys]
+            grad_key, grad_value = chunk.grad_key[:, keys], chunk.grad_value[:, keys]
+            shape = (len(query), query.shape[1], keys.stop - keys.start)
+            by_head = (-1, heads.stop - heads.start, rows, shape[-1])
+            weights, grad_scores = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+
+            scores = torch.bmm(query, key.transpose(1, 2), out=weights).view(by_head)
+            scores += self.bias.window(self.bias.strip[heads], rows, end, keys)
+            hidden = hidden_keys(self.key_mask, self.documents, chunk.batch, queries, keys)
+            if hidden is not None:
+                scores.masked_fill_(hidden, -math.inf)
+            weights.sub_(lse).exp_()
+            torch.bmm(grad_out, value.transpose(1, 2), out=grad_scores)
+            torch.baddbmm(grad_value, weights.transpose(1, 2), grad_out, beta=kept, out=grad_value)
+            grad_scores.sub_(delta).mul_(weights)
+            total = grad_scores.view(by_head)
+            total = total[0] if len(total) == 1 else total.sum(0)
+            self.bias.window(strip[heads], rows, end, keys).add_(total)
+            torch.baddbmm(grad_query, grad_scores, key, beta=int(first > 0), alpha=self.scaling, out=grad_query)
+            torch.baddbmm(grad_key, grad_scores.transpose(1, 2), query, beta=kept, out=grad_key)
+        grad_query = grad_query.view(chunk.batch.stop - chunk.batch.start, -1, rows, query.shape[-1])
+        grad_query = grad_query.flip(2) if self.bias.is_reversed else grad_query
+        self.grad_query[chunk.batch, heads, start : start + rows] = grad_query
+
+    def _give(self, chunk: _Chunk) -> None:
+        """Copies the gradients of a chunk's keys and values to where they belong."""
+        for whole, part in ((self.grad_key, chunk.grad_key), (self.grad_value, chunk.grad_value)):
+            part = part.unflatten(0, (chunk.batch.stop - chunk.batch.start, -1))
+            whole[chunk.batch, chunk.groups, : self.num_keys] = part
