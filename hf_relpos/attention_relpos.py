@@ -184,7 +184,7 @@ def _attend_backward(
 
 @_attend_backward.register_fake
 def _(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents):
-    return *(_like_layers(x) for x in (query, key, value)), torch.empty_like(bias_table)
+    return *(_like_layers(x) for x in (query, key, value)), bias_table.new_empty(bias_table.shape)
 
 
 def _like_layers(x: torch.Tensor) -> torch.Tensor:

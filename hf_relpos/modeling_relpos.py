@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_relpos import check_implementation, table_kernel
 from .configuration_relpos import RelPosConfig
 from .layers_relpos import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
+from .loss_relpos import linear_cross_entropy
 from .position_base import SelfInitialized
 from .position_ids import (
     augment_starts,
@@ -291,8 +292,15 @@ class RelPosModel(RelPosPreTrainedModel):
 
 
 class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
-    """The decoder with a language modelling head."""
+    """The decoder with a language modelling head.
 
+    Attributes:
+        skip_logits: whether a forward with labels computes the loss a few rows at a time and returns no logits: the
+            (B·N, V) matrix takes most of the memory of a small model's step and a good part of its time. Off by
+            default, for callers that read the logits beside the loss; the training scripts set it.
+    """
+
+    skip_logits = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -325,7 +333,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last n tokens only, or of the given indices; 0 for all.
 
         Returns:
-            the mean loss in nats, if there are labels, and (B, Q, V) logits.
+            the mean loss in nats, if there are labels, and (B, Q, V) logits, unless `skip_logits` leaves them out.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -336,10 +344,14 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = None, None
+        if labels is not None and self.skip_logits and self._has_plain_head(outputs.last_hidden_state):
+            given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
+            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, **given)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -347,6 +359,13 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _has_plain_head(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the head is a matrix that lies here whole: none of an adapter, of a quantiser or shared out."""
+        head, loss = self.lm_head, self.loss_type
+        plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor) and head.bias is None
+        whole = plain and head.weight.shape == (self.config.vocab_size, hidden_states.shape[-1])
+        return whole and head.weight.device == hidden_states.device and loss in (None, "ForCausalLM")
 
 
 # The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this

@@ -218,6 +218,7 @@ def _fit(
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, args.block_size)
     if checkpoint:
         _check_checkpoint(checkpoint, model.config)
+    model.skip_logits = True
     interrupt = InterruptCallback()
     try:
         trainer = Trainer(

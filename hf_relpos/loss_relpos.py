@@ -1,0 +1,113 @@
+"""The loss of next-token prediction, from hidden states and the output embedding, without the matrix of all logits.
+
+Shape letters: T tokens, C hidden size, V vocabulary.
+"""
+
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+IGNORED = -100
+# logits that exist at a time: 16 MiB in fp32
+CHUNK_LOGITS = 2**22
+
+_NAMESPACE = f"relpos_{zlib.crc32(__name__.encode()):08x}"
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy of `hidden_states @ weight.T`, a few rows at a time.
+
+    The gradients of a chunk are formed with its loss, so that its logits are never needed again: memory is that of the
+    hidden states and the weight, and no matrix product is computed twice.
+
+    Args:
+        hidden_states: (B, N, C).
+        weight: (V, C).
+        labels: (B, N) token ids, −100 where there is no target; the label of a token is its own, shifted here.
+        num_items_in_batch: what to divide the sum by, as the `Trainer` gives it; the number of targets by default.
+        shift_labels: (B, N) labels that are shifted already, in place of `labels`.
+
+    Returns:
+        the loss in nats, fp32.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    targets = shift_labels.flatten().to(hidden_states.device)
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    needs_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    total, _, _ = _sum_losses(hidden_states.flatten(0, 1), weight, targets, needs_gradient)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORED).sum()
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy", mutates_args=())
+def _sum_losses(
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(T, C), (V, C), (T,) → the sum of the losses and its gradients, (T, C) and (V, C), empty if not needed."""
+    is_target = (targets != IGNORED)[:, None]
+    picked = targets[:, None].masked_fill(~is_target, 0)
+    total = hidden_states.new_zeros((), dtype=torch.float32)
+    grad_hidden, grad_weight = _empty_gradients(hidden_states, weight, needs_gradient)
+    grad_total = torch.zeros_like(grad_weight, dtype=torch.float32)
+    rows = min(max(CHUNK_LOGITS // len(weight), 1), len(targets))
+    buffer = hidden_states.new_empty(rows, len(weight))
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, min(start + rows, len(targets)))
+        kept, hidden = is_target[chunk], hidden_states[chunk]
+        logits = torch.mm(hidden, weight.T, out=buffer[: chunk.stop - start]).float()
+        largest = logits.amax(dim=-1, keepdim=True)
+        exponentials = logits.sub_(largest)
+        total -= (exponentials.gather(1, picked[chunk]) * kept).sum()
+        sums = exponentials.exp_().sum(dim=-1, keepdim=True)
+        total += (sums.log() * kept).sum()
+        if needs_gradient:
+            # (softmax − one-hot) · sums, for rows with a target
+            exponentials.scatter_add_(1, picked[chunk], -sums)
+            grad_logits, scale = exponentials.to(weight.dtype), kept / sums
+            grad_hidden[chunk] = (grad_logits @ weight) * scale
+            grad_total += grad_logits.T @ (hidden * scale).to(weight.dtype)
+    grad_weight.copy_(grad_total)
+    return total, grad_hidden, grad_weight
+
+
+def _empty_gradients(
+    hidden_states: torch.Tensor, weight: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if needs_gradient:
+        return torch.empty_like(hidden_states), torch.empty_like(weight)
+    return hidden_states.new_empty(0), weight.new_empty(0)
+
+
+@_sum_losses.register_fake
+def _(hidden_states, weight, targets, needs_gradient):
+    total = hidden_states.new_empty((), dtype=torch.float32)
+    return total, *_empty_gradients(hidden_states, weight, needs_gradient)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, *gradients = output
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(*gradients)
+
+
+def _backward(ctx: Any, grad_total: torch.Tensor, *_: Any) -> tuple:
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return grad_hidden * grad_total, grad_weight * grad_total, None, None
+
+
+_sum_losses.register_autograd(_backward, setup_context=_save_for_backward)
