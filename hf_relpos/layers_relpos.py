@@ -106,15 +106,16 @@ class RelPosAttention(nn.Module):
             shared_bias = positions.local_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
         return add_biases((shared_bias, self.position_embeddings.bias(positions)))
 
-    def _table(self, shared_table: torch.Tensor | None, positions: Positions, device: torch.device) -> torch.Tensor:
-        """→ (H, span) fp32, from distance 0 on."""
-        return positions.local_heads(add_biases((shared_table, self.position_embeddings.table(positions.span, device))))
+    def _table(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:
+        """→ (H, span) fp32 (fp64 beside fp64), from distance 0 on."""
+        table = add_biases((shared_table, self.position_embeddings.table(positions.span, query.device)))
+        return positions.local_heads(table).to(torch.promote_types(query.dtype, torch.float32))
 
-    def _last_row(self, shared_table: torch.Tensor | None, positions: Positions, device: torch.device) -> torch.Tensor:
+    def _last_row(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:
         """→ (H, offset + 1) fp32, from the distance of the first key down to 0: a slice of what earlier steps left."""
         kept = positions.kept_table(self.layer_idx)
         if kept is None:
-            kept = self._table(shared_table, positions, device).flip(1)
+            kept = self._table(shared_table, positions, query).flip(1)
             if positions.reversed_tables is not None:
                 positions.reversed_tables[self.layer_idx] = kept
         return kept[:, kept.shape[1] - positions.offset - 1 :]
@@ -133,17 +134,17 @@ class RelPosAttention(nn.Module):
         check_implementation(self.config, self.config._attn_implementation)
         scaling, offset, key_mask = self.scaling, positions.offset, positions.key_mask
         if self.config._attn_implementation == "flex_attention":
-            table = self._table(shared_table, positions, query.device)
+            table = self._table(shared_table, positions, query)
             output = flex_distance_attention(self, query, key, value, table, attention_mask, offset, scaling)
         elif query.shape[2] > 1:
-            table, documents = self._table(shared_table, positions, query.device), positions.documents
+            table, documents = self._table(shared_table, positions, query), positions.documents
             output = distance_bias_attention(
                 query, key, value, table, scaling=scaling, offset=offset, key_mask=key_mask, documents=documents
             )
         else:  # one row of scores: any kernel that takes a mask
             key, value = key[:, :, : offset + 1], value[:, :, : offset + 1]
             key_mask = None if key_mask is None else key_mask[:, : offset + 1]
-            mask = row_mask(self._last_row(shared_table, positions, query.device), key_mask, query)
+            mask = row_mask(self._last_row(shared_table, positions, query), key_mask, query)
             return self._attend_with_mask(query, key, value, None, mask, positions, **kwargs)
         return output.transpose(1, 2), None
 

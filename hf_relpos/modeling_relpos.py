@@ -4,6 +4,7 @@ Shape letters: B batch, H query heads, Q query length, K key length, C hidden si
 this file: `position_base.py` has the interface, `positions.py` the choice.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -268,7 +269,8 @@ class RelPosModel(RelPosPreTrainedModel):
             positions.query = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
         positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
         if past_key_values is not None and not torch.is_grad_enabled():
-            keep_tables(positions, past_key_values)
+            layers = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)
+            keep_tables(positions, past_key_values, chain(self.position_embeddings.parameters(), *layers))
         if use_cache and past_key_values is None and cacheable:
             past_key_values = DynamicCache(config=self.config)
 

@@ -3,7 +3,7 @@
 Shape letters: B batch, Q query length, K key length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,8 +13,9 @@ from transformers.utils.import_utils import is_tracing
 from .position_base import Positions
 
 
-# cache of keys → `Positions.reversed_tables`; not an attribute of the cache, which others copy and flatten
-_REVERSED_TABLES: WeakKeyDictionary[Cache, dict[int, torch.Tensor]] = WeakKeyDictionary()
+# cache of keys → what the tables were computed from, and `Positions.reversed_tables`; not an attribute of the cache,
+# which others copy and flatten
+_REVERSED_TABLES: WeakKeyDictionary[Cache, tuple[list, dict[int, torch.Tensor]]] = WeakKeyDictionary()
 
 
 def is_exported(tensor: torch.Tensor) -> bool:
@@ -257,17 +258,22 @@ def build_positions(
     return Positions(position_ids, key, distance.clamp(min=0), span)
 
 
-def keep_tables(positions: Positions, past_key_values: Cache) -> None:
-    """Lets the single steps of a generation share their tables, which belong to the keys that the steps go on from."""
-    if is_tracing(positions.query):
+def keep_tables(positions: Positions, past_key_values: Cache, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Lets the single steps of a generation share their tables.
+
+    Args:
+        positions: gets its `reversed_tables`, and room for the steps to come in its `span`.
+        past_key_values: the tables live as long as these keys.
+        parameters: what the tables are computed from: when they change, the tables are computed anew.
+    """
+    if positions.offset is None or positions.query.shape[1] > 1 or is_tracing(positions.query):
         return
-    is_step = positions.offset is not None and positions.query.shape[1] == 1
-    if not is_step or positions.offset == 0:
-        _REVERSED_TABLES.pop(past_key_values, None)
-    if not is_step:
-        return
-    positions.reversed_tables = _REVERSED_TABLES.setdefault(past_key_values, {})
-    positions.span = max(64, 2 ** positions.offset.bit_length())  # room for the steps to come
+    state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+    kept = _REVERSED_TABLES.get(past_key_values)
+    if kept is None or kept[0] != state:
+        kept = _REVERSED_TABLES[past_key_values] = state, {}
+    positions.reversed_tables = kept[1]
+    positions.span = max(64, 2 ** positions.offset.bit_length())
 
 
 def _pad(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
