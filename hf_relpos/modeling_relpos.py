@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -363,11 +364,11 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         )
 
     def _has_plain_head(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the head is a matrix that lies here whole: none of an adapter, of a quantiser or shared out."""
-        head, loss = self.lm_head, self.loss_type
+        """Whether the head is a matrix that lies here whole, none of an adapter or a quantiser, and the loss the usual."""
+        head = self.lm_head
         plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor) and head.bias is None
         whole = plain and head.weight.shape == (self.config.vocab_size, hidden_states.shape[-1])
-        return whole and head.weight.device == hidden_states.device and loss in (None, "ForCausalLM")
+        return whole and head.weight.device == hidden_states.device and self.loss_function is ForCausalLMLoss
 
 
 # The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this
