@@ -364,7 +364,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         )
 
     def _has_plain_head(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the head is a matrix that lies here whole, none of an adapter or a quantiser, and the loss the usual."""
+        """Whether the head is a plain matrix that lies here whole, of no adapter or quantiser, with the usual loss."""
         head = self.lm_head
         plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor) and head.bias is None
         whole = plain and head.weight.shape == (self.config.vocab_size, hidden_states.shape[-1])
