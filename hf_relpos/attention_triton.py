@@ -307,13 +307,13 @@ class _Launch:
         self.row_bytes = self.flags["BLOCK_D"] * query.element_size()
 
     def tiles(self, is_backward: bool) -> dict[str, Any]:
-        """Rows and keys of a tile and warps of a program, by the bytes of a head: what shared memory holds."""
+        """Rows and keys of a tile and warps of a program, by the bytes of a head: what registers hold when compiled."""
         if self.row_bytes <= 128:
-            rows, keys, warps = (64, 64, 4) if is_backward else (128, 64, 8)
+            rows, keys, warps = (64, 32, 4) if is_backward else (128, 64, 8)
         elif self.row_bytes <= 256:
-            rows, keys, warps = (64, 32, 4) if is_backward else (64, 64, 4)
+            rows, keys, warps = (32, 32, 8) if is_backward else (32, 32, 4)
         else:
-            rows, keys, warps = 32, 32, 4
+            rows, keys, warps = 16, 32, 8
         return {"BLOCK_Q": rows, "BLOCK_K": keys, "num_warps": warps}
 
 
@@ -420,7 +420,7 @@ def _table_gradient(launch: _Launch, tensors: tuple[torch.Tensor, ...]) -> torch
         lowest,
         **launch.flags,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
     )
     # row r of a tile, from its last column to its first, stands at distances that grow by one
     sums = torch.nn.functional.pad(sums.sum(2).transpose(0, 1).flip(-1), (0, block))

@@ -3,6 +3,7 @@
 Shape letters: T tokens, C hidden size, V vocabulary.
 """
 
+import math
 import zlib
 from typing import Any
 
@@ -69,11 +70,12 @@ def _sum_losses(
     for start in range(0, len(targets), rows):
         chunk = slice(start, min(start + rows, len(targets)))
         kept, hidden = is_target[chunk], hidden_states[chunk]
-        logits = torch.mm(hidden, weight.T, out=buffer[: chunk.stop - start]).float()
-        largest = logits.amax(dim=-1, keepdim=True)
-        exponentials = logits.sub_(largest)
-        total -= (exponentials.gather(1, picked[chunk]) * kept).sum()
-        sums = exponentials.exp_().sum(dim=-1, keepdim=True)
+        # in units of ln 2: exp2 is several times as fast as exp on CPUs
+        logits = buffer[: chunk.stop - start]
+        logits = torch.addmm(logits, hidden, weight.T, beta=0, alpha=1 / math.log(2), out=logits).float()
+        exponentials = logits.sub_(logits.amax(dim=-1, keepdim=True))
+        total -= (exponentials.gather(1, picked[chunk]) * kept).sum() * math.log(2)
+        sums = exponentials.exp2_().sum(dim=-1, keepdim=True)
         total += (sums.log() * kept).sum()
         if needs_gradient:
             # (softmax − one-hot) · sums, for rows with a target
