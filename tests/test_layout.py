@@ -44,6 +44,16 @@ HUB_FILES = {
 # library files → those of them that each may import, besides what the package makes public
 LIBRARY_FILES = {
     "cli": set(),
+    "benchmark_cases": {
+        "attention_relpos",
+        "attention_triton",
+        "configuration_relpos",
+        "modeling_relpos",
+        "position_bias",
+        "positions",
+    },
+    "benchmarking": {"benchmark_cases"},
+    "benchmark_report": set(),
     "data": set(),
     "packing": {"data"},
     "evaluation": set(),

@@ -1,0 +1,111 @@
+"""Tables and plots of a benchmark, from its result file alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown: ratios by name and length, of time and memory, and what was skipped with its reason."""
+    arguments, hardware = result["arguments"], result["hardware"]
+    where = hardware.get("gpu") if arguments["device"] == "cuda" else hardware["cpu"]
+    lines = [
+        f"{where}, {arguments['num_threads']} threads, {arguments['dtype']}, torch {result['versions']['torch']}; "
+        f"medians of {arguments['repeats']} interleaved rounds. A ratio is to the row of the same column that has 1.00."
+    ]
+    for title, records in _sections(result):
+        lines += ["", f"**{title}**", "", *_table(records)]
+    if result["skipped"]:
+        lines += ["", "**Skipped**", ""]
+        reasons: dict[tuple[str, str], set[int]] = {}
+        for case in result["skipped"]:
+            what = " ".join(x for x in (case["part"], case["mode"], case.get("measure")) if x)
+            reasons.setdefault((f"{case['name']} ({what})", case["reason"]), set()).add(case["length"])
+        for (name, reason), lengths in reasons.items():
+            lines.append(f"- {name} at {', '.join(map(str, sorted(lengths)))}: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    tokens, step_tokens = result["arguments"]["tokens"], result["arguments"]["step_tokens"]
+
+    def pick(key: str, **fields: Any) -> list[dict[str, Any]]:
+        return [record for record in result[key] if all(record[name] == value for name, value in fields.items())]
+
+    sections = [
+        (f"Attention, forward and backward, {tokens} tokens", pick("times", part="attention", mode="forward_backward")),
+        (f"Attention, forward, {tokens} tokens", pick("times", part="attention", mode="forward")),
+        ("Attention, forward and backward, peak memory above the inputs", pick("memory", part="attention")),
+        (f"Training step, {step_tokens} tokens", pick("times", part="step")),
+        (f"Training step, peak memory, {step_tokens} tokens", pick("memory", part="step")),
+    ]
+    for rows in result["arguments"]["decode_batch_sizes"]:
+        sections.append((f"Cached step of {rows} rows", pick("times", part="decode", batch_size=rows)))
+    return [(title, records) for title, records in sections if records]
+
+
+def _table(records: list[dict[str, Any]]) -> list[str]:
+    """Rows by name, columns by length: the ratio and the median."""
+    lengths = sorted({record["length"] for record in records})
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        by_name.setdefault(record["name"], {})[record["length"]] = record
+    header = ["", *map(str, lengths)]
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(lengths)]
+    for name, found in by_name.items():
+        lines.append("| " + " | ".join([name, *(_cell(found.get(length)) for length in lengths)]) + " |")
+    return lines
+
+
+def _cell(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "–"
+    amount = f"{record['mib']:.0f} MiB" if "mib" in record else f"{1000 * record['seconds']:.4g} ms"
+    return f"{record['ratio']:.2f} ({amount})" if "ratio" in record else amount
+
+
+def plot_benchmark(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws time and memory against length, as ratios to the base of each length.
+
+    Returns:
+        the paths of the plots, one for attention and one for steps, of those that were measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    for part, base in (("attention", "causal SDPA"), ("step", "Llama")):
+        times = [r for r in result["times"] if r["part"] == part and r["mode"] != "forward" and "ratio" in r]
+        memory = [r for r in result["memory"] if r["part"] == part and "ratio" in r]
+        if not times:
+            continue
+        figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+        names = list(dict.fromkeys(record["name"] for record in [*times, *memory]))
+        for axes, records, what in ((panels[0], times, "time"), (panels[1], memory, "peak memory")):
+            _draw(axes, records, names, pyplot.get_cmap("tab20"))
+            axes.set(title=f"{what}, ratio to {base}", xlabel="length (tokens), equal tokens in all")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+        paths.append(folder / f"{part}_cost.png")
+        figure.savefig(paths[-1], dpi=150)
+        pyplot.close(figure)
+    return paths
+
+
+def _draw(axes: Any, records: list[dict[str, Any]], names: list[str], colors: Callable[[int], Any]) -> None:
+    lengths = sorted({record["length"] for record in records})
+    for index, name in enumerate(names):
+        found = {record["length"]: record["ratio"] for record in records if record["name"] == name}
+        xs = [length for length in lengths if length in found]
+        style = {"linewidth": 2.6 if name.startswith("distance_bias") or name == "linear_cpb" else 1.4}
+        axes.plot(xs, [found[x] for x in xs], marker="o", markersize=4, color=colors(index), label=name, **style)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:.3g}")
+    axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Times attention kernels, training steps and cached steps of all schemes beside what else there is.
+
+python scripts/benchmark.py --output_dir output/benchmark
+
+All of one length take turns in one process; peak memory is taken in a process of its own each. Writes benchmark.json,
+benchmark.md and plots of cost against length.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_relpos.benchmark_cases import KERNELS, Case, model_names
+from hf_relpos.benchmark_report import plot_benchmark, tables
+from hf_relpos.benchmarking import measure_memory, time_cases
+from hf_relpos.cli import command, parse_arguments
+from hf_relpos.results import hardware, versions, write_json
+
+
+PARTS = ("attention", "step", "decode", "memory")
+# part → the name whose time and memory the ratios are to
+BASES = {"attention": "sdpa_causal", "step": "llama", "decode": "rotary"}
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured."""
+
+    output_dir: str = field(metadata={"help": "Folder for benchmark.json, benchmark.md and the plots."})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Some of {', '.join(PARTS)}."})
+    kernels: list[str] = field(default_factory=lambda: list(KERNELS), metadata={"help": "Attention kernels."})
+    models: list[str] = field(default_factory=model_names, metadata={"help": "Schemes, and models of others."})
+    lengths: list[int] = field(
+        default_factory=lambda: [128, 512, 2048, 8192], metadata={"help": "Lengths of attention in tokens."}
+    )
+    step_lengths: list[int] = field(
+        default_factory=lambda: [128, 512, 2048], metadata={"help": "Lengths of training steps in tokens."}
+    )
+    decode_lengths: list[int] = field(
+        default_factory=lambda: [128, 2048], metadata={"help": "Cached tokens before a step."}
+    )
+    decode_batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Rows of a cached step."})
+    tokens: int = field(default=16384, metadata={"help": "Tokens of an attention, whatever the length."})
+    step_tokens: int = field(default=4096, metadata={"help": "Tokens of a training step, whatever the length."})
+    repeats: int = field(default=9, metadata={"help": "Rounds that count."})
+    num_threads: int = field(default_factory=torch.get_num_threads, metadata={"help": "Threads of torch on a CPU."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("parts", PARTS), ("kernels", KERNELS), ("models", model_names())):
+            unknown = [value for value in getattr(self, name) if value not in allowed]
+            if unknown:
+                raise ValueError(f"`{name}` must be some of {list(allowed)}, got {unknown[0]!r}.")
+        for name in ("tokens", "step_tokens", "repeats", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("lengths", "step_lengths", "decode_lengths", "decode_batch_sizes"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"`{name}` must be numbers of at least 1, got {getattr(self, name)}.")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"`device` must be cpu or, where torch has a GPU, cuda; got {self.device!r}.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {self.dtype!r}.")
+
+
+def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
+    """Lists of cases that take turns."""
+    where = {"device": args.device, "dtype": args.dtype}
+    groups = []
+    if "attention" in args.parts:
+        for length in args.lengths:
+            rows = max(args.tokens // length, 1)
+            for mode in ("forward", "forward_backward"):
+                groups.append([Case("attention", name, length, rows, mode, **where) for name in args.kernels])
+    if "step" in args.parts:
+        for length in args.step_lengths:
+            rows = max(args.step_tokens // length, 1)
+            groups.append([Case("step", name, length, rows, **where) for name in args.models])
+    if "decode" in args.parts:
+        for length in args.decode_lengths:
+            for rows in args.decode_batch_sizes:
+                groups.append([Case("decode", name, length, rows, **where) for name in args.models])
+    return groups
+
+
+@command
+def main() -> None:
+    (args,) = parse_arguments((BenchmarkArguments,), __doc__)
+    torch.set_num_threads(args.num_threads)
+    groups, skipped = make_groups(args), []
+    times = [record for group in groups for record in time_cases(group, BASES[group[0].part], args.repeats, skipped)]
+    memory: list[dict[str, Any]] = []
+    if "memory" in args.parts:
+        for part in ("attention", "step"):
+            cases = [case for group in groups if group[0].part == part and group[0].mode != "forward" for case in group]
+            memory += measure_memory(cases, BASES[part], args.num_threads, skipped)
+    result = {
+        "arguments": asdict(args),
+        "times": times,
+        "memory": memory,
+        "skipped": skipped,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "benchmark.json", result)
+    text = tables(result)
+    (folder / "benchmark.md").write_text(text, encoding="utf-8")
+    print(text)
+    written = [folder / "benchmark.json", folder / "benchmark.md", *plot_benchmark(result, folder)]
+    print("\n".join(f"wrote {path}" for path in written))
+
+
+if __name__ == "__main__":
+    main()
