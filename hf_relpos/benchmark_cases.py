@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, Llama
 from .attention_relpos import distance_bias_attention, table_kernel
 from .attention_triton import triton_backward, triton_forward
 from .configuration_relpos import RelPosConfig
+from .evaluation import evaluation_mode, token_losses
 from .modeling_relpos import RelPosForCausalLM
 from .position_bias import AlibiBias
 from .positions import list_position_embeddings
@@ -33,7 +34,7 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        part: "attention", "step" or "decode".
+        part: "attention", "step", "decode" or "evaluate".
         name: of the kernel or the model.
         length: N; of a cached step, the number of cached tokens.
         batch_size: B.
@@ -55,7 +56,13 @@ class Case:
         Raises:
             NotServed: if it cannot run here.
         """
-        return {"attention": _build_attention, "step": _build_step, "decode": _build_decode}[self.part](self)
+        builders = {
+            "attention": _build_attention,
+            "step": _build_step,
+            "decode": _build_decode,
+            "evaluate": _build_evaluation,
+        }
+        return builders[self.part](self)
 
 
 # --- attention kernels: (B, H, N, D) query, key and value and (H, N) table → (B, H, N, D)
@@ -259,5 +266,17 @@ def _build_decode(case: Case) -> Callable[[], None]:
     def run() -> None:
         model(input_ids=step, past_key_values=cache, use_cache=True)
         cache.crop(-1)
+
+    return run
+
+
+def _build_evaluation(case: Case) -> Callable[[], None]:
+    """The loss of each token of a row, as evaluate.py computes it."""
+    model = _model(case)
+    tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
+
+    def run() -> None:
+        with evaluation_mode(model):
+            token_losses(model, tokens)
 
     return run

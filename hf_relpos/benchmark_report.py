@@ -39,6 +39,7 @@ def _sections(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         (f"Training step, {step_tokens} tokens", pick("times", part="step")),
         (f"Training step, peak memory, {step_tokens} tokens", pick("memory", part="step")),
     ]
+    sections.append(("Loss of each token of one row, peak memory and time", pick("memory", part="evaluate")))
     for rows in result["arguments"]["decode_batch_sizes"]:
         sections.append((f"Cached step of {rows} rows", pick("times", part="decode", batch_size=rows)))
     return [(title, records) for title, records in sections if records]
@@ -60,6 +61,8 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
 def _cell(record: dict[str, Any] | None) -> str:
     if record is None:
         return "–"
+    if record["part"] == "evaluate":
+        return f"{record['process_mib']:.0f} MiB, {record['seconds']:.1f} s"
     amount = f"{record['mib']:.0f} MiB" if "mib" in record else f"{1000 * record['seconds']:.4g} ms"
     return f"{record['ratio']:.2f} ({amount})" if "ratio" in record else amount
 

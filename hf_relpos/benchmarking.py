@@ -141,16 +141,20 @@ def measure_memory(
 ) -> list[dict[str, Any]]:
     """The peak memory of each case in a fresh process, in MiB, and its ratio to that of the base of its length.
 
-    Of an attention kernel, what is taken above its inputs; of a step, all that its process takes above the libraries.
+    Of an attention kernel, what is taken above its inputs; of a step or an evaluation, what its process takes above the
+    libraries.
+
+    Returns:
+        a record for each case that ran: its fields, `mib`, `process_mib` with the libraries, and the `seconds` of the run.
     """
     context, records = multiprocessing.get_context("spawn"), []
     for case in tqdm(cases, desc="memory", leave=False):
         with context.Pool(1) as pool:
-            mib = pool.apply(_peak_of, (case, num_threads))
-        if isinstance(mib, str):
-            skipped.append({**asdict(case), "reason": mib, "measure": "memory"})
+            found = pool.apply(_peak_of, (case, num_threads))
+        if isinstance(found, str):
+            skipped.append({**asdict(case), "reason": found, "measure": "memory"})
         else:
-            records.append({**asdict(case), "mib": mib})
+            records.append({**asdict(case), **found})
     bases = {_group(record): record["mib"] for record in records if record["name"] == base}
     for record in records:
         if _group(record) in bases:
@@ -162,8 +166,8 @@ def _group(record: dict[str, Any]) -> tuple:
     return record["part"], record["mode"], record["length"], record["batch_size"]
 
 
-def _peak_of(case: Case, num_threads: int) -> float | str:
-    """→ MiB, or the reason why the case cannot run."""
+def _peak_of(case: Case, num_threads: int) -> dict[str, float] | str:
+    """→ the measured fields of the record, or the reason why the case cannot run."""
     torch.set_num_threads(num_threads)
     try:
         # the memory of the libraries themselves, and of the threads that the first run makes
@@ -172,11 +176,12 @@ def _peak_of(case: Case, num_threads: int) -> float | str:
         run = case.build()
         if case.part == "attention":
             before = _resident_mib(case.device)
+        _reset_peak(case.device)
+        seconds = _time(run, case.device)
     except (NotServed, NotImplementedError, ValueError, RuntimeError) as error:
         return _one_line(error)
-    _reset_peak(case.device)
-    run()
-    return max(_peak_mib(case.device) - before, 0.0)
+    peak = _peak_mib(case.device)
+    return {"mib": max(peak - before, 0.0), "process_mib": peak, "seconds": seconds}
 
 
 def _status(field: str) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 
+LOSSES_AT_A_TIME = 2048
 IN_CONTEXT_BASE = 50
 IN_CONTEXT_TOKENS = (250, 500, 1000)
 
@@ -116,8 +117,12 @@ def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     except IndexError as error:
         raise ValueError(f"the model cannot serve a length of {tokens.shape[1]} tokens: {error}") from error
     losses = torch.full(tokens.shape, math.nan, dtype=torch.float32)
-    for row in range(len(tokens)):  # one row at a time: an fp32 copy of all logits would be the peak of memory
-        losses[row, 1:] = F.cross_entropy(logits[row, :-1].float(), tokens[row, 1:], reduction="none").cpu()
+    # a few logits at a time: an fp32 copy of all, or their softmax, would be the peak of memory
+    for row in range(len(tokens)):
+        for start in range(0, tokens.shape[1] - 1, LOSSES_AT_A_TIME):
+            targets = tokens[row, start + 1 : start + 1 + LOSSES_AT_A_TIME]
+            scores = logits[row, start : start + len(targets)].float()
+            losses[row, start + 1 : start + 1 + len(targets)] = F.cross_entropy(scores, targets, reduction="none").cpu()
     if not losses[:, 1:].isfinite().all():
         raise ValueError(f"the model's loss is not finite at a length of {tokens.shape[1]} tokens.")
     return losses

@@ -61,6 +61,9 @@ class RelPosTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = True
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Train in bf16 beside fp32 weights; by default on GPUs that have it."}
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -75,6 +78,9 @@ class RelPosTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // max(1, self.block_size))
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.bf16 is None:
+            has_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = has_gpu and torch.cuda.is_bf16_supported() and not self.fp16
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()  # it warns otherwise
         super().__post_init__()
 

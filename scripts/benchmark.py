@@ -3,10 +3,12 @@
 
 python scripts/benchmark.py --output_dir output/benchmark
 
-All of one length take turns in one process; peak memory is taken in a process of its own each. Writes benchmark.json,
+All of one length take turns in one process; peak memory, and the evaluation of one long row, is taken in a process of
+its own each. Writes benchmark.json,
 benchmark.md and plots of cost against length.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from hf_relpos.cli import command, parse_arguments
 from hf_relpos.results import hardware, versions, write_json
 
 
-PARTS = ("attention", "step", "decode", "memory")
+PARTS = ("attention", "step", "decode", "memory", "evaluate")
 # part → the name whose time and memory the ratios are to
 BASES = {"attention": "sdpa_causal", "step": "llama", "decode": "rotary"}
 
@@ -43,6 +45,9 @@ class BenchmarkArguments:
         default_factory=lambda: [128, 2048], metadata={"help": "Cached tokens before a step."}
     )
     decode_batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Rows of a cached step."})
+    evaluate_lengths: list[int] = field(
+        default_factory=lambda: [32768], metadata={"help": "Lengths of the one row whose losses are computed."}
+    )
     tokens: int = field(default=16384, metadata={"help": "Tokens of an attention, whatever the length."})
     step_tokens: int = field(default=4096, metadata={"help": "Tokens of a training step, whatever the length."})
     repeats: int = field(default=9, metadata={"help": "Rounds that count."})
@@ -58,7 +63,7 @@ class BenchmarkArguments:
         for name in ("tokens", "step_tokens", "repeats", "num_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("lengths", "step_lengths", "decode_lengths", "decode_batch_sizes"):
+        for name in ("lengths", "step_lengths", "decode_lengths", "decode_batch_sizes", "evaluate_lengths"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"`{name}` must be numbers of at least 1, got {getattr(self, name)}.")
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
@@ -87,28 +92,32 @@ def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
     return groups
 
 
+def measure(args: BenchmarkArguments, skipped: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """→ "times" or "memory" and records, group by group; `skipped` gets what cannot run."""
+    groups = make_groups(args)
+    for group in groups:
+        yield "times", time_cases(group, BASES[group[0].part], args.repeats, skipped)
+    if "memory" in args.parts:
+        for group in groups:
+            if group[0].part in ("attention", "step") and group[0].mode != "forward":
+                yield "memory", measure_memory(group, BASES[group[0].part], args.num_threads, skipped)
+    if "evaluate" in args.parts:
+        where = {"device": args.device, "dtype": args.dtype}
+        cases = [Case("evaluate", name, n, 1, **where) for n in args.evaluate_lengths for name in args.models]
+        yield "memory", measure_memory(cases, "", args.num_threads, skipped)
+
+
 @command
 def main() -> None:
     (args,) = parse_arguments((BenchmarkArguments,), __doc__)
     torch.set_num_threads(args.num_threads)
-    groups, skipped = make_groups(args), []
-    times = [record for group in groups for record in time_cases(group, BASES[group[0].part], args.repeats, skipped)]
-    memory: list[dict[str, Any]] = []
-    if "memory" in args.parts:
-        for part in ("attention", "step"):
-            cases = [case for group in groups if group[0].part == part and group[0].mode != "forward" for case in group]
-            memory += measure_memory(cases, BASES[part], args.num_threads, skipped)
-    result = {
-        "arguments": asdict(args),
-        "times": times,
-        "memory": memory,
-        "skipped": skipped,
-        "versions": versions(),
-        "hardware": hardware(),
-    }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "benchmark.json", result)
+    result: dict[str, Any] = {"arguments": asdict(args), "times": [], "memory": [], "skipped": []}
+    result |= {"versions": versions(), "hardware": hardware()}
+    for kind, records in measure(args, result["skipped"]):
+        result[kind] += records
+        write_json(folder / "benchmark.json", result)  # what is measured stays, whatever comes
     text = tables(result)
     (folder / "benchmark.md").write_text(text, encoding="utf-8")
     print(text)

@@ -48,6 +48,7 @@ LIBRARY_FILES = {
         "attention_relpos",
         "attention_triton",
         "configuration_relpos",
+        "evaluation",
         "modeling_relpos",
         "position_bias",
         "positions",
