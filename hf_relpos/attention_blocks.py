@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 
-# exp2 is the fast exponential of torch on CPUs: its exp takes three times as long, and up to a hundred times where the
+# exp2 is the fast exponential of torch on CPUs: its exp takes several times as long, and far longer where the
 # result underflows, as it does for most keys under a steep bias
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 # scores that one thread holds at a time in the backward pass: twice 1 MiB in fp32, what a core's L2 cache takes

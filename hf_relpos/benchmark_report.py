@@ -81,7 +81,7 @@ def plot_benchmark(result: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for part, base in (("attention", "causal SDPA"), ("step", "Llama")):
         times = [r for r in result["times"] if r["part"] == part and r["mode"] != "forward" and "ratio" in r]
-        memory = [r for r in result["memory"] if r["part"] == part and "ratio" in r]
+        memory = [r for r in result["memory"] if r["part"] == part and r.get("ratio", 0) > 0]
         if not times:
             continue
         figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
@@ -106,7 +106,8 @@ def _draw(axes: Any, records: list[dict[str, Any]], names: list[str], colors: Ca
         axes.plot(xs, [found[x] for x in xs], marker="o", markersize=4, color=colors(index), label=name, **style)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if records:
+        axes.set_yscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:.3g}")

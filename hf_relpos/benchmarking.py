@@ -145,7 +145,7 @@ def measure_memory(
     libraries.
 
     Returns:
-        a record for each case that ran: its fields, `mib`, `process_mib` with the libraries, and the `seconds` of the run.
+        a record for each case that ran: its fields, `mib`, `process_mib` with the libraries, and `seconds` of one run.
     """
     context, records = multiprocessing.get_context("spawn"), []
     for case in tqdm(cases, desc="memory", leave=False):

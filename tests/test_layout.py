@@ -68,9 +68,11 @@ LIBRARY_FILES = {
 
 
 def imports(name):
-    """→ the package's own modules that a file imports, and the others."""
+    """→ the package's own modules that a file imports, and the others, without those that it only tries to import."""
     own, others = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    tried = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
+    for node in set(ast.walk(tree)) - tried:
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("hf_relpos")):
             assert node.level <= 1 and node.module, f"{name}: flat imports of the form `from .name import x` only"
             own.add(node.module.removeprefix("hf_relpos."))
