@@ -213,14 +213,14 @@ def block_backward(
 
 @dataclass
 class _Chunk:
-    """What a thread works on, contiguous: n rows of the batch × key heads, queries in the order of the bias."""
+    """What a thread works on: b rows of the batch × g key heads, n = b · g; views of the whole where they can be."""
 
     batch: slice
     groups: slice
-    query: torch.Tensor  # (n, R, Q, D), scaled; with it, scores are in units of ln 2, as `lse` is
-    grad_out: torch.Tensor  # (n, R, Q, D)
-    lse: torch.Tensor  # (n, R, Q, 1)
-    delta: torch.Tensor  # (n, R, Q, 1), grad_out · out
+    query: torch.Tensor  # (b, g · R, Q, D)
+    grad_out: torch.Tensor  # (b, g · R, Q, D)
+    lse: torch.Tensor  # (b, g · R, Q, 1), in units of ln 2
+    delta: torch.Tensor  # (b, g · R, Q, 1), grad_out · out
     key: torch.Tensor  # (n, K, D)
     value: torch.Tensor  # (n, K, D)
     grad_key: torch.Tensor
@@ -307,20 +307,15 @@ class _Backward:
 
     def _take(self, batch: slice, groups: slice) -> _Chunk:
         heads = slice(groups.start * self.group_size, groups.stop * self.group_size)
-
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            x = x[batch, heads].to(self.dtype)
-            x = x.flip(2) if self.bias.is_reversed else x
-            return x.reshape(-1, self.group_size, self.query_length, x.shape[-1])
-
-        def keys(x: torch.Tensor) -> torch.Tensor:
-            return x[batch, groups, : self.num_keys].to(self.dtype).flatten(0, 1).contiguous()
-
-        query, grad_out, out, lse = rows(self.query), rows(self.grad_out), rows(self.out), rows(self.lse[..., None])
-        key, value, delta = keys(self.key), keys(self.value), (grad_out * out).sum(-1, keepdim=True)
-        gradients = torch.empty_like(key), torch.empty_like(value)
-        query, lse = query * (self.scaling * LOG2_E), lse * LOG2_E
-        return _Chunk(batch, groups, query, grad_out, lse, delta, key, value, *gradients)
+        query, grad_out, out, lse = (x[batch, heads] for x in (self.query, self.grad_out, self.out, self.lse))
+        delta = (grad_out.to(self.dtype) * out).sum(-1, keepdim=True)
+        key, value = (x[batch, groups, : self.num_keys].to(self.dtype).flatten(0, 1) for x in (self.key, self.value))
+        gradients = (x[batch, groups, : self.num_keys] for x in (self.grad_key, self.grad_value))
+        if batch.stop - batch.start == 1 and self.key.dtype == self.dtype:
+            gradients = (x[0] for x in gradients)
+        else:
+            gradients = (torch.empty_like(x) for x in (key, value))
+        return _Chunk(batch, groups, query, grad_out, lse[..., None] * LOG2_E, delta, key, value, *gradients)
 
     def _run_block(
         self,
@@ -333,12 +328,10 @@ class _Backward:
         buffers: torch.Tensor,
     ) -> None:
         """Adds what a block of rows gives to the gradients of its chunk, for some keys at a time."""
-        held = slice(start, start + rows)
-        if self.bias.is_reversed:
-            held = slice(self.query_length - start - rows, self.query_length - start)
         query, grad_out, lse, delta = (
-            x[:, :, held].flatten(1, 2) for x in (chunk.query, chunk.grad_out, chunk.lse, chunk.delta)
+            self._rows(x, start, rows) for x in (chunk.query, chunk.grad_out, chunk.lse, chunk.delta)
         )
+        query = query * (self.scaling * LOG2_E)  # scores in units of ln 2
         # the last block comes first and sees all keys: it finds their gradients empty
         kept = 0 if start + rows == self.query_length else 1
         heads = slice(chunk.groups.start * self.group_size, chunk.groups.stop * self.group_size)
@@ -369,8 +362,15 @@ class _Backward:
         grad_query = grad_query.flip(2) if self.bias.is_reversed else grad_query
         self.grad_query[chunk.batch, heads, start : start + rows] = grad_query
 
+    def _rows(self, x: torch.Tensor, start: int, rows: int) -> torch.Tensor:
+        """(b, g · R, Q, d) → (n, R · rows, d), a block of the queries in the order of the bias."""
+        x = x[:, :, start : start + rows].to(self.dtype)
+        x = x.flip(2) if self.bias.is_reversed else x
+        return x.reshape(-1, self.group_size * rows, x.shape[-1])
+
     def _give(self, chunk: _Chunk) -> None:
-        """Copies the gradients of a chunk's keys and values to where they belong."""
+        """Copies the gradients of a chunk's keys and values to where they belong, if they are not there."""
         for whole, part in ((self.grad_key, chunk.grad_key), (self.grad_value, chunk.grad_value)):
-            part = part.unflatten(0, (chunk.batch.stop - chunk.batch.start, -1))
-            whole[chunk.batch, chunk.groups, : self.num_keys] = part
+            if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                part = part.unflatten(0, (chunk.batch.stop - chunk.batch.start, -1))
+                whole[chunk.batch, chunk.groups, : self.num_keys] = part
