@@ -87,6 +87,9 @@ def plot_benchmark(result: dict[str, Any], folder: Path) -> list[Path]:
         figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         names = list(dict.fromkeys(record["name"] for record in [*times, *memory]))
         for axes, records, what in ((panels[0], times, "time"), (panels[1], memory, "peak memory")):
+            if not records:
+                axes.set_axis_off()
+                continue
             _draw(axes, records, names, pyplot.get_cmap("tab20"))
             axes.set(title=f"{what}, ratio to {base}", xlabel="length (tokens), equal tokens in all")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -106,8 +109,7 @@ def _draw(axes: Any, records: list[dict[str, Any]], names: list[str], colors: Ca
         axes.plot(xs, [found[x] for x in xs], marker="o", markersize=4, color=colors(index), label=name, **style)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    if records:
-        axes.set_yscale("log")
+    axes.set_yscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:.3g}")
