@@ -1,4 +1,5 @@
 # make demo: train, evaluate and generate with a small model, in a few minutes on two cores
+# make sweep-demo: nine short runs, killed once on the way and resumed, and their report with statistics
 # make test: the test suite
 # make test-clients: the tests with other libraries (PEFT, TRL, lm-eval, torchao, ONNX, a server, Triton), which it installs
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
@@ -11,7 +12,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-clients test-hf
+.PHONY: demo sweep-demo test test-clients test-hf
 
 demo: $(VENV)/installed-sample
 	rm -rf demo
@@ -22,6 +23,15 @@ demo: $(VENV)/installed-sample
 	    --prompt "The state of the Union is"
 	$(BIN)/python scripts/evaluate.py --model_name_or_path demo/model --output_dir demo/evaluation \
 	    --eval_lengths 128 256 512 1024 --max_windows 32
+
+SWEEP := $(BIN)/python scripts/sweep.py --experiment experiments/demo.yaml --output_dir demo/sweep
+
+sweep-demo: $(VENV)/installed-sample
+	rm -rf demo/sweep demo/report
+	timeout --signal=KILL 45 $(SWEEP); [ $$? -eq 137 ]
+	@echo "killed after 45 seconds; the same command goes on:"
+	$(SWEEP)
+	$(BIN)/python scripts/report.py --sweep demo/sweep --output_dir demo/report --title "Three schemes, three seeds"
 
 # one thread in each of two processes: two threads in one would leave the second core idle in most tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -41,6 +41,16 @@ def parse_arguments(types: Sequence[type], description: str, argv: Sequence[str]
     return tuple(parsed)
 
 
+def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ...]:
+    """Flags as a YAML file has them → one instance of each dataclass; raises `ValueError` as `parse_arguments` does."""
+    parsed, unknown = ArgumentParser(types, allow_abbrev=False), set(values)
+    for action in parsed._actions:
+        unknown.discard(action.dest)
+    if unknown:
+        raise ValueError(f"unknown flag: {sorted(unknown)[0]!r}.")
+    return parsed.parse_args_into_dataclasses(_words(values))
+
+
 def _pop_config(argv: list[str]) -> str | None:
     """Takes `--config FILE` or `--config=FILE` out of the command line."""
     found = [index for index, word in enumerate(argv) if word.partition("=")[0] == "--config"]
@@ -59,10 +69,16 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
         raise ValueError(f"--config {path!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
-    flags = []
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}.")
+    return _words(values)
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    """→ the command line that says the same."""
+    flags = []
+    for name, value in values.items():
         if value is None:
             continue
         words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

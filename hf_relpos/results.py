@@ -75,9 +75,14 @@ def peak_memory_mib() -> float:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the file whole or not at all; refuses NaN and infinity, which are no JSON."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".part")
-    staged.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    staged.write_text(text, encoding="utf-8")
     os.replace(staged, path)
 
 
@@ -208,9 +213,12 @@ def _label_ticks(axes: Any, ticks: Sequence[int]) -> None:
 
 
 def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
+
     for length in sorted({result["train_length"] for result in results if result["train_length"]}):
         axes.axvline(length, color="grey", linestyle=":", linewidth=1)
         axes.text(length, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="grey")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)

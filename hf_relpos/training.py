@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -144,8 +145,17 @@ class InterruptCallback(TrainerCallback):
 # --- the run
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrainingArguments) -> dict[str, Any]:
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RelPosTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
     """Trains a model and saves it to `args.output_dir` with its tokenizer and `training.json`.
+
+    Args:
+        model_args, data_args, args: what scripts/train.py takes.
+        callbacks: further ones for the Trainer.
 
     Returns:
         the record of the run, as in `training.json`.
@@ -157,7 +167,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrai
     _check_processes(args)
     checkpoint = find_checkpoint(args)
     if model_args.model_name_or_path:
-        return _go_on(*load_saved(model_args, data_args), model_args, data_args, args, checkpoint)
+        return _go_on(*load_saved(model_args, data_args), model_args, data_args, args, checkpoint, callbacks)
     config = new_config(model_args, args.block_size)
     _check_length(config, args.block_size)
     with args.main_process_first(desc="tokenizer"):
@@ -167,10 +177,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RelPosTrai
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))
     model = new_model(config, args.seed, model_args.attn_implementation)
-    return _fit(model, tokenizer, corpus, data_args, args, checkpoint)
+    return _fit(model, tokenizer, corpus, data_args, args, checkpoint, callbacks)
 
 
-def finetune(model_args: SavedModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
+def finetune(
+    model_args: SavedModelArguments,
+    data_args: DataArguments,
+    args: FinetuningArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
     """Goes on with a saved model at `args.block_size`; otherwise as `train`."""
     _check_processes(args)
     checkpoint = find_checkpoint(args)
@@ -185,7 +200,7 @@ def finetune(model_args: SavedModelArguments, data_args: DataArguments, args: Fi
                 f"got {model.config.pos_embedding_type!r}."
             )
         extend_learned_positions(model, max(limit, args.block_size))
-    return _go_on(model, tokenizer, model_args, data_args, args, checkpoint)
+    return _go_on(model, tokenizer, model_args, data_args, args, checkpoint, callbacks)
 
 
 def _go_on(
@@ -195,11 +210,12 @@ def _go_on(
     data_args: DataArguments,
     args: RelPosTrainingArguments,
     checkpoint: str | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
     _check_length(model.config, args.block_size)
     with args.main_process_first(desc="corpus"):
         corpus = load_corpus(data_args)
-    return _fit(model, tokenizer, corpus, data_args, args, checkpoint, base_model=model_args.model_name_or_path)
+    return _fit(model, tokenizer, corpus, data_args, args, checkpoint, callbacks, model_args.model_name_or_path)
 
 
 def _fit(
@@ -209,6 +225,7 @@ def _fit(
     data_args: DataArguments,
     args: RelPosTrainingArguments,
     checkpoint: str | None,
+    callbacks: Sequence[TrainerCallback],
     base_model: str | None = None,
 ) -> dict[str, Any]:
     with args.main_process_first(desc="tokenising"):
@@ -234,7 +251,7 @@ def _fit(
             eval_dataset=blocks["validation"],
             processing_class=tokenizer,
             data_collator=BlockCollator(),
-            callbacks=[interrupt],
+            callbacks=[interrupt, *callbacks],
         )
     except RuntimeError as error:
         if "requires" in str(error):  # a tracker that is not installed

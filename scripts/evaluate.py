@@ -4,114 +4,24 @@
 python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
 """
 
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.data import DataArguments, check_at_least_1, load_corpus
-from hf_relpos.evaluation import check_lengths, check_stride, evaluate_lengths, evaluate_sliding
-from hf_relpos.packing import evaluation_documents
-from hf_relpos.results import hardware, markdown_table, peak_memory_mib, plot_results, versions, write_json
-from hf_relpos.saved_models import load_model, load_model_tokenizer
-from hf_relpos.training import TRAINING_RECORD
-
-
-@dataclass
-class EvaluationArguments:
-    """What to evaluate, and how."""
-
-    model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
-    output_dir: str = field(metadata={"help": "Folder for results.json and the plots."})
-    eval_lengths: list[int] = field(
-        default_factory=lambda: [128, 256, 512, 1024], metadata={"help": "Evaluation lengths in tokens."}
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; by default test if there is one, else validation."}
-    )
-    stride: int | None = field(
-        default=None,
-        metadata={
-            "help": "Also compute the sliding-window perplexity of the whole split, at each length above this stride."
-        },
-    )
-    train_length: int | None = field(
-        default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
-    )
-    tokens_per_batch: int = field(default=8192, metadata={"help": "Tokens of one forward."})
-    max_windows: int | None = field(
-        default=None, metadata={"help": "Windows of the longest length to read, spread evenly; all by default."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or another of the model's."})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+from hf_relpos.data import DataArguments
+from hf_relpos.evaluating import EvaluationArguments, evaluate_model
+from hf_relpos.results import markdown_table
 
 
 @command
 def main() -> None:
     args, data_args = parse_arguments((EvaluationArguments, DataArguments), __doc__)
-    folder = Path(args.output_dir)
-    if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"`output_dir` {args.output_dir!r} is a file or already holds a result: choose another.")
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
-    longest = check_lengths(args.eval_lengths)[-1]
-    if args.stride is not None:
-        check_stride(args.stride, longest)
-    for name in ("max_windows", "tokens_per_batch", "train_length"):
-        check_at_least_1(name, getattr(args, name))
-    kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    model = load_model(args.model_name_or_path, AutoModelForCausalLM, dtype=getattr(torch, args.dtype), **kwargs)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
-    check_lengths(args.eval_lengths, model)
-    corpus = load_corpus(data_args)
-    split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
-    record = _training_record(args.model_name_or_path)
-    train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
-    result = {
-        "model": Path(args.model_name_or_path).name,
-        "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
-        "seed": record.get("seed"),
-        "train_length": train_length,
-        **evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows),
-    }
-    if args.stride is not None:
-        result["sliding_window"] = {
-            str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)
-            for length in sorted(set(args.eval_lengths))
-            if length > args.stride
-        }
-    result |= {
-        "attn_implementation": model.config._attn_implementation,
-        "dtype": args.dtype,
-        "training": {key: value for key, value in record.items() if key not in ("versions", "hardware")} or None,
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-        "versions": versions(),
-        "hardware": hardware(),
-        "corpus": {
-            "name": corpus.name,
-            "split": split,
-            "fingerprint": corpus.fingerprint,
-            "num_documents": result.pop("num_documents"),
-            "num_windows": result.pop("num_windows"),
-        },
-    }
-    write_json(folder / "results.json", result)
-    plots = plot_results([result], folder)
+    result = evaluate_model(args, data_args)
     print(markdown_table([result]))
     for length, row in result.get("sliding_window", {}).items():
         tokens = row["num_tokens"]
         print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
-    print("\n".join(f"wrote {path}" for path in (folder / "results.json", *plots)))
-
-
-def _training_record(name: str) -> dict[str, Any]:
-    path = Path(name) / TRAINING_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in ("results.json", "loss_by_position.png", "perplexity_by_length.png"):
+        print(f"wrote {Path(args.output_dir) / name}")
 
 
 if __name__ == "__main__":

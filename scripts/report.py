@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Makes one table and plots of several result files of evaluate.py.
+"""Makes tables and plots of several result files of evaluate.py; of a sweep, statistics over the seeds.
 
 python scripts/report.py --results output/*/results.json --output_dir output/report
+python scripts/report.py --sweep output/relative --output_dir output/report
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_relpos.cli import command, parse_arguments
+from hf_relpos.report_page import write_report
 from hf_relpos.results import markdown_table, plot_results, read_result
 
 
@@ -15,20 +18,51 @@ from hf_relpos.results import markdown_table, plot_results, read_result
 class ReportArguments:
     """Which results, and where the report goes."""
 
-    results: list[str] = field(metadata={"help": "Result files of evaluate.py."})
-    output_dir: str = field(metadata={"help": "Folder for table.md and the plots."})
+    output_dir: str = field(metadata={"help": "Folder for the tables and the plots."})
+    results: list[str] = field(default_factory=list, metadata={"help": "Result files of evaluate.py: a row for each."})
+    sweep: str | None = field(
+        default=None,
+        metadata={"help": "Output folder of sweep.py: statistics over the seeds, as report.html and report.md."},
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Setting that the others of a sweep are compared to; the first by default."}
+    )
+    title: str = field(default="Position schemes", metadata={"help": "Heading of the page of a sweep."})
 
 
 @command
 def main() -> None:
     (args,) = parse_arguments((ReportArguments,), __doc__)
-    results = [read_result(path) for path in args.results]
     folder = Path(args.output_dir)
-    plots = plot_results(results, folder)
-    table = markdown_table(results)
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
-    print("\n".join(f"wrote {path}" for path in (folder / "table.md", *plots)))
+    if bool(args.results) == bool(args.sweep):
+        raise ValueError("either --results or --sweep is required.")
+    if args.sweep:
+        paths = write_report(_read_sweep(Path(args.sweep)), folder, args.baseline, args.title)
+    else:
+        results = [read_result(path) for path in args.results]
+        plots = plot_results(results, folder)
+        table = markdown_table(results)
+        (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+        print(table)
+        paths = [folder / "table.md", *plots]
+    print("\n".join(f"wrote {path}" for path in paths))
+
+
+def _read_sweep(root: Path) -> list[dict]:
+    """The results that sweep.py listed; one that cannot be read is named and left out."""
+    try:
+        listed = (root / "results.txt").read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(f"`sweep` {str(root)!r} holds no finished sweep: {error}") from error
+    results = []
+    for path in filter(None, listed):
+        try:
+            results.append(read_result(root / path))
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not results:
+        raise ValueError(f"`sweep` {str(root)!r} has no result that can be read.")
+    return results
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ LIBRARY_FILES = {
     "saved_models": {"data", "packing", "configuration_relpos", "modeling_relpos"},
     "training": {"data", "packing", "results", "saved_models", "configuration_relpos", "modeling_relpos"},
     "perplexity_by_length": {"evaluation"},
+    "evaluating": {"data", "evaluation", "packing", "results", "saved_models", "training"},
+    "comparing": set(),
+    "report_page": {"comparing", "results"},
+    "sweeping": {"cli", "data", "evaluating", "results", "saved_models", "training"},
     "serving": {"attention_relpos", "cli", "configuration_relpos", "modeling_relpos"},
 }
 

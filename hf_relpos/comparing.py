@@ -1,0 +1,269 @@
+"""Statistics over seeds: groups of runs that differ in the seed alone, their intervals, and paired comparisons."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+
+CONFIDENCE = 0.95
+# what may differ between the groups of one report: what an experiment varies
+VARIED = (
+    "pos_embedding_type",
+    "pos_embedding_kwargs",
+    "position_start_augmentation",
+    "train_length",
+    "num_parameters",
+    "num_steps",
+    "base_train_length",
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds.
+
+    Attributes:
+        mean, std: of the values; the standard deviation with n − 1, NaN for one value.
+        low, high: ends of the 95 % interval of the mean by Student's t; NaN for one value.
+        n: number of values.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """From one value per seed; raises `ValueError` without any."""
+        values, n = np.asarray(values, dtype=np.float64), len(values)
+        if not n:
+            raise ValueError("an interval needs at least one value.")
+        mean = float(values.mean())
+        if n == 1:
+            return cls(mean, math.nan, math.nan, math.nan, 1)
+        std = float(values.std(ddof=1))
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
+        return cls(mean, std, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A group against the baseline, at one length, over the seeds that both have.
+
+    Attributes:
+        label, length: the group and the evaluation length.
+        difference: of the loss in nats per token, group − baseline, paired by seed; below 0 the group is better.
+        p_value: of Student's paired test; NaN for fewer than two seeds.
+        corrected: the same, corrected for all comparisons of the report by Holm's method.
+    """
+
+    label: str
+    length: int
+    difference: Interval
+    p_value: float
+    corrected: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the difference stands out of the noise of the seeds, at 5 % for all comparisons together."""
+        return self.corrected < 1 - CONFIDENCE
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: what sets it apart from the other groups.
+        by_seed: seed → result.
+    """
+
+    label: str
+    by_seed: dict[int, dict[str, Any]]
+
+    @property
+    def train_length(self) -> int:
+        return next(iter(self.by_seed.values()))["train_length"]
+
+    def lengths(self) -> list[int]:
+        """Evaluation lengths, sorted; the same for all seeds."""
+        return sorted(int(length) for length in next(iter(self.by_seed.values()))["lengths"])
+
+    def values(self, length: int, key: str = "perplexity") -> dict[int, float]:
+        """seed → `key` of an evaluation length."""
+        return {seed: result["lengths"][str(length)][key] for seed, result in self.by_seed.items()}
+
+    def ratio(self) -> Interval | None:
+        """Perplexity at the longest length / at the training length, or `None` if it was not evaluated past that."""
+        longest = self.lengths()[-1]
+        if self.train_length not in self.lengths() or longest <= self.train_length:
+            return None
+        base = self.values(self.train_length)
+        return Interval.of([value / base[seed] for seed, value in self.values(longest).items()])
+
+    def slope(self) -> Interval | None:
+        """Nats per token past the training length."""
+        found = [result["slope"]["slope"] for result in self.by_seed.values() if result["slope"]]
+        return Interval.of(found) if found else None
+
+    def in_context_score(self) -> tuple[int, Interval] | None:
+        """The latest token that the windows reach, and the in-context score there."""
+        reached = [
+            {int(token): score["score"] for token, score in result["in_context_score"].items() if score}
+            for result in self.by_seed.values()
+        ]
+        if not all(reached):
+            return None
+        token = max(reached[0])
+        return token, Interval.of([scores[token] for scores in reached])
+
+
+def group_results(results: Sequence[dict[str, Any]]) -> list[Group]:
+    """Groups results that differ in the seed alone, in the order in which they first appear.
+
+    Raises:
+        ValueError: if results cannot be compared (another corpus, recipe, or other windows or lengths), naming the
+            fields that differ; if one seed stands twice in a group; if a result has no record of its training.
+    """
+    if not results:
+        raise ValueError("there are no results to compare.")
+    first = _facts(results[0])
+    for result in results[1:]:
+        differing = [name for name, value in _facts(result).items() if value != first[name]]
+        if differing:
+            pairs = "; ".join(f"`{name}` is {first[name]!r} and {_facts(result)[name]!r}" for name in differing)
+            raise ValueError(f"results of different experiments are not averaged: {pairs}.")
+    members: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        group = members.setdefault(json.dumps(_varied(result), sort_keys=True), {})
+        if result["seed"] in group:
+            raise ValueError(
+                f"two results are of {result['pos_embedding_type']!r} with seed {result['seed']} and the same settings."
+            )
+        group[result["seed"]] = result
+    groups = [Group("", dict(sorted(group.items()))) for group in members.values()]
+    for group in groups:
+        if len({tuple(sorted(result["lengths"])) for result in group.by_seed.values()}) > 1:
+            raise ValueError("results of one group were evaluated at different `eval_lengths`.")
+    _label(groups, [json.loads(key) for key in members])
+    return groups
+
+
+def _facts(result: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in all results, flat, for a message that names one field."""
+    training, corpus = _training(result), result["corpus"]
+    longest = max(result["lengths"], key=int)
+    recipe = {f"recipe.{name}": value for name, value in training.get("recipe", {}).items()}
+    return {
+        "corpus.name": corpus["name"],
+        "corpus.fingerprint": corpus.get("fingerprint"),
+        "corpus.split": corpus.get("split"),
+        "corpus.num_windows": corpus.get("num_windows"),
+        "eval_lengths (longest)": int(longest),
+        "tokens_per_step": training.get("tokens_per_step"),
+        "data_seed": training.get("data_seed"),
+        "dtype": result.get("dtype"),
+        **recipe,
+    }
+
+
+def _varied(result: dict[str, Any]) -> dict[str, Any]:
+    training = _training(result)
+    return {name: result.get(name, training.get(name)) for name in VARIED}
+
+
+def _training(result: dict[str, Any]) -> dict[str, Any]:
+    if not result.get("training"):
+        raise ValueError(f"the result of {result.get('model')!r} has no record of its training: it cannot be averaged.")
+    return result["training"]
+
+
+def _label(groups: list[Group], varied: list[dict[str, Any]]) -> None:
+    """Names each group by its scheme and by what else varies between the groups."""
+    names = {
+        "pos_embedding_kwargs": lambda value: ", ".join(f"{k}={v}" for k, v in (value or {}).items()),
+        "position_start_augmentation": lambda value: "augmented" if value else "",
+        "train_length": lambda value: f"trained at {value}",
+        "num_parameters": lambda value: f"{value / 1e6:.1f}M",
+        "num_steps": lambda value: f"{value} steps",
+        "base_train_length": lambda value: f"from {value}" if value else "",
+    }
+    # parameters of the schemes' own make no two sizes
+    sizes = [round(math.log2(fields["num_parameters"])) if fields["num_parameters"] else None for fields in varied]
+    for group, fields in zip(groups, varied):
+        words = [fields["pos_embedding_type"]]
+        for name, name_value in names.items():
+            values = sizes if name == "num_parameters" else [other[name] for other in varied]
+            if any(value != values[0] for value in values[1:]):
+                words.append(name_value(fields[name]))
+        group.label = " ".join(word for word in words if word)
+
+
+def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:
+    """Compares all groups to one, at each length that both were evaluated at, paired by seed.
+
+    Raises:
+        ValueError: if no group has the label `baseline`.
+    """
+    by_label = {group.label: group for group in groups}
+    if baseline not in by_label:
+        raise ValueError(f"`baseline` must be one of {list(by_label)}, got {baseline!r}.")
+    base, pairs = by_label[baseline], []
+    for group in groups:
+        if group is base:
+            continue
+        for length in sorted({*group.lengths()} & {*base.lengths()}):
+            ours, theirs = group.values(length, "loss"), base.values(length, "loss")
+            seeds = sorted({*ours} & {*theirs})
+            if seeds:
+                pairs.append((group.label, length, [ours[seed] - theirs[seed] for seed in seeds]))
+    p_values = [paired_p_value(differences) for _, _, differences in pairs]
+    return [
+        Comparison(label, length, Interval.of(differences), p_value, corrected)
+        for (label, length, differences), p_value, corrected in zip(pairs, p_values, holm(p_values))
+    ]
+
+
+def paired_p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value of Student's paired test that the differences have mean 0; NaN for fewer than two."""
+    if len(differences) < 2:
+        return math.nan
+    if max(differences) == min(differences):  # no noise at all
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (1979): step-down, holds the family-wise error; NaN entries stay and do not count."""
+    order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def verdict(comparison: Comparison, baseline: str) -> str:
+    """The comparison in words."""
+    difference, name = comparison.difference, f"**{comparison.label}**"
+    where = f"At {comparison.length} tokens"
+    if difference.n < 2:
+        return f"{where}, {name} has one seed in common with {baseline}: nothing can be said."
+    size = f"{abs(difference.mean):.4f} nats ({_percent(difference.mean)} in perplexity)"
+    details = f"{difference.n} seeds, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
+    details += f"corrected p = {comparison.corrected:.2g}"
+    if comparison.is_real:
+        word = "better" if difference.mean < 0 else "worse"
+        return f"{where}, {name} is {word} than {baseline} by {size}: a real difference ({details})."
+    return f"{where}, {name} and {baseline} cannot be told apart: {size} is within the noise of the seeds ({details})."
+
+
+def _percent(difference: float) -> str:
+    return f"{100 * math.expm1(difference):+.1f} %"

@@ -1,0 +1,180 @@
+"""Statistics over seeds against values by hand and by scipy, and the page that they are written to."""
+
+import copy
+import json
+import math
+import re
+
+import pytest
+from scipy import stats
+
+from hf_relpos.comparing import Interval, compare, group_results, holm, paired_p_value, verdict
+from hf_relpos.report_page import write_report
+
+
+SEEDS = (42, 1337, 3407, 1024, 365)
+NOISE = (0.03, -0.02, 0.05, -0.04, -0.02)  # of the seeds, shared by the schemes: they are paired
+
+
+def make_result(scheme="none", seed=42, loss=4.0, train_length=128, **training):
+    losses = {"128": loss, "512": loss + (0.5 if scheme == "rotary" else -0.05)}
+    return {
+        "model": "m",
+        "pos_embedding_type": scheme,
+        "seed": seed,
+        "train_length": train_length,
+        "lengths": {length: {"loss": value, "perplexity": math.exp(value)} for length, value in losses.items()},
+        "loss_by_position": [None, *(loss + 1 / (position + 1) for position in range(511))],
+        "in_context_score": {"250": {"score": -0.1, "standard_error": 0.01}, "500": None},
+        "slope": {"slope": -1e-5, "standard_error": 1e-6},
+        "distance_bias": None if scheme == "none" else {"distances": [0, 1, 3], "layers": [[[0.0, -1.0, -2.0]]] * 2},
+        "dtype": "float32",
+        "training": {
+            "num_parameters": 3_000_000,
+            "num_steps": 10,
+            "tokens_per_step": 16384,
+            "data_seed": 42,
+            "recipe": {"learning_rate": 2e-4},
+            "seconds": 60,
+            "log": [{"step": 5, "loss": loss + 1}, {"step": 10, "loss": loss}, {"step": 10, "eval_loss": 4.0}],
+            **training,
+        },
+        "versions": {},
+        "hardware": {"cpu": "a CPU"},
+        "corpus": {"name": "books", "split": "test", "fingerprint": "f", "num_windows": 9, "num_documents": 3},
+    }
+
+
+@pytest.fixture
+def results():
+    """Alibi is better than none by 0.02 ± 0.002, rotary's difference at 128 is noise of ± 0.05."""
+    alibi, rotary = (0.018, 0.022, 0.02, 0.019, 0.021), (0.05, -0.05, 0.02, -0.03, 0.02)
+    found = []
+    for index, (seed, noise) in enumerate(zip(SEEDS, NOISE)):
+        found.append(make_result("none", seed, 4 + noise))
+        found.append(make_result("alibi", seed, 4 + noise - alibi[index]))
+        found.append(make_result("rotary", seed, 4 + noise + rotary[index]))
+    return found
+
+
+def test_interval_by_hand():
+    """1, 2, 3: the standard deviation is 1 and t for 2 degrees of freedom 4.3027."""
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.std, interval.n) == (2.0, 1.0, 3)
+    assert interval.high - 2 == pytest.approx(4.302652730 / math.sqrt(3), rel=1e-9)
+    assert math.isnan(Interval.of([1.0]).low) and Interval.of([1.0]).mean == 1.0
+    with pytest.raises(ValueError, match="at least one value"):
+        Interval.of([])
+
+
+def test_interval_and_p_value_as_scipy_has_them():
+    ours, theirs = [4.1, 4.3, 4.2, 4.6], [4.0, 4.15, 4.25, 4.3]
+    differences = [a - b for a, b in zip(ours, theirs)]
+    expected = stats.ttest_rel(ours, theirs)
+    assert paired_p_value(differences) == pytest.approx(expected.pvalue, rel=1e-9)
+    low, high = expected.confidence_interval(0.95)
+    assert (Interval.of(differences).low, Interval.of(differences).high) == pytest.approx((low, high), rel=1e-9)
+    assert math.isnan(paired_p_value([0.1])) and paired_p_value([0.0, 0.0]) == 1.0
+
+
+def test_holm_by_hand():
+    """0.01 · 4, 0.02 · 3, max(0.03 · 2, 0.06), max(0.5 · 1, …); a missing one does not count."""
+    assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[:2] == pytest.approx([0.06, 0.04])
+    assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[3:] == pytest.approx([0.5, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_groups_differ_in_the_seed_alone(results):
+    groups = group_results(results)
+    assert [group.label for group in groups] == ["none", "alibi", "rotary"]
+    assert all(list(group.by_seed) == sorted(SEEDS) for group in groups)
+    assert groups[2].ratio().mean == pytest.approx(math.exp(0.5)) and groups[2].ratio().std == pytest.approx(
+        0, abs=1e-12
+    )
+    assert groups[0].in_context_score()[0] == 250
+
+
+def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
+    groups = group_results(results)
+    alibi = next(c for c in compare(groups, "none") if (c.label, c.length) == ("alibi", 128))
+    rotary = next(c for c in compare(groups, "none") if (c.label, c.length) == ("rotary", 128))
+    assert alibi.difference.mean == pytest.approx(-0.02) and alibi.is_real and not rotary.is_real
+    unpaired = stats.ttest_ind(*([*group.values(128, "loss").values()] for group in groups[:2])).pvalue
+    assert unpaired > 0.05 > alibi.corrected
+    assert "**alibi** is better than none by 0.0200 nats (-2.0 % in perplexity): a real difference" in verdict(
+        alibi, "none"
+    )
+    assert "cannot be told apart" in verdict(rotary, "none")
+    with pytest.raises(ValueError, match=r"`baseline` must be one of \['none', 'alibi', 'rotary'\], got 'alibii'"):
+        compare(groups, "alibii")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r["corpus"].update(fingerprint="g"), "`corpus.fingerprint` is 'f' and 'g'"),
+        (lambda r: r["training"]["recipe"].update(learning_rate=1.0), "`recipe.learning_rate` is 0.0002 and 1.0"),
+        (lambda r: r["training"].update(data_seed=1), "`data_seed` is 42 and 1"),
+        (lambda r: r.update(dtype="bfloat16"), "`dtype` is 'float32' and 'bfloat16'"),
+        (lambda r: r.update(training=None), "has no record of its training"),
+        (lambda r: r.update(seed=42), "two results are of 'rotary' with seed 42"),
+    ],
+)
+def test_what_differs_is_not_averaged(change, message, results):
+    change(results[-1])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        group_results(results)
+
+
+def test_labels_name_what_varies():
+    results = [make_result("alibi", 1, train_length=n, num_steps=s) for n in (128, 256) for s in (10, 20)]
+    labels = [group.label for group in group_results(results)]
+    assert labels == [f"alibi trained at {n} {s} steps" for n in (128, 256) for s in (10, 20)]
+    large = make_result("rotary", 1, num_parameters=80_000_000)
+    own = make_result("alibi", 1, num_parameters=3_000_100)  # a scheme's own parameters make no other size
+    assert [g.label for g in group_results([make_result("none", 1), own])] == ["none", "alibi"]
+    assert [g.label for g in group_results([make_result("none", 1), large])] == ["none 3.0M", "rotary 80.0M"]
+
+
+def test_the_page_holds_everything_in_one_file(results, tmp_path):
+    paths = write_report(results, tmp_path, "none", "Which <scheme>?")
+    page, markdown = (path.read_text(encoding="utf-8") for path in paths[:2][::-1])
+    assert "<h1>Which &lt;scheme&gt;?</h1>" in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == len(paths) - 2 == 4
+    assert "alibi is better than none by 0.0200 nats" in page and "| rotary | 5 |" in markdown
+    assert {path.name for path in paths[2:]} == {
+        "loss_by_position.png",
+        "perplexity_by_length.png",
+        "training_loss.png",
+        "learned_bias_by_distance.png",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+
+
+def test_finetuning_is_drawn_against_its_steps(tmp_path):
+    results = [
+        make_result("alibi", seed, 4 - steps / 1000, 512, num_steps=steps, base_train_length=128)
+        for seed in (1, 2)
+        for steps in (25, 50)
+    ]
+    names = {path.name for path in write_report(results, tmp_path)}
+    assert "loss_after_finetuning.png" in names
+
+
+def test_report_of_a_sweep_leaves_out_what_it_cannot_read(results, run_script, tmp_path, capsys):
+    root = tmp_path / "sweep"
+    root.mkdir()
+    names = [f"{index}.json" for index in range(len(results))]
+    for name, result in zip(names, copy.deepcopy(results)):
+        (root / name).write_text(json.dumps(result))
+    (root / "cut.json").write_text(json.dumps(results[0])[:50])
+    (root / "foreign.json").write_text("[1]")
+    (root / "results.txt").write_text("\n".join([*names, "cut.json", "foreign.json"]) + "\n")
+    run_script("report", "--sweep", root, "--output_dir", tmp_path / "report", "--baseline", "alibi")
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 2 and "cut.json" in printed.err and "foreign.json" in printed.err
+    assert "Difference to alibi" in (tmp_path / "report" / "report.md").read_text()
+    with pytest.raises(SystemExit):
+        run_script("report", "--output_dir", tmp_path / "other")
+    assert "either --results or --sweep is required" in capsys.readouterr().err
