@@ -21,9 +21,9 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.82rem; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% }
 li.real { font-weight: 600 }
@@ -326,5 +326,5 @@ FIGURES: tuple[tuple[str, Callable[[Sequence[Group]], Any], Callable[[Any, Seque
     ("Perplexity by length", lambda groups: len(groups[0].lengths()) > 1, _perplexity_by_length),
     ("Loss after finetuning", _finetuned, _finetune_curves),
     ("Training loss", lambda groups: all(map(_log, groups[0].by_seed.values())), _training_curves),
-    ("Learned bias by distance", lambda groups: any(map(_curves, groups)), _learned_biases),
+    ("Bias by distance", lambda groups: any(map(_curves, groups)), _learned_biases),
 )

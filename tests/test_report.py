@@ -147,7 +147,7 @@ def test_the_page_holds_everything_in_one_file(results, tmp_path):
         "loss_by_position.png",
         "perplexity_by_length.png",
         "training_loss.png",
-        "learned_bias_by_distance.png",
+        "bias_by_distance.png",
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
 
