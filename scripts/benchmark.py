@@ -76,19 +76,16 @@ def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
     """Lists of cases that take turns."""
     where = {"device": args.device, "dtype": args.dtype}
     groups = []
-    if "attention" in args.parts:
-        for length in args.lengths:
-            rows = max(args.tokens // length, 1)
-            for mode in ("forward", "forward_backward"):
-                groups.append([Case("attention", name, length, rows, mode, **where) for name in args.kernels])
-    if "step" in args.parts:
-        for length in args.step_lengths:
-            rows = max(args.step_tokens // length, 1)
-            groups.append([Case("step", name, length, rows, **where) for name in args.models])
-    if "decode" in args.parts:
-        for length in args.decode_lengths:
-            for rows in args.decode_batch_sizes:
-                groups.append([Case("decode", name, length, rows, **where) for name in args.models])
+    for length in args.lengths:
+        rows = max(args.tokens // length, 1)
+        for mode in ("forward", "forward_backward"):
+            groups.append([Case("attention", name, length, rows, mode, **where) for name in args.kernels])
+    for length in args.step_lengths:
+        rows = max(args.step_tokens // length, 1)
+        groups.append([Case("step", name, length, rows, **where) for name in args.models])
+    for length in args.decode_lengths:
+        for rows in args.decode_batch_sizes:
+            groups.append([Case("decode", name, length, rows, **where) for name in args.models])
     return groups
 
 
@@ -96,7 +93,8 @@ def measure(args: BenchmarkArguments, skipped: list[dict[str, Any]]) -> Iterator
     """→ "times" or "memory" and records, group by group; `skipped` gets what cannot run."""
     groups = make_groups(args)
     for group in groups:
-        yield "times", time_cases(group, BASES[group[0].part], args.repeats, skipped)
+        if group[0].part in args.parts:
+            yield "times", time_cases(group, BASES[group[0].part], args.repeats, skipped)
     if "memory" in args.parts:
         for group in groups:
             if group[0].part in ("attention", "step") and group[0].mode != "forward":
