@@ -15,6 +15,10 @@ def tables(result: dict[str, Any]) -> str:
     ]
     for title, records in _sections(result):
         lines += ["", f"**{title}**", "", *_table(records)]
+    for record in result.get("profiles", []):
+        lines += ["", f"**Profile of a step of {record['name']} at {record['length']}**, {record['seconds']:.2f} s", ""]
+        lines += ["| operation | share of the time |", "| --- | ---: |"]
+        lines += [f"| {name} | {100 * share:.1f} % |" for name, share in record["operations"].items()]
     if result["skipped"]:
         lines += ["", "**Skipped**", ""]
         reasons: dict[tuple[str, str], set[int]] = {}

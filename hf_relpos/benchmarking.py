@@ -133,6 +133,30 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+# --- profile
+
+
+def profile_case(case: Case, num_operations: int = 8) -> dict[str, Any]:
+    """Which of torch's operations a case spends its time in.
+
+    Returns:
+        its fields, `seconds` of one run, and `operations`: name → share of the time, the largest, each without what
+        it calls.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    run = case.build()
+    run()
+    activity, field = ProfilerActivity.CPU, "self_cpu_time_total"
+    if case.device == "cuda":
+        activity, field = ProfilerActivity.CUDA, "self_device_time_total"
+    with profile(activities=[activity]) as profiler:
+        _time(run, case.device)
+    spent = {event.key: getattr(event, field) for event in profiler.key_averages()}
+    total, largest = sum(spent.values()), sorted(spent, key=spent.get, reverse=True)[:num_operations]
+    return {**asdict(case), "seconds": total / 1e6, "operations": {name: spent[name] / total for name in largest}}
+
+
 # --- memory
 
 
@@ -145,7 +169,7 @@ def measure_memory(
     libraries.
 
     Returns:
-        a record for each case that ran: its fields, `mib`, `process_mib` with the libraries, and `seconds` of one run.
+        a record for each case that ran: its fields, `mib`, `process_mib` with the libraries, `seconds` of one run.
     """
     context, records = multiprocessing.get_context("spawn"), []
     for case in tqdm(cases, desc="memory", leave=False):

@@ -9,7 +9,7 @@ benchmark.md and plots of cost against length.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 
 from hf_relpos.benchmark_cases import KERNELS, Case, model_names
 from hf_relpos.benchmark_report import plot_benchmark, tables
-from hf_relpos.benchmarking import measure_memory, time_cases
+from hf_relpos.benchmarking import measure_memory, profile_case, time_cases
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.results import hardware, versions, write_json
 
 
-PARTS = ("attention", "step", "decode", "memory", "evaluate")
+PARTS = ("attention", "step", "decode", "memory", "evaluate", "profile")
 # part → the name whose time and memory the ratios are to
 BASES = {"attention": "sdpa_causal", "step": "llama", "decode": "rotary"}
 
@@ -90,7 +90,7 @@ def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
 
 
 def measure(args: BenchmarkArguments, skipped: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """→ "times" or "memory" and records, group by group; `skipped` gets what cannot run."""
+    """→ "times", "memory" or "profiles" and records, group by group; `skipped` gets what cannot run."""
     groups = make_groups(args)
     for group in groups:
         if group[0].part in args.parts:
@@ -103,6 +103,9 @@ def measure(args: BenchmarkArguments, skipped: list[dict[str, Any]]) -> Iterator
         where = {"device": args.device, "dtype": args.dtype}
         cases = [Case("evaluate", name, n, 1, **where) for n in args.evaluate_lengths for name in args.models]
         yield "memory", measure_memory(cases, "", args.num_threads, skipped)
+    if "profile" in args.parts:
+        longest = max((case for group in groups for case in group if case.part == "step"), key=lambda case: case.length)
+        yield "profiles", [profile_case(replace(longest, name=name)) for name in args.models]
 
 
 @command
@@ -111,7 +114,7 @@ def main() -> None:
     torch.set_num_threads(args.num_threads)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"arguments": asdict(args), "times": [], "memory": [], "skipped": []}
+    result: dict[str, Any] = {"arguments": asdict(args), "times": [], "memory": [], "profiles": [], "skipped": []}
     result |= {"versions": versions(), "hardware": hardware()}
     for kind, records in measure(args, result["skipped"]):
         result[kind] += records

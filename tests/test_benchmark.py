@@ -49,7 +49,7 @@ def test_a_run_at_small_size(run_script, tmp_path, capsys):
     sizes = ("--tokens", 64, "--step_tokens", 32, "--repeats", 2, "--num_threads", 1)
     kernels = ("sdpa_causal", "distance_bias", "distance_bias_fast", "sdpa_dense_bias", "flash_attn")
     models = ("rotary", "linear_cpb", "llama")
-    parts = ("attention", "step", "decode")
+    parts = ("attention", "step", "decode", "profile")
     chosen = ("--kernels", *kernels, "--models", *models, "--parts", *parts)
     run_script("benchmark", "--output_dir", tmp_path, *options, *sizes, *chosen)
     result = json.loads((tmp_path / "benchmark.json").read_text())
@@ -60,6 +60,9 @@ def test_a_run_at_small_size(run_script, tmp_path, capsys):
                 assert ("attention", mode, length, name) in measured
     assert {name for part, _, _, name in measured if part == "step"} == set(models)
     assert {name for part, _, _, name in measured if part == "decode"} == set(models)
+    for record in result["profiles"]:
+        assert record["part"] == "step" and record["length"] == 16 and 0.5 < sum(record["operations"].values()) <= 1
+    assert [record["name"] for record in result["profiles"]] == list(models)
     skipped = {case["name"]: case["reason"] for case in result["skipped"]}
     assert skipped == {"distance_bias_fast": "needs a GPU and Triton", "flash_attn": "flash-attn is not installed"}
     assert all(record["seconds"] > 0 and record["ratio"] > 0 for record in result["times"])
@@ -102,6 +105,6 @@ def test_wrong_arguments_are_one_line(flags, message, run_script, tmp_path, caps
 
 def test_docs_are_made_from_the_result_files():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    for name in ("cpu", "long"):
+    for name in ("cpu", "memory", "profile", "long"):
         result = json.loads((ROOT / "docs" / "results" / "speed" / name / "benchmark.json").read_text(encoding="utf-8"))
         assert tables(result).partition("\n\n")[2].strip() in page
