@@ -28,6 +28,9 @@ from .saved_models import (
 
 TOKENS_PER_STEP = 128 * 128
 TRAINING_RECORD = "training.json"
+# what the record holds of the arguments and of the configuration
+RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
+SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass
@@ -311,21 +314,24 @@ def _record(
         for entry in trainer.state.log_history
         if "eval_runtime" in entry and first_step < entry["step"]
     )
-    recipe = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
+    recipe = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
+    recipe |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
     return {
         "pos_embedding_type": config.pos_embedding_type,
         "pos_embedding_kwargs": config.pos_embedding_kwargs,
+        "rope_parameters": getattr(config, "rope_parameters", None),
         "position_start_augmentation": config.position_start_augmentation,
         "seed": args.seed,
         "data_seed": args.data_seed,
         "train_length": args.block_size,
+        "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
         "num_parameters": trainer.model.num_parameters(),
         "num_steps": steps,
         "num_processes": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tokens_per_step": tokens_per_step,
         "num_tokens": steps * tokens_per_step,
-        "recipe": {name: getattr(value := getattr(args, name), "value", value) for name in recipe},
+        "recipe": recipe,
         "resumed_from_step": first_step,
         "seconds": round(seconds, 1),
         "tokens_per_second": round((steps - first_step) * tokens_per_step / seconds, 1),
