@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,18 @@ from scipy import stats
 
 
 CONFIDENCE = 0.95
-# what may differ between the groups of one report: what an experiment varies
-VARIED = (
-    "pos_embedding_type",
-    "pos_embedding_kwargs",
-    "position_start_augmentation",
-    "train_length",
-    "num_parameters",
-    "num_steps",
-    "base_train_length",
-)
+# What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
+VARIED: dict[str, Callable[[Any], str]] = {
+    "pos_embedding_type": str,
+    "pos_embedding_kwargs": lambda value: _pairs(value, {}),
+    "rope_parameters": lambda value: _pairs(value, ROPE_DEFAULTS),
+    "position_start_augmentation": lambda value: "augmented" if value else "",
+    "train_length": lambda value: f"trained at {value}",
+    "shape": lambda value: f"{value['num_hidden_layers']}×{value['hidden_size']}" if value else "",
+    "num_steps": lambda value: f"{value} steps",
+    "base_train_length": lambda value: f"from {value}" if value else "",
+}
+ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -125,34 +127,45 @@ class Group:
         return token, Interval.of([scores[token] for scores in reached])
 
 
-def group_results(results: Sequence[dict[str, Any]]) -> list[Group]:
+def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[Group]:
     """Groups results that differ in the seed alone, in the order in which they first appear.
+
+    Args:
+        results: of scripts/evaluate.py.
+        varied: fields beyond `VARIED` that an experiment varies on purpose, such as "recipe.learning_rate".
 
     Raises:
         ValueError: if results cannot be compared (another corpus, recipe, or other windows or lengths), naming the
-            fields that differ; if one seed stands twice in a group; if a result has no record of its training.
+            fields that differ; if one seed stands twice in a group; if a result has no record of its training; for a
+            name in `varied` that is no field of a recipe.
     """
     if not results:
         raise ValueError("there are no results to compare.")
     first = _facts(results[0])
+    allowed = sorted(name for name in first if not name.startswith(("corpus", "eval_lengths")))
+    for name in varied:
+        if name not in allowed:
+            raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
     for result in results[1:]:
-        differing = [name for name, value in _facts(result).items() if value != first[name]]
+        facts = _facts(result)
+        differing = [name for name in {**first, **facts} if name not in varied and facts.get(name) != first.get(name)]
         if differing:
-            pairs = "; ".join(f"`{name}` is {first[name]!r} and {_facts(result)[name]!r}" for name in differing)
+            pairs = "; ".join(f"`{name}` is {first.get(name)!r} and {facts.get(name)!r}" for name in differing)
             raise ValueError(f"results of different experiments are not averaged: {pairs}.")
-    members: dict[str, dict[int, dict[str, Any]]] = {}
+    members: dict[str, tuple[dict[str, Any], dict[int, dict[str, Any]]]] = {}
     for result in results:
-        group = members.setdefault(json.dumps(_varied(result), sort_keys=True), {})
+        fields = _varied(result) | {name: _facts(result)[name] for name in varied}
+        _, group = members.setdefault(json.dumps(fields, sort_keys=True), (fields, {}))
         if result["seed"] in group:
             raise ValueError(
                 f"two results are of {result['pos_embedding_type']!r} with seed {result['seed']} and the same settings."
             )
         group[result["seed"]] = result
-    groups = [Group("", dict(sorted(group.items()))) for group in members.values()]
+    groups = [Group("", dict(sorted(group.items()))) for _, group in members.values()]
     for group in groups:
         if len({tuple(sorted(result["lengths"])) for result in group.by_seed.values()}) > 1:
             raise ValueError("results of one group were evaluated at different `eval_lengths`.")
-    _label(groups, [json.loads(key) for key in members])
+    _label(groups, [fields for fields, _ in members.values()])
     return groups
 
 
@@ -185,25 +198,19 @@ def _training(result: dict[str, Any]) -> dict[str, Any]:
     return result["training"]
 
 
-def _label(groups: list[Group], varied: list[dict[str, Any]]) -> None:
+def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
     """Names each group by its scheme and by what else varies between the groups."""
-    names = {
-        "pos_embedding_kwargs": lambda value: ", ".join(f"{k}={v}" for k, v in (value or {}).items()),
-        "position_start_augmentation": lambda value: "augmented" if value else "",
-        "train_length": lambda value: f"trained at {value}",
-        "num_parameters": lambda value: f"{value / 1e6:.1f}M",
-        "num_steps": lambda value: f"{value} steps",
-        "base_train_length": lambda value: f"from {value}" if value else "",
-    }
-    # parameters of the schemes' own make no two sizes
-    sizes = [round(math.log2(fields["num_parameters"])) if fields["num_parameters"] else None for fields in varied]
-    for group, fields in zip(groups, varied):
-        words = [fields["pos_embedding_type"]]
-        for name, name_value in names.items():
-            values = sizes if name == "num_parameters" else [other[name] for other in varied]
-            if any(value != values[0] for value in values[1:]):
-                words.append(name_value(fields[name]))
-        group.label = " ".join(word for word in words if word)
+    for group, own in zip(groups, fields):
+        words = [str(own["pos_embedding_type"])]
+        for name, value in own.items():
+            if name != "pos_embedding_type" and any(other[name] != fields[0][name] for other in fields):
+                words.append(VARIED[name](value) if name in VARIED else f"{name.rpartition('.')[2]} {value}")
+        group.label = " ".join(filter(None, words))
+
+
+def _pairs(options: dict[str, Any] | None, defaults: dict[str, Any]) -> str:
+    """The options that are not at their defaults."""
+    return ", ".join(f"{name}={value}" for name, value in (options or {}).items() if value != defaults.get(name))
 
 
 def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:

@@ -54,7 +54,11 @@ footer { color: #666; font-size: 0.85rem }
 
 
 def write_report(
-    results: Sequence[dict[str, Any]], folder: Path, baseline: str | None = None, title: str = "Position schemes"
+    results: Sequence[dict[str, Any]],
+    folder: Path,
+    baseline: str | None = None,
+    title: str = "Position schemes",
+    varied: Sequence[str] = (),
 ) -> list[Path]:
     """Writes report.md with its figures, and report.html, which holds all in one file.
 
@@ -63,6 +67,7 @@ def write_report(
         folder: where to write.
         baseline: label of the group that all others are compared to; the first one by default.
         title: heading of the page.
+        varied: fields of the recipe that the experiment varies, such as "recipe.learning_rate".
 
     Returns:
         the paths.
@@ -70,7 +75,7 @@ def write_report(
     Raises:
         ValueError: if the results cannot be compared, or if there is no such baseline.
     """
-    groups = group_results(results)
+    groups = group_results(results, varied)
     baseline = baseline or groups[0].label
     comparisons = compare(groups, baseline)
     tables = [

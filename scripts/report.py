@@ -27,6 +27,10 @@ class ReportArguments:
     baseline: str | None = field(
         default=None, metadata={"help": "Setting that the others of a sweep are compared to; the first by default."}
     )
+    varied: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate; others must agree."},
+    )
     title: str = field(default="Position schemes", metadata={"help": "Heading of the page of a sweep."})
 
 
@@ -37,7 +41,7 @@ def main() -> None:
     if bool(args.results) == bool(args.sweep):
         raise ValueError("either --results or --sweep is required.")
     if args.sweep:
-        paths = write_report(_read_sweep(Path(args.sweep)), folder, args.baseline, args.title)
+        paths = write_report(_read_sweep(Path(args.sweep)), folder, args.baseline, args.title, args.varied)
     else:
         results = [read_result(path) for path in args.results]
         plots = plot_results(results, folder)

@@ -131,10 +131,25 @@ def test_labels_name_what_varies():
     results = [make_result("alibi", 1, train_length=n, num_steps=s) for n in (128, 256) for s in (10, 20)]
     labels = [group.label for group in group_results(results)]
     assert labels == [f"alibi trained at {n} {s} steps" for n in (128, 256) for s in (10, 20)]
-    large = make_result("rotary", 1, num_parameters=80_000_000)
-    own = make_result("alibi", 1, num_parameters=3_000_100)  # a scheme's own parameters make no other size
-    assert [g.label for g in group_results([make_result("none", 1), own])] == ["none", "alibi"]
-    assert [g.label for g in group_results([make_result("none", 1), large])] == ["none 3.0M", "rotary 80.0M"]
+    shape = {"num_hidden_layers": 4, "hidden_size": 256}
+    small, large = (make_result("none", 1, shape={**shape, "hidden_size": width}) for width in (256, 384))
+    assert [group.label for group in group_results([small, large])] == ["none 4×256", "none 4×384"]
+    # a scheme's own parameters make no other size
+    own = make_result("alibi", 1, shape=shape, num_parameters=3_000_100)
+    assert [group.label for group in group_results([small, own])] == ["none", "alibi"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    whole, half = (make_result("rotary", 1, rope_parameters={**rope, "partial_rotary_factor": f}) for f in (1.0, 0.5))
+    assert [group.label for group in group_results([whole, half])] == ["rotary", "rotary partial_rotary_factor=0.5"]
+
+
+def test_a_recipe_may_differ_where_it_was_meant_to():
+    results = [make_result("alibi", 1, recipe={"learning_rate": rate}) for rate in (1e-3, 3e-3)]
+    labels = [group.label for group in group_results(results, ["recipe.learning_rate"])]
+    assert labels == ["alibi learning_rate 0.001", "alibi learning_rate 0.003"]
+    with pytest.raises(ValueError, match="`recipe.learning_rate` is 0.001 and 0.003"):
+        group_results(results)
+    with pytest.raises(ValueError, match=r"`varied` must name some of \[.*'recipe.learning_rate'.*\], got 'corpus.name'"):
+        group_results(results, ["corpus.name"])
 
 
 def test_the_page_holds_everything_in_one_file(results, tmp_path):

@@ -144,7 +144,11 @@ def test_a_wrong_file_is_one_line_and_starts_nothing(sections, message, write, r
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_experiments_can_be_read_whole_and_scaled(path):
+def test_the_experiments_can_be_read_whole_and_scaled(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the corpora that some experiments name are the user's
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data" / "books").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "books" / f"{split}.jsonl").write_text(json.dumps({"text": split}))
     whole, small = load_experiment(str(path)), load_experiment(str(path), 0.002)
     assert len(whole) >= len(small) > 1
     assert {run.settings.get("seed") for run in whole} == {run.settings.get("seed") for run in small}
