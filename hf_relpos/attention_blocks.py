@@ -8,9 +8,11 @@ L length of the table.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,25 +145,32 @@ def block_forward(
     # laid out as the layers use it: the heads of a token beside each other
     out = query.new_empty(batch_size, query_length, num_heads, head_dim).transpose(1, 2)
     lse = query.new_empty(batch_size, num_heads, query_length, dtype=dtype)
-    for start, rows, end, queries in iterate_blocks(query_length, block, offset, bias):
-        keys = slice(0, end if is_causal else num_keys)
-        mask = bias.window(bias.strip, rows, end, keys)[None]
-        hidden = hidden_keys(key_mask, documents, slice(None), queries, keys)
-        if hidden is not None:
-            mask = torch.where(hidden, -math.inf, mask)
-        taken = query[:, :, start : start + rows].to(dtype)
-        if bias.is_reversed:
-            taken = taken.flip(2)
-        # the heads that share a key are rows of one
-        taken = taken.reshape(batch_size, num_groups, -1, head_dim)
-        mask = mask.reshape(mask.shape[0], num_groups, -1, mask.shape[-1])
-        block_out, block_lse = _attend(taken, key[:, :, keys], value[:, :, keys], mask, scaling)
-        block_out = block_out.reshape(batch_size, num_heads, rows, head_dim)
-        block_lse = block_lse.reshape(batch_size, num_heads, rows)
-        if bias.is_reversed:
-            block_out, block_lse = block_out.flip(2), block_lse.flip(2)
-        out[:, :, start : start + rows] = block_out
-        lse[:, :, start : start + rows] = block_lse
+
+    def attend(share: tuple[slice, slice]) -> None:
+        batch, groups = share
+        heads = _query_heads(groups, num_heads // num_groups)
+        held_key, held_value, strip = key[batch, groups], value[batch, groups], bias.strip[heads]
+        for start, rows, end, queries in iterate_blocks(query_length, block, offset, bias):
+            keys = slice(0, end if is_causal else num_keys)
+            mask = bias.window(strip, rows, end, keys)[None]
+            hidden = hidden_keys(key_mask, documents, batch, queries, keys)
+            if hidden is not None:
+                mask = torch.where(hidden, -math.inf, mask)
+            taken = query[batch, heads, start : start + rows].to(dtype)
+            if bias.is_reversed:
+                taken = taken.flip(2)
+            shape = taken.shape
+            # the heads that share a key are rows of one
+            taken = taken.reshape(shape[0], held_key.shape[1], -1, head_dim)
+            mask = mask.reshape(mask.shape[0], held_key.shape[1], -1, mask.shape[-1])
+            block_out, block_lse = _attend(taken, held_key[:, :, keys], held_value[:, :, keys], mask, scaling)
+            block_out, block_lse = block_out.reshape(shape), block_lse.reshape(shape[:3])
+            if bias.is_reversed:
+                block_out, block_lse = block_out.flip(2), block_lse.flip(2)
+            out[batch, heads, start : start + rows] = block_out
+            lse[batch, heads, start : start + rows] = block_lse
+
+    run_in_threads(attend, _halves(batch_size, num_groups, num_workers(query)), query.device)
     return out, lse
 
 
@@ -185,6 +194,71 @@ def _attend(
     lse = scores.logsumexp(-1)
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     return scores.sub_(lse[..., None]).mul_(LOG2_E).exp2_() @ value, lse
+
+
+# --- threads
+
+
+def num_workers(query: torch.Tensor) -> int:
+    """How many threads share a pass: on a CPU as many as torch may use."""
+    return torch.get_num_threads() if query.device.type == "cpu" else 1
+
+
+def run_in_threads(function: Callable[[Any], Any], shares: Sequence[Any], device: torch.device) -> list[Any]:
+    """→ `function` of each share, on a CPU each in a thread of its own, in the order of the shares.
+
+    The threads are Python's, not those inside of each operation: an operation on a block is too short to be shared.
+    """
+    is_inference = torch.is_inference_mode_enabled()
+
+    def run(share: Any) -> Any:
+        with torch.inference_mode(is_inference), torch.no_grad():  # modes are a thread's own
+            return function(share)
+
+    if device.type != "cpu":
+        return [run(share) for share in shares]
+    if len(shares) == 1:
+        with _flushed_denormals():
+            return [run(shares[0])]
+    num_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(shares), initializer=_start_thread) as pool:
+            return list(pool.map(run, shares))
+    finally:
+        torch.set_num_threads(num_threads)  # what a thread sets holds for all that are yet to come
+
+
+def _start_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Numbers below 2^−126 are 0 in this thread: processors may take a hundred times as long for them, and the weights
+    of many keys under a steep bias are such numbers."""
+    were_flushed = float(torch.tensor(2.0**-140).mul_(1.0)) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(were_flushed)
+
+
+def _halves(batch_size: int, num_groups: int, workers: int) -> list[tuple[slice, slice]]:
+    """Shares of equal size for the forward pass, of rows of the batch or else of key heads; one if neither suffices."""
+    everything = slice(0, batch_size), slice(0, num_groups)
+    for place, size in enumerate((batch_size, num_groups)):
+        if size % workers == 0:
+            step = size // workers
+            parts = [slice(first, first + step) for first in range(0, size, step)]
+            return [(part, everything[1]) if place == 0 else (everything[0], part) for part in parts]
+    return [everything]
+
+
+def _query_heads(groups: slice, group_size: int) -> slice:
+    """The query heads of some key heads."""
+    return slice(groups.start * group_size, groups.stop * group_size)
 
 
 # private, but the one kernel of torch on CPUs that takes a mask and gives the logarithms that the backward pass needs
@@ -228,10 +302,7 @@ class _Chunk:
 
 
 class _Backward:
-    """One backward pass: chunks that fit a core's cache, each computed by one thread from start to end.
-
-    The threads are Python's, not those inside of each operation: an operation on a chunk is too short to be shared.
-    """
+    """One backward pass: chunks that fit a core's cache, each computed by one thread from start to end."""
 
     def __init__(
         self, grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents
@@ -263,17 +334,9 @@ class _Backward:
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         chunks = self._chunks()
-        num_threads = torch.get_num_threads()
-        workers = min(num_threads, len(chunks)) if self.query.device.type == "cpu" else 1
-        if workers == 1:
-            strips = [self._run_chunks(chunks)]
-        else:
-            shares = [chunks[first::workers] for first in range(workers)]
-            try:
-                with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                    strips = list(pool.map(self._run_chunks, shares))
-            finally:
-                torch.set_num_threads(num_threads)  # what a thread sets holds for all that are yet to come
+        workers = min(num_workers(self.query), len(chunks))
+        shares = [chunks[first::workers] for first in range(workers)]
+        strips = run_in_threads(self._run_chunks, shares, self.query.device)
         strip = strips[0]
         for other in strips[1:]:  # in the order of the shares, whoever was done first
             strip += other
@@ -292,7 +355,6 @@ class _Backward:
             for group in range(0, num_groups, groups)
         ]
 
-    @torch.no_grad()
     def _run_chunks(self, chunks: list[tuple[slice, slice]]) -> torch.Tensor:
         """Writes the gradients of some chunks; → the sum of those of their scores, in the form of the strip."""
         strip = torch.zeros_like(self.bias.strip, memory_format=torch.contiguous_format)
@@ -306,7 +368,7 @@ class _Backward:
         return strip
 
     def _take(self, batch: slice, groups: slice) -> _Chunk:
-        heads = slice(groups.start * self.group_size, groups.stop * self.group_size)
+        heads = _query_heads(groups, self.group_size)
         query, grad_out, out, lse = (x[batch, heads] for x in (self.query, self.grad_out, self.out, self.lse))
         delta = (grad_out.to(self.dtype) * out).sum(-1, keepdim=True)
         key, value = (x[batch, groups, : self.num_keys].to(self.dtype).flatten(0, 1) for x in (self.key, self.value))
@@ -334,7 +396,7 @@ class _Backward:
         query = query * (self.scaling * LOG2_E)  # scores in units of ln 2
         # the last block comes first and sees all keys: it finds their gradients empty
         kept = 0 if start + rows == self.query_length else 1
-        heads = slice(chunk.groups.start * self.group_size, chunk.groups.stop * self.group_size)
+        heads = _query_heads(chunk.groups, self.group_size)
         num_keys, grad_query = end if self.is_causal else self.num_keys, torch.empty_like(query)
         for first in range(0, num_keys, self.tile):
             keys = slice(first, min(first + self.tile, num_keys))

@@ -172,6 +172,33 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_tiny_weights_are_zero_and_the_caller_keeps_its_mode(num_threads):
+    """Denormal weights, which a steep bias has in plenty, take a processor a hundred times as long as others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        query, key, value, _, grad_out = make_inputs((400, 400, 0))
+        table = -torch.linspace(0.1, 0.6, 6)[:, None] * torch.arange(400.0)
+        weights = table.double()[:, :400].exp()
+        assert ((weights > 1e-44) & (weights < 1e-38)).sum() > 100
+        tensors = [x.requires_grad_() for x in (query, key, value, table)]
+        distance_bias_attention(*tensors).backward(grad_out)
+        for x in tensors:
+            assert not ((x.grad != 0) & (x.grad.abs() < torch.finfo(torch.float32).tiny)).any()
+        assert float(torch.tensor(2.0**-140).mul_(1.0)) > 0
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_inference_mode_reaches_the_threads():
+    query, key, value, table, _ = make_inputs((100, 100, 0))
+    expected = distance_bias_attention(query, key, value, table)
+    with torch.inference_mode():
+        assert_close(distance_bias_attention(query, key, value, table), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("masks", ["nothing", "padding and documents"])
 def test_memory_is_linear_in_the_length(masks):
     """No tensor is longer than a constant times N, forward and backward, with all masks."""
