@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from .results import score_cells
+
 
 CONFIDENCE = 0.95
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
@@ -57,18 +59,20 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group against the baseline, at one length, over the seeds that both have.
+    """A group against the baseline, under one condition, over the seeds that both have.
 
     Attributes:
-        label, length: the group and the evaluation length.
-        difference: of the loss in nats per token, group − baseline, paired by seed; below 0 the group is better.
+        label, condition: the group, and the evaluation length with the kind of row of a task.
+        difference: of the loss in nats per token or of a task's score, group − baseline, paired by seed.
+        is_score: whether more is better.
         p_value: of Student's paired test; NaN for fewer than two seeds.
         corrected: the same, corrected for all comparisons of the report by Holm's method.
     """
 
     label: str
-    length: int
+    condition: str
     difference: Interval
+    is_score: bool
     p_value: float
     corrected: float
 
@@ -91,34 +95,48 @@ class Group:
     by_seed: dict[int, dict[str, Any]]
 
     @property
+    def first(self) -> dict[str, Any]:
+        """The result of the first seed, for what all seeds have in common."""
+        return next(iter(self.by_seed.values()))
+
+    @property
     def train_length(self) -> int:
-        return next(iter(self.by_seed.values()))["train_length"]
+        return self.first["train_length"]
+
+    @property
+    def score_name(self) -> str | None:
+        """What is scored, or `None` for results on text, which have losses."""
+        return self.first.get("score_name")
 
     def lengths(self) -> list[int]:
         """Evaluation lengths, sorted; the same for all seeds."""
-        return sorted(int(length) for length in next(iter(self.by_seed.values()))["lengths"])
+        return sorted(int(length) for length in self.first["lengths"])
 
-    def values(self, length: int, key: str = "perplexity") -> dict[int, float]:
-        """seed → `key` of an evaluation length."""
-        return {seed: result["lengths"][str(length)][key] for seed, result in self.by_seed.items()}
+    def conditions(self) -> list[str]:
+        """Evaluation lengths, each with the kinds of rows of a task that has several: "512 sparse"."""
+        return list(score_cells(self.first))
+
+    def values(self, condition: str, key: str) -> dict[int, float]:
+        """seed → `key` under a condition: `perplexity` or `loss` of a text, `score` or `loss` of a task."""
+        return {seed: score_cells(result)[condition][key] for seed, result in self.by_seed.items()}
 
     def ratio(self) -> Interval | None:
         """Perplexity at the longest length / at the training length, or `None` if it was not evaluated past that."""
         longest = self.lengths()[-1]
         if self.train_length not in self.lengths() or longest <= self.train_length:
             return None
-        base = self.values(self.train_length)
-        return Interval.of([value / base[seed] for seed, value in self.values(longest).items()])
+        base = self.values(str(self.train_length), "perplexity")
+        return Interval.of([value / base[seed] for seed, value in self.values(str(longest), "perplexity").items()])
 
     def slope(self) -> Interval | None:
         """Nats per token past the training length."""
-        found = [result["slope"]["slope"] for result in self.by_seed.values() if result["slope"]]
+        found = [result["slope"]["slope"] for result in self.by_seed.values() if result.get("slope")]
         return Interval.of(found) if found else None
 
     def in_context_score(self) -> tuple[int, Interval] | None:
         """The latest token that the windows reach, and the in-context score there."""
         reached = [
-            {int(token): score["score"] for token, score in result["in_context_score"].items() if score}
+            {int(token): score["score"] for token, score in result.get("in_context_score", {}).items() if score}
             for result in self.by_seed.values()
         ]
         if not all(reached):
@@ -142,7 +160,7 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
     if not results:
         raise ValueError("there are no results to compare.")
     first = _facts(results[0])
-    allowed = sorted(name for name in first if not name.startswith(("corpus", "eval_lengths")))
+    allowed = sorted(name for name in first if name.startswith("recipe.") or name == "tokens_per_step")
     for name in varied:
         if name not in allowed:
             raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
@@ -183,6 +201,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_step": training.get("tokens_per_step"),
         "data_seed": training.get("data_seed"),
         "dtype": result.get("dtype"),
+        "score_name": result.get("score_name"),
         **recipe,
     }
 
@@ -214,7 +233,7 @@ def _pairs(options: dict[str, Any] | None, defaults: dict[str, Any]) -> str:
 
 
 def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:
-    """Compares all groups to one, at each length that both were evaluated at, paired by seed.
+    """Compares all groups to one, under each condition that both were evaluated under, paired by seed.
 
     Raises:
         ValueError: if no group has the label `baseline`.
@@ -223,18 +242,19 @@ def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:
     if baseline not in by_label:
         raise ValueError(f"`baseline` must be one of {list(by_label)}, got {baseline!r}.")
     base, pairs = by_label[baseline], []
+    key = "score" if base.score_name else "loss"
     for group in groups:
         if group is base:
             continue
-        for length in sorted({*group.lengths()} & {*base.lengths()}):
-            ours, theirs = group.values(length, "loss"), base.values(length, "loss")
+        for condition in (condition for condition in group.conditions() if condition in base.conditions()):
+            ours, theirs = group.values(condition, key), base.values(condition, key)
             seeds = sorted({*ours} & {*theirs})
             if seeds:
-                pairs.append((group.label, length, [ours[seed] - theirs[seed] for seed in seeds]))
+                pairs.append((group.label, condition, [ours[seed] - theirs[seed] for seed in seeds]))
     p_values = [paired_p_value(differences) for _, _, differences in pairs]
     return [
-        Comparison(label, length, Interval.of(differences), p_value, corrected)
-        for (label, length, differences), p_value, corrected in zip(pairs, p_values, holm(p_values))
+        Comparison(label, condition, Interval.of(differences), key == "score", p_value, corrected)
+        for (label, condition, differences), p_value, corrected in zip(pairs, p_values, holm(p_values))
     ]
 
 
@@ -260,17 +280,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(comparison: Comparison, baseline: str) -> str:
     """The comparison in words."""
     difference, name = comparison.difference, f"**{comparison.label}**"
-    where = f"At {comparison.length} tokens"
+    length, _, kind = comparison.condition.partition(" ")
+    where = f"At {length} tokens" + (f" ({kind})" if kind else "")
     if difference.n < 2:
         return f"{where}, {name} has one seed in common with {baseline}: nothing can be said."
-    size = f"{abs(difference.mean):.4f} nats ({_percent(difference.mean)} in perplexity)"
+    size = f"{abs(difference.mean):.4f}" + ("" if comparison.is_score else f" nats ({_percent(difference.mean)})")
     details = f"{difference.n} seeds, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
     details += f"corrected p = {comparison.corrected:.2g}"
     if comparison.is_real:
-        word = "better" if difference.mean < 0 else "worse"
+        word = "better" if (difference.mean > 0) == comparison.is_score else "worse"
         return f"{where}, {name} is {word} than {baseline} by {size}: a real difference ({details})."
     return f"{where}, {name} and {baseline} cannot be told apart: {size} is within the noise of the seeds ({details})."
 
 
 def _percent(difference: float) -> str:
-    return f"{100 * math.expm1(difference):+.1f} %"
+    return f"{100 * math.expm1(difference):+.1f} % in perplexity"

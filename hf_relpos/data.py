@@ -44,6 +44,10 @@ class DataArguments:
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of the training documents to evaluate on if nothing else is given."}
     )
+    task: str | None = field(
+        default=None,
+        metadata={"help": "A synthetic task in place of text: string_copy, flip_flop, passkey or passkey_text."},
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A tokenizer to use in place of one trained on the corpus."}
@@ -61,6 +65,9 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_eval_samples", "preprocessing_num_workers"):
             check_at_least_1(name, getattr(self, name))
+        for name in ("dataset_name", "train_file", "validation_file"):
+            if self.task and getattr(self, name):
+                raise ValueError(f"`task` and `{name}` exclude each other, got both.")
 
 
 @dataclass

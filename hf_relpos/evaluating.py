@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from .data import DataArguments, check_at_least_1, load_corpus
 from .evaluation import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
 from .packing import evaluation_documents
-from .results import hardware, peak_memory_mib, plot_results, versions, write_json
+from .results import hardware, peak_memory_mib, plot_results, plot_scores, versions, write_json
 from .saved_models import load_model, load_model_tokenizer
+from .synthetic import evaluate_task, make_task
 from .training import TRAINING_RECORD
 
 
@@ -39,7 +40,11 @@ class EvaluationArguments:
     )
     tokens_per_batch: int = field(default=8192, metadata={"help": "Tokens of one forward."})
     max_windows: int | None = field(
-        default=None, metadata={"help": "Windows of the longest length to read, spread evenly; all by default."}
+        default=None,
+        metadata={
+            "help": "Windows of the longest length to read, spread evenly; all by default. Of a task, rows of each "
+            "length and kind; 100 by default."
+        },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or another of the model's."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
@@ -69,42 +74,62 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
     check_lengths(args.eval_lengths, model)
-    corpus = load_corpus(data_args)
-    split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     record = _training_record(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
+    measure = _measure_text if data_args.task is None else _measure_task
+    measured = measure(model, tokenizer, args, data_args, train_length)
     result = {
         "model": Path(args.model_name_or_path).name,
         "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
         "seed": record.get("seed"),
         "train_length": train_length,
-        **evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows),
+        **measured,
         "distance_bias": bias_curves(model, longest),
-    }
-    if args.stride is not None:
-        result["sliding_window"] = {
-            str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)
-            for length in sorted(set(args.eval_lengths))
-            if length > args.stride
-        }
-    result |= {
         "attn_implementation": model.config._attn_implementation,
         "dtype": args.dtype,
         "training": {key: value for key, value in record.items() if key not in ("versions", "hardware")} or None,
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "versions": versions(),
         "hardware": hardware(),
-        "corpus": {
-            "name": corpus.name,
-            "split": split,
-            "fingerprint": corpus.fingerprint,
-            "num_documents": result.pop("num_documents"),
-            "num_windows": result.pop("num_windows"),
-        },
     }
     write_json(folder / "results.json", result)
-    plot_results([result], folder)
+    (plot_results if data_args.task is None else plot_scores)([result], folder)
     return result
+
+
+def _measure_text(
+    model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
+) -> dict[str, Any]:
+    """Losses by length and by position on the documents of a corpus."""
+    corpus = load_corpus(data_args)
+    split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
+    found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
+    numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
+    if args.stride is not None:
+        found["sliding_window"] = {
+            str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)
+            for length in sorted(set(args.eval_lengths))
+            if length > args.stride
+        }
+    corpus_facts = {"name": corpus.name, "split": split, "fingerprint": corpus.fingerprint, **numbers}
+    return {**found, "corpus": corpus_facts}
+
+
+def _measure_task(
+    model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
+) -> dict[str, Any]:
+    """Scores by length on rows of a synthetic task."""
+    if args.stride is not None:
+        raise ValueError("`stride` is for text: a task has rows of its own.")
+    task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
+    scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
+    corpus_facts = {"name": f"task {task.name}", "split": "test", "fingerprint": task.fingerprint}
+    return {
+        "task": task.name,
+        "score_name": task.score_name,
+        "lengths": scores,
+        "corpus": {**corpus_facts, "num_windows": num_rows},
+    }
 
 
 def _training_record(name: str) -> dict[str, Any]:

@@ -35,14 +35,17 @@ def load_tokenizer(args: DataArguments, corpus: Corpus, vocab_size: int | None) 
     """
     if args.tokenizer_name is None:
         return train_tokenizer(corpus, vocab_size or 8192)
+    return load_named_tokenizer(args.tokenizer_name, vocab_size)
+
+
+def load_named_tokenizer(name: str, vocab_size: int | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of that name, of `vocab_size` entries if that is given; raises `ValueError` as `load_tokenizer`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`tokenizer_name` {args.tokenizer_name!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"`tokenizer_name` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"`tokenizer_name` {args.tokenizer_name!r} has no end-of-sequence token to part documents.")
+        raise ValueError(f"`tokenizer_name` {name!r} has no end-of-sequence token to part documents.")
     check_vocab_size(tokenizer, vocab_size or len(tokenizer))
     return tokenizer
 
@@ -223,11 +226,11 @@ def make_blocks(
 
 
 class BlockCollator:
-    """Blocks → a batch with labels: no token is predicted from another document."""
+    """Blocks → a batch with labels: no token is predicted from another document. Rows with labels keep their own."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {name: torch.tensor(np.array([row[name] for row in rows]), dtype=torch.long) for name in rows[0]}
-        batch["labels"] = batch["input_ids"].clone()
+        batch.setdefault("labels", batch["input_ids"].clone())
         if "position_ids" in batch:
             batch["labels"][batch["position_ids"] == 0] = -100
         return batch

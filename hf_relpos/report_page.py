@@ -78,26 +78,16 @@ def write_report(
     groups = group_results(results, varied)
     baseline = baseline or groups[0].label
     comparisons = compare(groups, baseline)
-    tables = [
-        (
-            "Perplexity by length",
-            "Mean ± standard deviation over the seeds, and the 95 % interval of the mean; all lengths are scored on "
-            "the same tokens. Ratio: perplexity at the longest length / at the training length.",
-            _perplexity_rows(groups),
-        ),
-        (
-            "Use of the context",
-            "In-context score: loss at a late token − loss at token 50, in nats; slope: nats per 1000 tokens past the "
-            "training length. Below 0 more context helps.",
-            _context_rows(groups),
-        ),
+    tables = [*(_score_tables(groups) if groups[0].score_name else _text_tables(groups))]
+    unit = groups[0].score_name or "Loss in nats per token"
+    tables.append(
         (
             f"Difference to {baseline}",
-            "Loss in nats per token, paired by seed, with its 95 % interval; p by Student's paired test, corrected for "
-            f"all {len(comparisons)} comparisons (Holm).",
+            f"{unit}, paired by seed, with its 95 % interval; p by Student's paired test, corrected for all "
+            f"{len(comparisons)} comparisons (Holm).",
             _comparison_rows(comparisons),
-        ),
-    ]
+        )
+    )
     tables = [table for table in tables if len(table[2]) > 1]
     drawn = [(heading, _png(draw, groups)) for heading, applies, draw in FIGURES if applies(groups)]
     sentences = [(comparison.is_real, verdict(comparison, baseline)) for comparison in comparisons]
@@ -153,15 +143,48 @@ def _footer(results: Sequence[dict[str, Any]]) -> str:
 # --- tables: rows of cells, the first one the head
 
 
-def _perplexity_rows(groups: Sequence[Group]) -> list[list[str]]:
-    lengths = sorted({length for group in groups for length in group.lengths()})
-    rows = [["setting", "seeds", *(str(length) for length in lengths), "ratio"]]
+def _text_tables(groups: Sequence[Group]) -> list[tuple[str, str, list[list[str]]]]:
+    """→ heading, note and rows of the tables of losses."""
+    rows = _condition_rows(groups, "perplexity", 2)
+    for row, group in zip(rows[1:], groups):
+        row.append(_cell(group.ratio(), 3))
+    rows[0].append("ratio")
+    return [
+        (
+            "Perplexity by length",
+            "Mean ± standard deviation over the seeds, and the 95 % interval of the mean; all lengths are scored on "
+            "the same tokens. Ratio: perplexity at the longest length / at the training length.",
+            rows,
+        ),
+        (
+            "Use of the context",
+            "In-context score: loss at a late token − loss at token 50, in nats; slope: nats per 1000 tokens past the "
+            "training length. Below 0 more context helps.",
+            _context_rows(groups),
+        ),
+    ]
+
+
+def _score_tables(groups: Sequence[Group]) -> list[tuple[str, str, list[list[str]]]]:
+    """→ heading, note and rows of the table of a task's scores."""
+    name, task = groups[0].score_name, groups[0].first["task"]
+    note = f"Task {task}: {name}, by the length of the rows in tokens and their kind. Mean ± standard deviation over "
+    note += "the seeds, and the 95 % interval of the mean, which takes no notice of the limits 0 and 1."
+    return [("Score by length", note, _condition_rows(groups, "score", 3))]
+
+
+def _condition_rows(groups: Sequence[Group], key: str, digits: int) -> list[list[str]]:
+    conditions = list(dict.fromkeys(condition for group in groups for condition in group.conditions()))
+    conditions.sort(key=lambda condition: int(condition.partition(" ")[0]))
+    rows = [["setting", "seeds", *conditions]]
     for group in groups:
-        cells = []
-        for length in lengths:
-            known = length in group.lengths()
-            cells.append(_cell(Interval.of(list(group.values(length).values()))) if known else "–")
-        rows.append([group.label, str(len(group.by_seed)), *cells, _cell(group.ratio(), 3)])
+        cells = [
+            _cell(Interval.of(list(group.values(condition, key).values())), digits)
+            if condition in group.conditions()
+            else "–"
+            for condition in conditions
+        ]
+        rows.append([group.label, str(len(group.by_seed)), *cells])
     return rows
 
 
@@ -175,12 +198,12 @@ def _context_rows(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def _comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    rows = [["setting", "length", "seeds", "difference", "95 % interval", "p", "corrected p"]]
+    rows = [["setting", "tokens", "seeds", "difference", "95 % interval", "p", "corrected p"]]
     for each in comparisons:
         rows.append(
             [
                 each.label,
-                str(each.length),
+                each.condition,
                 str(each.difference.n),
                 f"{each.difference.mean:+.4f}",
                 "–" if each.difference.n < 2 else f"{each.difference.low:+.4f} to {each.difference.high:+.4f}",
@@ -253,7 +276,7 @@ def _perplexity_by_length(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
     for group in groups:
         lengths = group.lengths()
-        rows = np.array([list(group.values(length).values()) for length in lengths]).T
+        rows = np.array([list(group.values(str(length), "perplexity").values()) for length in lengths]).T
         _band(axes, lengths, rows, group.label, marker="o", markersize=4)
     lengths = sorted({length for group in groups for length in group.lengths()})
     axes.set(xscale="log", yscale="log")
@@ -262,6 +285,29 @@ def _perplexity_by_length(figure: Any, groups: Sequence[Group]) -> None:
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:.4g}")
     _finish(axes, groups, xlabel="evaluation length (tokens)", ylabel="perplexity, band: range of the seeds")
+
+
+def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
+    """A panel for each kind of row."""
+    kinds = list(dict.fromkeys(condition.partition(" ")[2] for condition in groups[0].conditions()))
+    columns = min(3, len(kinds))
+    figure.set_size_inches(9, 0.8 + 4.2 * math.ceil(len(kinds) / columns) / (1 if columns == 1 else 1.4))
+    panels = figure.subplots(math.ceil(len(kinds) / columns), columns, squeeze=False, sharex=True, sharey=True).flat
+    for axes, kind in zip(panels, kinds):
+        for group in groups:
+            names = {length: f"{length} {kind}".strip() for length in group.lengths()}
+            rows = np.array([list(group.values(name, "score").values()) for name in names.values()]).T
+            _band(axes, list(names), rows, group.label, marker="o", markersize=4)
+        lengths = sorted({length for group in groups for length in group.lengths()})
+        axes.set(xscale="log", title=kind, ylim=(-0.03, 1.03))
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set_xticks([], minor=True)
+        _finish(axes, groups, xlabel="length (tokens)", ylabel=f"{groups[0].score_name}, band: range of the seeds")
+        if axes is not figure.axes[0]:
+            axes.legend().remove()
+            axes.set_ylabel("")
+    for axes in list(panels):
+        axes.set_axis_off()
 
 
 def _training_curves(figure: Any, groups: Sequence[Group]) -> None:
@@ -281,9 +327,9 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
     curves: dict[str, dict[int, list[float]]] = {}
     for group in _finetuned(groups):
-        first = next(iter(group.by_seed.values()))
+        first = group.first
         name = f"{first['pos_embedding_type']} {first['training']['base_train_length']} → {first['train_length']}"
-        losses = list(group.values(group.lengths()[-1], "loss").values())
+        losses = list(group.values(str(group.lengths()[-1]), "loss").values())
         curves.setdefault(name, {})[first["training"]["num_steps"]] = losses
     for name, points in curves.items():
         steps = sorted(points)
@@ -294,8 +340,7 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
 
 
 def _finetuned(groups: Sequence[Group]) -> list[Group]:
-    found = [next(iter(group.by_seed.values()))["training"] for group in groups]
-    return [group for group, training in zip(groups, found) if training.get("base_train_length")]
+    return [group for group in groups if group.first["training"].get("base_train_length")]
 
 
 def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
@@ -322,13 +367,18 @@ def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
 
 
 def _curves(group: Group) -> dict[str, Any] | None:
-    return next(iter(group.by_seed.values())).get("distance_bias")
+    return group.first.get("distance_bias")
 
 
 # heading, whether it applies, what draws it
 FIGURES: tuple[tuple[str, Callable[[Sequence[Group]], Any], Callable[[Any, Sequence[Group]], None]], ...] = (
-    ("Loss by position", lambda groups: True, _loss_by_position),
-    ("Perplexity by length", lambda groups: len(groups[0].lengths()) > 1, _perplexity_by_length),
+    ("Loss by position", lambda groups: not groups[0].score_name, _loss_by_position),
+    (
+        "Perplexity by length",
+        lambda groups: not groups[0].score_name and len(groups[0].lengths()) > 1,
+        _perplexity_by_length,
+    ),
+    ("Score by length", lambda groups: groups[0].score_name, _score_by_length),
     ("Loss after finetuning", _finetuned, _finetune_curves),
     ("Training loss", lambda groups: all(map(_log, groups[0].by_seed.values())), _training_curves),
     ("Bias by distance", lambda groups: any(map(_curves, groups)), _learned_biases),

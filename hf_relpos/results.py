@@ -15,18 +15,9 @@ from typing import Any
 import torch
 
 
-REQUIRED_KEYS = (
-    "pos_embedding_type",
-    "seed",
-    "train_length",
-    "lengths",
-    "loss_by_position",
-    "in_context_score",
-    "slope",
-    "versions",
-    "hardware",
-    "corpus",
-)
+REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versions", "hardware", "corpus")
+# of a result on text, and of one on a synthetic task
+TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
 
 
 def versions() -> dict[str, str]:
@@ -96,7 +87,9 @@ def read_result(path: str | Path) -> dict[str, Any]:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"result file {str(path)!r} cannot be read: {error}") from error
-    missing = [key for key in REQUIRED_KEYS if not isinstance(result, dict) or key not in result]
+    result_is_dict = isinstance(result, dict)
+    required = REQUIRED_KEYS + (TASK_KEYS if result_is_dict and "task" in result else TEXT_KEYS)
+    missing = [key for key in required if not result_is_dict or key not in result]
     if missing:
         raise ValueError(f"result file {str(path)!r} lacks {missing}.")
     return result
@@ -109,11 +102,44 @@ def labels(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """One row per run: perplexity by length, the ratio of the longest to the training length, score and slope."""
+    """One row per run: perplexity by length, the ratio of the longest to the training length, score and slope; of a
+    task, the scores by length and kind.
+
+    Raises:
+        ValueError: for results of different kinds together.
+    """
+    tasks = {result.get("task") for result in results}
+    if len(tasks) > 1:
+        raise ValueError(f"results of different tasks make no table: {sorted(map(str, tasks))}.")
+    rows = _text_rows(results) if tasks == {None} else _task_rows(results)
+    rows.insert(1, ["---", *("---:" for _ in rows[0][1:])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def score_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cells of a result by condition: the length or, for a task with several kinds of rows, "512 sparse"."""
+    cells = {}
+    for length in sorted(result["lengths"], key=int):
+        kinds = result["lengths"][length].get("kinds")
+        named = {f"{length} {kind}": cell for kind, cell in kinds.items()} if kinds else None
+        cells |= named or {length: result["lengths"][length]}
+    return cells
+
+
+def _task_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    conditions = list(dict.fromkeys(condition for result in results for condition in score_cells(result)))
+    rows = [["scheme (seed)", *(f"{results[0]['score_name']} @{condition}" for condition in conditions)]]
+    for name, result in zip(labels(results), results):
+        cells = [score_cells(result).get(condition) for condition in conditions]
+        rows.append([name, *(f"{c['score']:.3f} ± {c['standard_error']:.3f}" if c else "–" for c in cells)])
+    return rows
+
+
+def _text_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     lengths = sorted({int(length) for result in results for length in result["lengths"]})
     reference = [_ratio(result) for result in results]
     head = ["scheme (seed)", *(f"ppl@{length}" for length in lengths), "ratio", "in-context score", "slope per 1000"]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    rows = [head]
     for name, result, ratio in zip(labels(results), results, reference):
         cells = [result["lengths"].get(str(length)) for length in lengths]
         rows.append(
@@ -125,7 +151,7 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
                 _with_error(result["slope"], 1000),
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return rows
 
 
 def _ratio(result: dict[str, Any]) -> float | None:
@@ -187,6 +213,29 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         axes.set_ylim(0.975 * low, 1.025 * high)
     _finish(figure, axes, results, paths[1])
     return paths
+
+
+def plot_scores(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draws the scores of a task by length, one line per run and kind of row; → the path of `score_by_length.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, result in zip(labels(results), results):
+        lines: dict[str, dict[int, float]] = {}
+        for condition, cell in score_cells(result).items():
+            length, _, kind = condition.partition(" ")
+            lines.setdefault(f"{name} {kind}".strip(), {})[int(length)] = cell["score"]
+        for label, points in lines.items():
+            axes.plot(list(points), list(points.values()), marker="o", label=label)
+    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="length (tokens)", ylabel=results[0]["score_name"])
+    _label_ticks(axes, sorted({int(length) for result in results for length in result["lengths"]}))
+    path = folder / "score_by_length.png"
+    _finish(figure, axes, results, path)
+    return [path]
 
 
 def smooth_by_position(losses: Sequence[float | None], bins_per_octave: int = 4) -> tuple[list[float], list[float]]:

@@ -25,6 +25,7 @@ from .data import DataArguments
 from .evaluating import EvaluationArguments, evaluate_model
 from .results import versions, write_json
 from .saved_models import ModelArguments, SavedModelArguments, new_config
+from .synthetic import check_task
 from .training import TRAINING_RECORD, FinetuningArguments, RelPosTrainingArguments, finetune, train
 
 
@@ -150,7 +151,8 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
         place = f"grid[{index}]" if len(grids) > 1 else "grid"
         for number, choice in enumerate(_multiply(path, place, _section(path, "grid", grid or {}, place))):
             settings = _scaled({**train, **choice}, scale)
-            runs.append(Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(evaluation, scale)))
+            tested = {name: settings[name] for name in ("task",) if name in settings} | evaluation
+            runs.append(Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(tested, scale)))
     if not runs:
         raise ValueError(f"{path}: `grid` is empty: it must list values of at least one flag.")
     if content.get("finetune"):
@@ -205,7 +207,9 @@ def _check(runs: list[Run], drop_repeats: bool) -> None:
     for run in list(runs):
         try:
             types = FINETUNE_TYPES if run.base else TRAIN_TYPES
-            model_args, _, args = parse_values(types, {**run.settings, "output_dir": "unused"})
+            model_args, data_args, args = parse_values(types, {**run.settings, "output_dir": "unused"})
+            if data_args.task is not None:
+                check_task(data_args.task)
             if run.base is None:
                 new_config(model_args, args.block_size)
             parse_values(EVALUATE_TYPES, {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"})

@@ -14,7 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .configuration_relpos import RelPosConfig
 from .data import Corpus, DataArguments, check_at_least_1, load_corpus
 from .modeling_relpos import RelPosForCausalLM
-from .packing import BlockCollator, load_tokenizer, make_blocks, tokenize_split
+from .packing import (
+    BlockCollator,
+    check_vocab_size,
+    load_named_tokenizer,
+    load_tokenizer,
+    make_blocks,
+    tokenize_split,
+)
 from .results import hardware, peak_memory_mib, versions, write_json
 from .saved_models import (
     ModelArguments,
@@ -24,6 +31,7 @@ from .saved_models import (
     new_config,
     new_model,
 )
+from .synthetic import make_task, task_corpus
 
 
 TOKENS_PER_STEP = 128 * 128
@@ -174,8 +182,7 @@ def train(
     config = new_config(model_args, args.block_size)
     _check_length(config, args.block_size)
     with args.main_process_first(desc="tokenizer"):
-        corpus = load_corpus(data_args)
-        tokenizer = load_tokenizer(data_args, corpus, model_args.vocab_size)
+        corpus, tokenizer = _load_data(data_args, args, model_args.vocab_size)
     config.vocab_size = len(tokenizer)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))
@@ -217,8 +224,22 @@ def _go_on(
 ) -> dict[str, Any]:
     _check_length(model.config, args.block_size)
     with args.main_process_first(desc="corpus"):
-        corpus = load_corpus(data_args)
+        corpus, _ = _load_data(data_args, args, tokenizer=tokenizer)
     return _fit(model, tokenizer, corpus, data_args, args, checkpoint, callbacks, model_args.model_name_or_path)
+
+
+def _load_data(
+    data_args: DataArguments, args: RelPosTrainingArguments, vocab_size: int | None = None, tokenizer: Any = None
+) -> tuple[Corpus, Any]:
+    """→ the corpus or the rows of a task, and the tokenizer that goes with them unless one is given."""
+    if data_args.task is None:
+        corpus = load_corpus(data_args)
+        return corpus, tokenizer or load_tokenizer(data_args, corpus, vocab_size)
+    if tokenizer is None and data_args.tokenizer_name:
+        tokenizer = load_named_tokenizer(data_args.tokenizer_name, vocab_size)
+    task = make_task(data_args.task, tokenizer)
+    check_vocab_size(task.tokenizer, vocab_size or len(task.tokenizer))
+    return task_corpus(task, args.block_size, args.data_seed or 0, data_args.max_eval_samples), task.tokenizer
 
 
 def _fit(
@@ -232,13 +253,8 @@ def _fit(
     base_model: str | None = None,
 ) -> dict[str, Any]:
     with args.main_process_first(desc="tokenising"):
-        blocks = {}
-        for split in _needed_splits(corpus):
-            tokenized = tokenize_split(corpus, split, tokenizer, data_args)
-            blocks[split] = make_blocks(tokenized, args.block_size, data_args.cross_document_attention, split)
+        blocks = _blocks(corpus, tokenizer, data_args, args.block_size)
     _check_batch(blocks["train"], args)
-    if data_args.max_eval_samples is not None:
-        blocks["validation"] = blocks["validation"].take(data_args.max_eval_samples)
     base_length = model.config.train_length
     model.config.train_length = args.block_size
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, args.block_size)
@@ -288,6 +304,18 @@ def _last_evaluation(trainer: Trainer) -> float | None:
         entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step
     ]
     return losses[-1] if losses else None
+
+
+def _blocks(corpus: Corpus, tokenizer: Any, data_args: DataArguments, block_size: int) -> dict[str, Any]:
+    if data_args.task is not None:
+        return corpus.splits
+    blocks = {}
+    for split in _needed_splits(corpus):
+        tokenized = tokenize_split(corpus, split, tokenizer, data_args)
+        blocks[split] = make_blocks(tokenized, block_size, data_args.cross_document_attention, split)
+    if data_args.max_eval_samples is not None:
+        blocks["validation"] = blocks["validation"].take(data_args.max_eval_samples)
+    return blocks
 
 
 def _needed_splits(corpus: Corpus) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Evaluates any causal language model of transformers by length and by position, over the same target tokens.
+"""Evaluates any causal language model of transformers by length and by position, over the same target tokens; or by the
+rows of a synthetic task (--task).
 
 python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
 """
@@ -20,8 +21,8 @@ def main() -> None:
     for length, row in result.get("sliding_window", {}).items():
         tokens = row["num_tokens"]
         print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
-    for name in ("results.json", "loss_by_position.png", "perplexity_by_length.png"):
-        print(f"wrote {Path(args.output_dir) / name}")
+    for path in sorted(Path(args.output_dir).glob("*")):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.report_page import write_report
-from hf_relpos.results import markdown_table, plot_results, read_result
+from hf_relpos.results import markdown_table, plot_results, plot_scores, read_result
 
 
 @dataclass
@@ -44,8 +44,8 @@ def main() -> None:
         paths = write_report(_read_sweep(Path(args.sweep)), folder, args.baseline, args.title, args.varied)
     else:
         results = [read_result(path) for path in args.results]
-        plots = plot_results(results, folder)
         table = markdown_table(results)
+        plots = (plot_scores if "task" in results[0] else plot_results)(results, folder)
         (folder / "table.md").write_text(table + "\n", encoding="utf-8")
         print(table)
         paths = [folder / "table.md", *plots]
