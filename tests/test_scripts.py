@@ -30,6 +30,7 @@ def data_flags(corpus_files):
 def training_flags(data_flags, output_dir, **overrides):
     flags = {"output_dir": output_dir, "block_size": 32, "max_steps": 6, "per_device_train_batch_size": 4}
     flags |= {"eval_steps": 6, "save_steps": 3, "logging_steps": 1, "use_cpu": "true", "disable_tqdm": "true"}
+    flags |= {"bf16": "false"}  # the same numbers on every machine
     flags |= {"vocab_size": 300, "config_overrides": TINY, "learning_rate": "1e-3", **overrides}
     given = [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
     return [*data_flags, *given]
@@ -67,6 +68,16 @@ def same_weights(first, second):
 
 
 # --- training
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the default is the GPU's")
+@pytest.mark.parametrize("has_matrix_units", [True, False])
+def test_bf16_is_the_default_where_it_is_faster(has_matrix_units, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True} if has_matrix_units else {})
+    args = RelPosTrainingArguments(output_dir="x")
+    assert args.bf16 == args.use_cpu == has_matrix_units
+    assert not RelPosTrainingArguments(output_dir="x", bf16=False).bf16
+    assert RelPosTrainingArguments(output_dir="x", bf16=True, use_cpu=True).bf16
 
 
 def test_the_recipe_is_the_notebooks(tmp_path):

@@ -24,6 +24,7 @@ TINY = {
     "per_device_train_batch_size": 2,
     "max_eval_samples": 2,
     "logging_steps": 1,
+    "bf16": False,
     "config_overrides": "num_hidden_layers=1,hidden_size=16,num_attention_heads=2",
 }
 EVALUATE = {"eval_lengths": [16, 32], "max_windows": 4}
