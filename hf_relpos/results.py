@@ -81,7 +81,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """A result file of scripts/evaluate.py.
 
     Raises:
-        ValueError: if the file is missing, is no JSON, or lacks a key of a result.
+        ValueError: if the file is missing, is no JSON, or is no result.
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -92,6 +92,13 @@ def read_result(path: str | Path) -> dict[str, Any]:
     missing = [key for key in required if not result_is_dict or key not in result]
     if missing:
         raise ValueError(f"result file {str(path)!r} lacks {missing}.")
+    number = "score" if "task" in result else "perplexity"
+    try:
+        whole = all(int(length) > 0 and math.isfinite(cell[number]) for length, cell in result["lengths"].items())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or not result["lengths"] or not isinstance(result["corpus"], dict):
+        raise ValueError(f"result file {str(path)!r} has no {number} by length, or no corpus.")
     return result
 
 

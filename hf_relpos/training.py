@@ -42,8 +42,8 @@ SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_at
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
-    """Whether products of bf16 matrices are faster than those of fp32 where a run would compute: on GPUs that have bf16,
-    and on CPUs with matrix units for it (AMX)."""
+    """Whether bf16 is faster than fp32 where a run would compute: on GPUs that have it, and on CPUs with matrix units
+    for it (AMX)."""
     if torch.accelerator.is_available() and not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -82,7 +82,8 @@ class RelPosTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
     bf16: bool | None = field(
-        default=None, metadata={"help": "Train in bf16 beside fp32 weights; by default on GPUs and CPUs that are faster with it."}
+        default=None,
+        metadata={"help": "Train in bf16 beside fp32 weights; by default on GPUs and CPUs that are faster with it."},
     )
 
     def __post_init__(self) -> None:

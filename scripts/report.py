@@ -40,10 +40,10 @@ def main() -> None:
     folder = Path(args.output_dir)
     if bool(args.results) == bool(args.sweep):
         raise ValueError("either --results or --sweep is required.")
+    results = _read(_listed(Path(args.sweep)) if args.sweep else [Path(path) for path in args.results])
     if args.sweep:
-        paths = write_report(_read_sweep(Path(args.sweep)), folder, args.baseline, args.title, args.varied)
+        paths = write_report(results, folder, args.baseline, args.title, args.varied)
     else:
-        results = [read_result(path) for path in args.results]
         table = markdown_table(results)
         plots = (plot_scores if "task" in results[0] else plot_results)(results, folder)
         (folder / "table.md").write_text(table + "\n", encoding="utf-8")
@@ -52,20 +52,27 @@ def main() -> None:
     print("\n".join(f"wrote {path}" for path in paths))
 
 
-def _read_sweep(root: Path) -> list[dict]:
-    """The results that sweep.py listed; one that cannot be read is named and left out."""
+def _listed(root: Path) -> list[Path]:
+    """The results that sweep.py listed."""
     try:
         listed = (root / "results.txt").read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"`sweep` {str(root)!r} holds no finished sweep: {error}") from error
-    results = []
-    for path in filter(None, listed):
+    return [root / path for path in filter(None, listed)]
+
+
+def _read(paths: list[Path]) -> list[dict]:
+    """Result files; one that cannot be read is named and left out."""
+    results, errors = [], []
+    for path in paths:
         try:
-            results.append(read_result(root / path))
+            results.append(read_result(path))
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            errors.append(str(error))
     if not results:
-        raise ValueError(f"`sweep` {str(root)!r} has no result that can be read.")
+        raise ValueError("no result can be read: " + "; ".join(errors))
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
     return results
 
 

@@ -108,7 +108,7 @@ def _table(runs: list[Run], root: Path, begun: float) -> Table:
     """Runs that are at work or failed, and how many there are of the others."""
     found = [(run, status(run, root, begun)) for run in runs]
     counts = Counter(state["state"] for _, state in found)
-    title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + _time_left(found, root, begun)
     table = Table("run", "state", "step", "loss", "left", title=title)
     for run, state in found:
         if state["state"] in ("done", "waiting"):
@@ -122,6 +122,16 @@ def _table(runs: list[Run], root: Path, begun: float) -> Table:
             "" if left is None or state["state"] != "training" else f"{int(left // 60)}:{int(left % 60):02d}",
         )
     return table
+
+
+def _time_left(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
+    """How long the runs that are left take at the pace of those that ended since `begun`; empty before the first."""
+    ended = sum(state["state"] == "done" and run.result(root).stat().st_mtime >= begun for run, state in found)
+    left = sum(state["state"] in ("waiting", "training", "evaluating") for _, state in found)
+    if not ended or not left:
+        return ""
+    minutes = (time.time() - begun) / ended * left / 60
+    return f"; about {minutes / 60:.1f} hours left" if minutes > 90 else f"; about {minutes:.0f} minutes left"
 
 
 if __name__ == "__main__":

@@ -185,10 +185,12 @@ def test_report_of_a_sweep_leaves_out_what_it_cannot_read(results, run_script, t
         (root / name).write_text(json.dumps(result))
     (root / "cut.json").write_text(json.dumps(results[0])[:50])
     (root / "foreign.json").write_text("[1]")
-    (root / "results.txt").write_text("\n".join([*names, "cut.json", "foreign.json"]) + "\n")
+    spoilt = ["cut.json", "foreign.json", "hollow.json"]
+    (root / "hollow.json").write_text(json.dumps({**results[0], "lengths": {"128": 3}}))
+    (root / "results.txt").write_text("\n".join([*names, *spoilt]) + "\n")
     run_script("report", "--sweep", root, "--output_dir", tmp_path / "report", "--baseline", "alibi")
     printed = capsys.readouterr()
-    assert printed.err.count("left out: ") == 2 and "cut.json" in printed.err and "foreign.json" in printed.err
+    assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in spoilt)
     assert "Difference to alibi" in (tmp_path / "report" / "report.md").read_text()
     with pytest.raises(SystemExit):
         run_script("report", "--output_dir", tmp_path / "other")

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from hf_relpos.sweeping import load_experiment, run_here, run_in_processes, run_on_ray, status
 
@@ -159,6 +159,18 @@ def test_the_experiments_can_be_read_whole_and_scaled(path, tmp_path, monkeypatc
         group = seeds.setdefault((json.dumps(facts, sort_keys=True), run.base and run.base.label.split(" seed")[0]), [])
         group.append(run.settings["seed"])
     assert len({tuple(group) for group in seeds.values()}) == 1  # paired: each setting has the same seeds
+
+
+def test_the_table_says_how_long_it_takes(tiny, tmp_path):
+    runs, root = load_experiment(tiny({"seed": [1, 2, 3, 4]})), tmp_path
+    table = load_script("sweep")._table
+    begun = time.time() - 600
+    assert table(runs, root, begun).title == "4 waiting"
+    for run in runs[:2]:
+        run.result(root).parent.mkdir(parents=True)
+        run.result(root).write_text("{}")
+    os.utime(runs[0].result(root), (begun - 1, begun - 1))  # done by an earlier call
+    assert table(runs, root, begun).title == "2 done, 2 waiting; about 20 minutes left"
 
 
 def test_done_runs_are_kept_and_a_failed_one_stops_only_what_needs_it(tiny, tmp_path):
