@@ -5,11 +5,12 @@ Shape letters: B batch, H heads, N tokens of a row, D head size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, LlamaConfig, MptConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, LlamaConfig, MptConfig, PreTrainedModel
 
 from .attention_relpos import distance_bias_attention, table_kernel
 from .attention_triton import triton_backward, triton_forward
@@ -213,6 +214,24 @@ def _peer(config: Any, attn_implementation: str = "sdpa") -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
 
 
+class _XTransformers(torch.nn.Module):
+    """A decoder of x-transformers whose bias is an MLP of the distance, as `linear_cpb` is, with its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from x_transformers import Decoder, TransformerWrapper
+        except ImportError as error:
+            raise NotServed("x-transformers is not installed") from error
+        layers = Decoder(dim=256, depth=4, heads=4, attn_dim_head=HEAD_DIM, dynamic_pos_bias=True)
+        options = {"max_seq_len": 8192, "use_abs_pos_emb": False}
+        self.model = TransformerWrapper(num_tokens=VOCAB_SIZE, attn_layers=layers, **options)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool = False) -> Any:
+        logits = self.model(input_ids)[:, :-1]
+        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+
+
 # of the same width, depth, heads and floating point operations, the output embedding apart from the input's
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 PEERS: dict[str, Callable[[], Any]] = {
@@ -227,6 +246,7 @@ PEERS: dict[str, Callable[[], Any]] = {
         ),
         "eager",
     ),
+    "x-transformers with dynamic_pos_bias": _XTransformers,
     "linear_cpb with a dense bias": lambda: _relpos("linear_cpb", "eager"),
 }
 
@@ -259,6 +279,8 @@ def _build_decode(case: Case) -> Callable[[], None]:
     model = _model(case).eval()
     tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
     step = tokens[:, -1:]
+    if not isinstance(model, PreTrainedModel):
+        raise NotServed("its cache has another interface")
     with torch.no_grad():
         cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -273,6 +295,8 @@ def _build_decode(case: Case) -> Callable[[], None]:
 def _build_evaluation(case: Case) -> Callable[[], None]:
     """The loss of each token of a row, as evaluate.py computes it."""
     model = _model(case)
+    if not isinstance(model, PreTrainedModel):
+        raise NotServed("it gives its loss alone")
     tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
 
     def run() -> None:
