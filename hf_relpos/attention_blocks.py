@@ -21,10 +21,10 @@ import torch.nn.functional as F
 # exp2 is the fast exponential of torch on CPUs: its exp takes several times as long, and far longer where the
 # result underflows, as it does for most keys under a steep bias
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-# scores that one thread holds at a time in the backward pass: twice 1 MiB in fp32, what a core's L2 cache takes
-CHUNK_SCORES = 2**18
+# scores that one thread holds at a time in the backward pass: twice 2 MiB in fp32
+CHUNK_SCORES = 2**19
 # keys that are taken at a time there
-TILE_KEYS = 4096
+TILE_KEYS = 1024
 # past this many keys, forward and backward, the strip is a view of the table and the rows of a block stand in reverse;
 # below, turning the rows costs more than a copy of the strip
 LONGEST_COPY, LONGEST_COPY_BACKWARD = 1024, 256
@@ -314,7 +314,7 @@ class _Backward:
         self.query_length, self.group_size = query.shape[2], query.shape[1] // key.shape[1]
         slots = offset + self.query_length
         self.num_keys = slots if is_causal else key.shape[2]
-        self.block = min(self.query_length, 64)
+        self.block = min(self.query_length, 128)
         self.tile = min(self.num_keys, TILE_KEYS)
         self.bias = DistanceBias.build(
             bias_table.to(self.dtype) * LOG2_E,
