@@ -11,7 +11,8 @@ from conftest import ROOT
 
 from hf_relpos import list_position_embeddings
 from hf_relpos.position_base import POSITION_EMBEDDINGS
-from hf_relpos.results import markdown_table
+from hf_relpos.report_page import write_report
+from hf_relpos.results import markdown_table, read_result
 
 
 PACKAGE = ROOT / "hf_relpos"
@@ -61,12 +62,21 @@ LIBRARY_FILES = {
     "generation": set(),
     "results": set(),
     "saved_models": {"data", "packing", "configuration_relpos", "modeling_relpos"},
-    "training": {"data", "packing", "results", "saved_models", "configuration_relpos", "modeling_relpos"},
+    "training": {
+        "data",
+        "packing",
+        "results",
+        "saved_models",
+        "synthetic",
+        "configuration_relpos",
+        "modeling_relpos",
+    },
     "perplexity_by_length": {"evaluation"},
-    "evaluating": {"data", "evaluation", "packing", "results", "saved_models", "training"},
-    "comparing": set(),
+    "synthetic": {"data", "evaluation"},
+    "evaluating": {"data", "evaluation", "packing", "results", "saved_models", "synthetic", "training"},
+    "comparing": {"results"},
     "report_page": {"comparing", "results"},
-    "sweeping": {"cli", "data", "evaluating", "results", "saved_models", "training"},
+    "sweeping": {"cli", "data", "evaluating", "results", "saved_models", "synthetic", "training"},
     "serving": {"attention_relpos", "cli", "configuration_relpos", "modeling_relpos"},
 }
 
@@ -174,3 +184,31 @@ def test_readme_names_files_that_exist():
         assert (ROOT / path).exists(), path
     for target in ("make demo", "make test"):
         assert target in README and re.search(rf"^{target.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+# --- the results
+
+
+EXPERIMENTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/results.txt"))
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
+def test_reports_are_made_from_the_result_files(folder, tmp_path):
+    results = [read_result(folder / name) for name in (folder / "results.txt").read_text().split()]
+    stored = (folder / "report.md").read_text(encoding="utf-8")
+    written = write_report(results, tmp_path, title=stored.partition("\n")[0].removeprefix("# "))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == stored
+    assert all((folder / path.name).is_file() for path in written if path.suffix == ".png")
+
+
+def test_the_results_page_holds_no_other_figure():
+    """Each line of a table stands in a report, or beside the notebook with the ratio that a report has."""
+    reports = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in EXPERIMENTS)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    others = [line for line in lines if line not in reports and "---" not in line and "notebook" not in line]
+    assert lines and others
+    ratios = dict(re.findall(r"^\| ([^|]+) \| \d+ \|.*\| ([\d.]+) ± [^|]*\|$", reports, re.MULTILINE))
+    for line in others:
+        name, ours, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        assert ratios[name] == ours, line
