@@ -7,6 +7,7 @@ Shape letters: B batch, H query heads, G key and value heads, R = H / G, Q query
 L length of the table.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,11 +138,13 @@ def block_forward(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch_size, num_heads, query_length, head_dim = query.shape
+    # the kernel sums in fp32 whatever it multiplies
+    taken_dtype = query.dtype if _CPU_FLASH is not None and is_fast_on_cpu(query) else dtype
     slots, num_groups = offset + query_length, key.shape[1]
     num_keys = slots if is_causal else key.shape[2]
     block = min(query_length, 64 if num_keys <= 128 else 128 if num_keys <= LONGEST_COPY else 256)
     bias = DistanceBias.build(bias_table.to(dtype), block, offset, slots, num_keys, is_causal, num_keys > LONGEST_COPY)
-    key, value = key.to(dtype), value.to(dtype)
+    key, value = key.to(taken_dtype), value.to(taken_dtype)
     # laid out as the layers use it: the heads of a token beside each other
     out = query.new_empty(batch_size, query_length, num_heads, head_dim).transpose(1, 2)
     lse = query.new_empty(batch_size, num_heads, query_length, dtype=dtype)
@@ -156,7 +159,7 @@ def block_forward(
             hidden = hidden_keys(key_mask, documents, batch, queries, keys)
             if hidden is not None:
                 mask = torch.where(hidden, -math.inf, mask)
-            taken = query[batch, heads, start : start + rows].to(dtype)
+            taken = query[batch, heads, start : start + rows].to(taken_dtype)
             if bias.is_reversed:
                 taken = taken.flip(2)
             shape = taken.shape
@@ -194,6 +197,59 @@ def _attend(
     lse = scores.logsumexp(-1)
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     return scores.sub_(lse[..., None]).mul_(LOG2_E).exp2_() @ value, lse
+
+
+@functools.cache
+def cpu_has_fast_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16 (AMX); without them products in bf16 take longer than in fp32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def is_fast_on_cpu(query: torch.Tensor) -> bool:
+    """Whether the kernels of torch on this CPU are at their fastest in the dtype of `query`, which is not fp32."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_fast_bf16()
+
+
+def is_line(bias_table: torch.Tensor) -> bool:
+    """Whether an (H, L) table is a fixed −m · d in each head, so that the bias can be a value per key."""
+    if bias_table.requires_grad or bias_table.shape[1] < 2:
+        return False
+    distance = torch.arange(bias_table.shape[1], device=bias_table.device, dtype=bias_table.dtype)
+    return torch.equal(bias_table, bias_table[:, 1:2] * distance)
+
+
+def key_bias_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    scaling: float,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention with a table that `is_line`, on a CPU, by one call of torch's kernel without a bias per pair.
+
+    −m · (N − 1 − j) for key j differs from −m · (i − j) by what all keys of query i share, which the softmax takes out.
+    It grows with the position instead of the distance, and so does its rounding in fp32: m · N · 2^−24, far below that
+    of bf16 inputs, but above that of fp32 ones.
+
+    Args:
+        query: (B, H, N, D).
+        key, value: (B, G, N, D).
+        bias_table: (H, at least N) fp32.
+        scaling: factor of q · k.
+        key_mask: (B, N) boolean, False on padding.
+
+    Returns:
+        (B, H, N, D); 0 for a query that sees no key.
+    """
+    length, repeats = key.shape[2], query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    mask = bias_table[:, :length].flip(1)[None, :, None]
+    if key_mask is not None:
+        mask = mask.masked_fill(~key_mask[:, None, None], -math.inf)
+    mask = mask.expand(-1, -1, length, -1)
+    return _CPU_FLASH(query, key, value, 0.0, True, attn_mask=mask, scale=scaling)[0]
 
 
 # --- threads

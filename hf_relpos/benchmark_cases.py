@@ -120,7 +120,7 @@ class _FastTriton(torch.autograd.Function):
 def distance_bias_fast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    if table_kernel(query.device) != "triton":
+    if table_kernel(query, table) != "triton":
         raise NotServed("needs a GPU and Triton")
     return _FastTriton.apply(query, key, value, table)
 

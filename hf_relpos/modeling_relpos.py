@@ -91,7 +91,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             "eager", "sdpa", "flex_attention", ..: the implementation of transformers of that name, without a bias;
             "sdpa" hides the future by `is_causal` where no row has padding. With a position bias:
             "distance_bias:triton" or "distance_bias:blocks": `distance_bias_attention`, on a table of the distances,
-            by a Triton kernel or in torch operations;
+            by a Triton kernel or in torch operations; "distance_bias:key_bias": the same for a fixed line in bf16, as a
+            value per key, where a CPU is fast in bf16;
             "flex_attention:table": FlexAttention, which reads the table;
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
         """
@@ -102,7 +103,10 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             return f"{implementation}:dense_bias"
         if implementation == "flex_attention":
             return "flex_attention:table"
-        return f"distance_bias:{table_kernel(self.device)}"
+        is_autocast = torch.is_autocast_enabled(self.device.type)
+        dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
+        kernel = table_kernel(torch.empty(0, device=self.device, dtype=dtype), self.base_model.distance_bias(64)[0])
+        return f"distance_bias:{kernel}"
 
     def _may_use_table(self) -> bool:
         drops = self.training and self.config.attention_dropout > 0

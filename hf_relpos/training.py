@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .attention_blocks import cpu_has_fast_bf16
 from .configuration_relpos import RelPosConfig
 from .data import Corpus, DataArguments, check_at_least_1, load_corpus
 from .modeling_relpos import RelPosForCausalLM
@@ -46,7 +47,7 @@ def has_fast_bf16(use_cpu: bool) -> bool:
     for it (AMX)."""
     if torch.accelerator.is_available() and not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return cpu_has_fast_bf16()
 
 
 @dataclass

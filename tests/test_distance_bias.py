@@ -11,7 +11,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-from hf_relpos import PositionEmbedding, RelPosConfig, RelPosForCausalLM, attention_blocks, register_position_embedding
+from hf_relpos import (
+    PositionEmbedding,
+    RelPosConfig,
+    RelPosForCausalLM,
+    attention_blocks,
+    attention_relpos,
+    register_position_embedding,
+)
 from hf_relpos.attention_relpos import _attend, _attend_backward, distance_bias_attention
 from hf_relpos.position_base import POSITION_EMBEDDINGS
 from hf_relpos.position_ids import _REVERSED_TABLES
@@ -133,6 +140,49 @@ def test_half_precision_sums_in_fp32(dtype):
     for actual, expected in zip(ours, theirs, strict=True):
         # the gradients read the rounded output, in the sum of its product with the output's gradient
         assert (actual.double() - expected).abs().max() <= 2 * rounding * expected.abs().max()
+
+
+@pytest.mark.parametrize("num_groups", [6, 2])
+@pytest.mark.parametrize("masks", ["nothing", "padding"])
+def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
+    """As exact as a table, in one call of a kernel: the blocks are not needed."""
+    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(attention_relpos, "block_forward", lambda *args: pytest.fail("a table"))
+    query, key, value, _, grad_out = make_inputs((130, 130, 0), num_groups, dtype=torch.bfloat16)
+    table = -torch.linspace(0.01, 0.5, 6)[:, None] * torch.arange(140.0)
+    key_mask = make_masks(130, masks).get("key_mask")
+    tensors = [x.detach().requires_grad_() for x in (query, key, value)]
+    out = distance_bias_attention(*tensors, table, key_mask=key_mask)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = reference(
+        *exact, table.double(), scaling=0.25, is_causal=True, offset=0, key_mask=key_mask, documents=None
+    )
+    ours, theirs = (torch.autograd.grad(o, x, g) for o, x, g in ((out, tensors, grad_out), (expected, exact, grad_out)))
+    for actual, wanted in zip((out, *ours), (expected, *theirs), strict=True):
+        # weights and their gradients are rounded to bf16 before the products, as in attention without a bias
+        assert (actual.double() - wanted).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+
+
+def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(monkeypatch):
+    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: True)
+    query, line = torch.zeros(1, dtype=torch.bfloat16), -torch.arange(9.0)[None] * torch.tensor([[0.5], [0.3]])
+    assert attention_relpos.table_kernel(query, line) == "key_bias"
+    assert attention_relpos.table_kernel(query.float(), line) == "blocks"
+    assert attention_relpos.table_kernel(query, line.clone().requires_grad_()) == "blocks"
+    bent = line.clone()
+    bent[1, 5] -= 1e-6
+    assert attention_relpos.table_kernel(query, bent) == "blocks"
+    model = make_model("alibi").to(torch.bfloat16)
+    assert model.attention_path() == "distance_bias:key_bias"
+    assert make_model("linear_cpb").to(torch.bfloat16).attention_path() == "distance_bias:blocks"
+    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: False)
+    assert model.attention_path() == "distance_bias:blocks"
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_blocks_multiply_in_bf16_where_that_is_fast(is_fast, monkeypatch):
+    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: is_fast)
+    test_half_precision_sums_in_fp32(torch.bfloat16)
 
 
 def test_large_fp16_scores_are_finite():

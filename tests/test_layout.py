@@ -68,6 +68,7 @@ LIBRARY_FILES = {
         "results",
         "saved_models",
         "synthetic",
+        "attention_blocks",
         "configuration_relpos",
         "modeling_relpos",
     },

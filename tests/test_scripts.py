@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, SCHEMES, load_script, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
-from hf_relpos import RelPosForCausalLM
+from hf_relpos import RelPosForCausalLM, training
 from hf_relpos.data import DataArguments
 from hf_relpos.results import REQUIRED_KEYS, labels
 from hf_relpos.saved_models import ModelArguments, new_model
@@ -73,7 +73,7 @@ def same_weights(first, second):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the default is the GPU's")
 @pytest.mark.parametrize("has_matrix_units", [True, False])
 def test_bf16_is_the_default_where_it_is_faster(has_matrix_units, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True} if has_matrix_units else {})
+    monkeypatch.setattr(training, "cpu_has_fast_bf16", lambda: has_matrix_units)
     args = RelPosTrainingArguments(output_dir="x")
     assert args.bf16 == args.use_cpu == has_matrix_units
     assert not RelPosTrainingArguments(output_dir="x", bf16=False).bf16
