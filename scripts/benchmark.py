@@ -4,8 +4,7 @@
 python scripts/benchmark.py --output_dir output/benchmark
 
 All of one length take turns in one process; peak memory, and the evaluation of one long row, is taken in a process of
-its own each. Writes benchmark.json,
-benchmark.md and plots of cost against length.
+its own each. Writes benchmark.json, benchmark.md and plots of cost against length.
 """
 
 from collections.abc import Iterator
@@ -114,7 +113,8 @@ def main() -> None:
     torch.set_num_threads(args.num_threads)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"arguments": asdict(args), "times": [], "memory": [], "profiles": [], "skipped": []}
+    arguments = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    result: dict[str, Any] = {"arguments": arguments, "times": [], "memory": [], "profiles": [], "skipped": []}
     result |= {"versions": versions(), "hardware": hardware()}
     for kind, records in measure(args, result["skipped"]):
         result[kind] += records

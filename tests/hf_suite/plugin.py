@@ -38,7 +38,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         why = report.longrepr[2].removeprefix("Skipped: ")
     elif report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
-        why = f"{Path(crash.path).name}:{crash.lineno}: {crash.message}" if crash else str(report.longrepr)[-300:]
+        lines = (crash.message if crash else str(report.longrepr)).split("\n")
+        ends = [line.strip() for line in lines if line.strip()]  # a rank's traceback lies between
+        why = " … ".join(dict.fromkeys((ends[0], ends[-1])))
+        why = f"{Path(crash.path).name}:{crash.lineno}: {why}" if crash else why
     REPORTS.append(
         {
             "test": report.nodeid.rpartition("::")[2],
