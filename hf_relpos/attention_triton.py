@@ -176,7 +176,7 @@ if triton is not None:
         rows, lags = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
         turned = rows[:, None] + lags[None, :]
         skewed = tl.gather(grad_scores, turned % BLOCK_K, 1)
-        for wrap in tl.static_range(BLOCK_Q // BLOCK_K + 1):
+        for wrap in tl.static_range((BLOCK_Q + BLOCK_K - 2) // BLOCK_K + 1):
             sums = tl.sum(tl.where(turned // BLOCK_K == wrap, skewed, 0.0), 0)
             d = distance - lags + BLOCK_K * wrap
             if not IS_CAUSAL:

@@ -179,7 +179,7 @@ def test_continuous_batching_is_generate_or_refused(scheme):
     model = make_model(scheme)
     prompts = [make_tokens(length, seed=length).tolist() for length in (5, 11, 8)]
     options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=16)  # else the cache fills half of the memory
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else the cache fills most of the memory
     if scheme in BIASED:
         with pytest.raises(ValueError, match=rf"pos_embedding_type '{scheme}', got 'paged.sdpa'"):
             model.generate_batch(prompts, generation_config=options)
