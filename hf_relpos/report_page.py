@@ -293,7 +293,7 @@ def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
     columns = min(3, len(kinds))
     figure.set_size_inches(9, 0.8 + 4.2 * math.ceil(len(kinds) / columns) / (1 if columns == 1 else 1.4))
     panels = figure.subplots(math.ceil(len(kinds) / columns), columns, squeeze=False, sharex=True, sharey=True).flat
-    for axes, kind in zip(panels, kinds):
+    for kind, axes in zip(kinds, panels):  # in this order: the panels that are left stay in the iterator
         for group in groups:
             names = {length: f"{length} {kind}".strip() for length in group.lengths()}
             rows = np.array([list(group.values(name, "score").values()) for name in names.values()]).T
@@ -351,7 +351,7 @@ def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
     columns = min(3, len(shown))
     figure.set_size_inches(9, 3.2 * math.ceil(len(shown) / columns))
     panels = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False, sharex=True).flat
-    for axes, group in zip(panels, shown):
+    for group, axes in zip(shown, panels):  # in this order: the panels that are left stay in the iterator
         curves = _curves(group)
         for layer, heads in enumerate(curves["layers"]):
             color = colormaps["viridis"](layer / max(1, len(curves["layers"]) - 1))
@@ -359,6 +359,8 @@ def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
                 xs = [distance + 1 for distance in curves["distances"]]
                 axes.plot(xs, values, color=color, linewidth=0.9, label=f"layer {layer}" if head == 0 else None)
         axes.set(xscale="log", title=f"{group.label}, seed {next(iter(group.by_seed))}", xlabel="distance + 1 (tokens)")
+        if np.ptp(curves["layers"]) > 100:  # what is near would not show beside what is far
+            axes.set_yscale("symlog", linthresh=1)
         axes.grid(alpha=0.3)
     for axes in list(panels):
         axes.set_axis_off()
