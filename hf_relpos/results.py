@@ -29,12 +29,15 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    git = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD", "--show-prefix")
-    with suppress(OSError, subprocess.CalledProcessError, ValueError):
-        commit, prefix = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
-        if prefix == "hf_relpos/":  # and not an environment inside somebody's repository
-            found["commit"] = commit
+    with suppress(OSError, subprocess.CalledProcessError):
+        if _git("--show-prefix") == "hf_relpos/":  # and not an environment inside somebody's repository
+            found["commit"] = _git("--short", "HEAD")
     return found
+
+
+def _git(*arguments: str) -> str:
+    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def hardware() -> dict[str, Any]:
