@@ -9,6 +9,7 @@ L length of the table.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -268,25 +269,31 @@ def run_in_threads(function: Callable[[Any], Any], shares: Sequence[Any], device
     is_inference = torch.is_inference_mode_enabled()
 
     def run(share: Any) -> Any:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
         with torch.inference_mode(is_inference), torch.no_grad():  # modes are a thread's own
             return function(share)
 
     if device.type != "cpu":
-        return [run(share) for share in shares]
+        return [function(share) for share in shares]
     if len(shares) == 1:
         with _flushed_denormals():
-            return [run(shares[0])]
+            return [function(shares[0])]
     num_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(len(shares), initializer=_start_thread) as pool:
-            return list(pool.map(run, shares))
+        return list(_thread_pool(len(shares)).map(run, shares))
     finally:
-        torch.set_num_threads(num_threads)  # what a thread sets holds for all that are yet to come
+        torch.set_num_threads(num_threads)  # what a thread sets holds for others too
 
 
-def _start_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+# A pool is kept: the first products of matrices in a new thread take milliseconds
+@functools.cache
+def _thread_pool(num_workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_workers, thread_name_prefix="distance_bias")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_thread_pool.cache_clear)
 
 
 @contextmanager
@@ -411,6 +418,7 @@ class _Backward:
             for group in range(0, num_groups, groups)
         ]
 
+    @torch.no_grad()
     def _run_chunks(self, chunks: list[tuple[slice, slice]]) -> torch.Tensor:
         """Writes the gradients of some chunks; → the sum of those of their scores, in the form of the strip."""
         strip = torch.zeros_like(self.bias.strip, memory_format=torch.contiguous_format)
