@@ -27,6 +27,7 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.6rem; text-align: righ
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% }
 li.real { font-weight: 600 }
+td small { color: #666 }
 footer { color: #666; font-size: 0.85rem }
 </style>
 </head>
@@ -38,7 +39,8 @@ footer { color: #666; font-size: 0.85rem }
 <p>{{ note }}</p>
 <table>
 <thead><tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+<tbody>{% for row in rows[1:] %}<tr>{% for cell in row %}{% set value, bracket, interval = cell.partition(" (") %}
+<td>{{ value }}{% if bracket %}<br><small>({{ interval }}</small>{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody>
 </table>
 {% endfor %}
 <h2>What is real</h2>
