@@ -7,17 +7,14 @@ Shape letters: B batch, H query heads, G key and value heads, R = H / G, Q query
 L length of the table.
 """
 
-import functools
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .attention_cpu import CPU_FLASH, is_fast_on_cpu, num_workers, run_in_threads
 
 
 # exp2 is the fast exponential of torch on CPUs: its exp takes several times as long, and far longer where the
@@ -140,7 +137,7 @@ def block_forward(
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch_size, num_heads, query_length, head_dim = query.shape
     # the kernel sums in fp32 whatever it multiplies
-    taken_dtype = query.dtype if _CPU_FLASH is not None and is_fast_on_cpu(query) else dtype
+    taken_dtype = query.dtype if CPU_FLASH is not None and is_fast_on_cpu(query) else dtype
     slots, num_groups = offset + query_length, key.shape[1]
     num_keys = slots if is_causal else key.shape[2]
     block = min(query_length, 64 if num_keys <= 128 else 128 if num_keys <= LONGEST_COPY else 256)
@@ -192,120 +189,12 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one block, (b, G, rows, D), and the logarithms of its sums; 0 and 0 where all keys are hidden."""
-    if query.device.type == "cpu" and _CPU_FLASH is not None:
-        return _CPU_FLASH(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)
+    if query.device.type == "cpu" and CPU_FLASH is not None:
+        return CPU_FLASH(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)
     scores = (query @ key.transpose(2, 3)).mul_(scaling).add_(mask)
     lse = scores.logsumexp(-1)
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     return scores.sub_(lse[..., None]).mul_(LOG2_E).exp2_() @ value, lse
-
-
-@functools.cache
-def cpu_has_fast_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16 (AMX); without them products in bf16 take longer than in fp32."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-def is_fast_on_cpu(query: torch.Tensor) -> bool:
-    """Whether the kernels of torch on this CPU are at their fastest in the dtype of `query`, which is not fp32."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_fast_bf16()
-
-
-def is_line(bias_table: torch.Tensor) -> bool:
-    """Whether an (H, L) table is a fixed −m · d in each head, so that the bias can be a value per key."""
-    if bias_table.requires_grad or bias_table.shape[1] < 2:
-        return False
-    distance = torch.arange(bias_table.shape[1], device=bias_table.device, dtype=bias_table.dtype)
-    return torch.equal(bias_table, bias_table[:, 1:2] * distance)
-
-
-def key_bias_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias_table: torch.Tensor,
-    scaling: float,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention with a table that `is_line`, on a CPU, by one call of torch's kernel without a bias per pair.
-
-    −m · (N − 1 − j) for key j differs from −m · (i − j) by what all keys of query i share, which the softmax takes out.
-    It grows with the position instead of the distance, and so does its rounding in fp32: m · N · 2^−24, far below that
-    of bf16 inputs, but above that of fp32 ones.
-
-    Args:
-        query: (B, H, N, D).
-        key, value: (B, G, N, D).
-        bias_table: (H, at least N) fp32.
-        scaling: factor of q · k.
-        key_mask: (B, N) boolean, False on padding.
-
-    Returns:
-        (B, H, N, D); 0 for a query that sees no key.
-    """
-    length, repeats = key.shape[2], query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    mask = bias_table[:, :length].flip(1)[None, :, None]
-    if key_mask is not None:
-        mask = mask.masked_fill(~key_mask[:, None, None], -math.inf)
-    mask = mask.expand(-1, -1, length, -1)
-    return _CPU_FLASH(query, key, value, 0.0, True, attn_mask=mask, scale=scaling)[0]
-
-
-# --- threads
-
-
-def num_workers(query: torch.Tensor) -> int:
-    """How many threads share a pass: on a CPU as many as torch may use."""
-    return torch.get_num_threads() if query.device.type == "cpu" else 1
-
-
-def run_in_threads(function: Callable[[Any], Any], shares: Sequence[Any], device: torch.device) -> list[Any]:
-    """→ `function` of each share, on a CPU each in a thread of its own, in the order of the shares.
-
-    The threads are Python's, not those inside of each operation: an operation on a block is too short to be shared.
-    """
-    is_inference = torch.is_inference_mode_enabled()
-
-    def run(share: Any) -> Any:
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-        with torch.inference_mode(is_inference), torch.no_grad():  # modes are a thread's own
-            return function(share)
-
-    if device.type != "cpu":
-        return [function(share) for share in shares]
-    if len(shares) == 1:
-        with _flushed_denormals():
-            return [function(shares[0])]
-    num_threads = torch.get_num_threads()
-    try:
-        return list(_thread_pool(len(shares)).map(run, shares))
-    finally:
-        torch.set_num_threads(num_threads)  # what a thread sets holds for others too
-
-
-# A pool is kept: the first products of matrices in a new thread take milliseconds
-@functools.cache
-def _thread_pool(num_workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_workers, thread_name_prefix="distance_bias")
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
-    os.register_at_fork(after_in_child=_thread_pool.cache_clear)
-
-
-@contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Numbers below 2^−126 are 0 in this thread: processors may take a hundred times as long for them, and the weights
-    of many keys under a steep bias are such numbers."""
-    were_flushed = float(torch.tensor(2.0**-140).mul_(1.0)) == 0.0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(were_flushed)
 
 
 def _halves(batch_size: int, num_groups: int, workers: int) -> list[tuple[slice, slice]]:
@@ -322,10 +211,6 @@ def _halves(batch_size: int, num_groups: int, workers: int) -> list[tuple[slice,
 def _query_heads(groups: slice, group_size: int) -> slice:
     """The query heads of some key heads."""
     return slice(groups.start * group_size, groups.stop * group_size)
-
-
-# private, but the one kernel of torch on CPUs that takes a mask and gives the logarithms that the backward pass needs
-_CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def block_backward(

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.integrations import flex_attention
 from transformers.utils.import_utils import is_tracing
 
-from .attention_blocks import block_backward, block_forward, is_fast_on_cpu, is_line, key_bias_attention
+from .attention_blocks import block_backward, block_forward
+from .attention_cpu import is_fast_on_cpu, is_line, key_bias_attention
 from .attention_triton import triton_available, triton_backward, triton_forward
 
 

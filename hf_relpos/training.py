@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .attention_blocks import cpu_has_fast_bf16
+from .attention_cpu import cpu_has_fast_bf16
 from .configuration_relpos import RelPosConfig
 from .data import Corpus, DataArguments, check_at_least_1, load_corpus
 from .modeling_relpos import RelPosForCausalLM

@@ -16,6 +16,7 @@ from hf_relpos import (
     RelPosConfig,
     RelPosForCausalLM,
     attention_blocks,
+    attention_cpu,
     attention_relpos,
     register_position_embedding,
 )
@@ -87,7 +88,7 @@ def blocks(request, monkeypatch):
     if request.param == "tiles":
         monkeypatch.setattr(attention_blocks, "TILE_KEYS", 48)
     if request.param == "without the kernel":
-        monkeypatch.setattr(attention_blocks, "_CPU_FLASH", None)
+        monkeypatch.setattr(attention_blocks, "CPU_FLASH", None)
 
 
 @pytest.mark.parametrize("masks", ["nothing", "padding", "documents", "padding and documents"])
@@ -146,7 +147,7 @@ def test_half_precision_sums_in_fp32(dtype):
 @pytest.mark.parametrize("masks", ["nothing", "padding"])
 def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
     """As exact as a table, in one call of a kernel: the blocks are not needed."""
-    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: True)
     monkeypatch.setattr(attention_relpos, "block_forward", lambda *args: pytest.fail("a table"))
     query, key, value, _, grad_out = make_inputs((130, 130, 0), num_groups, dtype=torch.bfloat16)
     table = -torch.linspace(0.01, 0.5, 6)[:, None] * torch.arange(140.0)
@@ -164,7 +165,7 @@ def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
 
 
 def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(monkeypatch):
-    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: True)
     query, line = torch.zeros(1, dtype=torch.bfloat16), -torch.arange(9.0)[None] * torch.tensor([[0.5], [0.3]])
     assert attention_relpos.table_kernel(query, line) == "key_bias"
     assert attention_relpos.table_kernel(query.float(), line) == "blocks"
@@ -175,13 +176,13 @@ def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(monkeypatch):
     model = make_model("alibi").to(torch.bfloat16)
     assert model.attention_path() == "distance_bias:key_bias"
     assert make_model("linear_cpb").to(torch.bfloat16).attention_path() == "distance_bias:blocks"
-    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: False)
     assert model.attention_path() == "distance_bias:blocks"
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_blocks_multiply_in_bf16_where_that_is_fast(is_fast, monkeypatch):
-    monkeypatch.setattr(attention_blocks, "cpu_has_fast_bf16", lambda: is_fast)
+    monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: is_fast)
     test_half_precision_sums_in_fp32(torch.bfloat16)
 
 
