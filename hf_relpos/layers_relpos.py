@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -92,14 +93,28 @@ class RelPosAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, K, D)
 
-        if query.shape[1] != self.config.num_attention_heads:  # this rank's under tensor parallelism
-            positions = replace(positions, mesh=self.q_proj.weight.device_mesh)
+        if self.config.has_position_bias and query.shape[1] != self.config.num_attention_heads:
+            positions = replace(positions, mesh=self._mesh(query))
         if positions.offset is not None:
             attend, bias = self._attend_with_table, shared_bias
         else:
             attend, bias = self._attend_with_mask, self._dense_bias(shared_bias, positions)
         output, weights = attend(query, key, value, bias, attention_mask, positions, **kwargs)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+    def _mesh(self, query: torch.Tensor) -> Any:
+        """The device mesh whose ranks share the heads out among them (tensor parallelism)."""
+        mesh = getattr(self.q_proj.weight, "device_mesh", None)
+        if mesh is not None:
+            return mesh
+        # a quantised weight does not say: then it must be all ranks that there are
+        num_ranks = self.config.num_attention_heads // query.shape[1]
+        if torch.distributed.get_world_size() != num_ranks:
+            raise ValueError(
+                f"`pos_embedding_type` {self.config.pos_embedding_type!r} serves quantised weights under tensor "
+                f"parallelism over all ranks, {torch.distributed.get_world_size()}, got it over {num_ranks}."
+            )
+        return DeviceMesh.from_group(torch.distributed.group.WORLD, query.device.type)
 
     def _dense_bias(self, shared_bias: torch.Tensor | None, positions: Positions) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32 or `None`."""
