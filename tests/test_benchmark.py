@@ -105,6 +105,6 @@ def test_wrong_arguments_are_one_line(flags, message, run_script, tmp_path, caps
 
 def test_docs_are_made_from_the_result_files():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    for name in ("cpu", "memory", "profile", "long"):
+    for name in ("xeon", "bf16", "short", "memory", "profile", "long"):
         result = json.loads((ROOT / "docs" / "results" / "speed" / name / "benchmark.json").read_text(encoding="utf-8"))
         assert tables(result).partition("\n\n")[2].strip() in page
