@@ -137,7 +137,7 @@ def block_forward(
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch_size, num_heads, query_length, head_dim = query.shape
     # the kernel sums in fp32 whatever it multiplies
-    taken_dtype = query.dtype if CPU_FLASH is not None and is_fast_on_cpu(query) else dtype
+    taken_dtype = query.dtype if is_fast_on_cpu(query) else dtype
     slots, num_groups = offset + query_length, key.shape[1]
     num_keys = slots if is_causal else key.shape[2]
     block = min(query_length, 64 if num_keys <= 128 else 128 if num_keys <= LONGEST_COPY else 256)
@@ -171,7 +171,7 @@ def block_forward(
             out[batch, heads, start : start + rows] = block_out
             lse[batch, heads, start : start + rows] = block_lse
 
-    run_in_threads(attend, _halves(batch_size, num_groups, num_workers(query)), query.device)
+    run_in_threads(attend, _equal_shares(batch_size, num_groups, num_workers(query)), query.device)
     return out, lse
 
 
@@ -197,7 +197,7 @@ def _attend(
     return scores.sub_(lse[..., None]).mul_(LOG2_E).exp2_() @ value, lse
 
 
-def _halves(batch_size: int, num_groups: int, workers: int) -> list[tuple[slice, slice]]:
+def _equal_shares(batch_size: int, num_groups: int, workers: int) -> list[tuple[slice, slice]]:
     """Shares of equal size for the forward pass, of rows of the batch or else of key heads; one if neither suffices."""
     everything = slice(0, batch_size), slice(0, num_groups)
     for place, size in enumerate((batch_size, num_groups)):
@@ -303,7 +303,6 @@ class _Backward:
             for group in range(0, num_groups, groups)
         ]
 
-    @torch.no_grad()
     def _run_chunks(self, chunks: list[tuple[slice, slice]]) -> torch.Tensor:
         """Writes the gradients of some chunks; → the sum of those of their scores, in the form of the strip."""
         strip = torch.zeros_like(self.bias.strip, memory_format=torch.contiguous_format)

@@ -25,8 +25,9 @@ def cpu_has_fast_bf16() -> bool:
 
 
 def is_fast_on_cpu(query: torch.Tensor) -> bool:
-    """Whether the kernels of torch on this CPU are at their fastest in the dtype of `query`, which is not fp32."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_fast_bf16()
+    """Whether torch's kernel on this CPU is at its fastest in the dtype of `query`, which is not fp32."""
+    is_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return is_bf16 and CPU_FLASH is not None and cpu_has_fast_bf16()
 
 
 def is_line(bias_table: torch.Tensor) -> bool:
@@ -84,6 +85,9 @@ def run_in_threads(function: Callable[[Any], Any], shares: Sequence[Any], device
 
     The threads are Python's, not those inside of each operation: an operation on a block is too short to be shared.
     """
+    if device.type != "cpu" or len(shares) == 1:
+        with torch.no_grad(), _flushed_denormals():
+            return [function(share) for share in shares]
     is_inference = torch.is_inference_mode_enabled()
 
     def run(share: Any) -> Any:
@@ -92,11 +96,6 @@ def run_in_threads(function: Callable[[Any], Any], shares: Sequence[Any], device
         with torch.inference_mode(is_inference), torch.no_grad():  # modes are a thread's own
             return function(share)
 
-    if device.type != "cpu":
-        return [function(share) for share in shares]
-    if len(shares) == 1:
-        with _flushed_denormals():
-            return [function(shares[0])]
     num_threads = torch.get_num_threads()
     try:
         return list(_thread_pool(len(shares)).map(run, shares))

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment
 
 from .comparing import Comparison, Group, Interval, compare, group_results, verdict
-from .results import smooth_by_position, write_text
+from .results import markdown, smooth_by_position, write_text
 
 
 PAGE = """<!DOCTYPE html>
@@ -80,7 +80,7 @@ def write_report(
     groups = group_results(results, varied)
     baseline = baseline or groups[0].label
     comparisons = compare(groups, baseline)
-    tables = [*(_score_tables(groups) if groups[0].score_name else _text_tables(groups))]
+    tables = _score_tables(groups) if groups[0].score_name else _text_tables(groups)
     unit = groups[0].score_name or "Loss in nats per token"
     tables.append(
         (
@@ -97,7 +97,7 @@ def write_report(
     paths = [folder / "report.md", folder / "report.html"]
     lines = [f"# {title}", summary]
     for heading, note, rows in tables:
-        lines += [f"## {heading}", note, _markdown(rows)]
+        lines += [f"## {heading}", note, markdown(rows)]
     lines += ["## What is real", "\n".join(f"- {sentence}" for _, sentence in sentences) or "One group: no comparison."]
     folder.mkdir(parents=True, exist_ok=True)
     for heading, image in drawn:
@@ -223,12 +223,6 @@ def _cell(interval: Interval | None, digits: int = 2, factor: float = 1) -> str:
     if interval.n == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {std:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 # --- figures

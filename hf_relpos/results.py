@@ -122,8 +122,14 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     if len(tasks) > 1:
         raise ValueError(f"results of different tasks make no table: {sorted(map(str, tasks))}.")
     rows = _text_rows(results) if tasks == {None} else _task_rows(results)
-    rows.insert(1, ["---", *("---:" for _ in rows[0][1:])])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first one the head → a table, the first column to the left and the others to the right."""
+    head, *body = rows
+    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def score_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -151,7 +151,7 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
         place = f"grid[{index}]" if len(grids) > 1 else "grid"
         for number, choice in enumerate(_multiply(path, place, _section(path, "grid", grid or {}, place))):
             settings = _scaled({**train, **choice}, scale)
-            tested = {name: settings[name] for name in ("task",) if name in settings} | evaluation
+            tested = {"task": settings["task"], **evaluation} if "task" in settings else evaluation
             runs.append(Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(tested, scale)))
     if not runs:
         raise ValueError(f"{path}: `grid` is empty: it must list values of at least one flag.")
