@@ -14,6 +14,7 @@ from pathlib import Path  # noqa: E402
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_double import HubDouble  # noqa: E402
 
 
 if not torch.cuda.is_available():
@@ -71,6 +72,16 @@ def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     datasets.config.HF_DATASETS_CACHE = folder
     return folder
+
+
+@pytest.fixture
+def hub():
+    """A Hub of this test alone; clients run in other processes with `hub.environment(folder)`."""
+    hub = HubDouble()
+    hub.start()
+    yield hub
+    hub.stop()
+    assert not hub.errors, hub.errors[0]
 
 
 @pytest.fixture
