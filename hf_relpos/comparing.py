@@ -19,6 +19,7 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "pos_embedding_kwargs": lambda value: _pairs(value, {}),
     "rope_parameters": lambda value: _pairs(value, ROPE_DEFAULTS),
     "position_start_augmentation": lambda value: "augmented" if value else "",
+    "position_sampling": lambda value: f"{value} positions" if value else "",
     "train_length": lambda value: f"trained at {value}",
     "shape": lambda value: f"{value['num_hidden_layers']}×{value['hidden_size']}" if value else "",
     "num_steps": lambda value: f"{value} steps",

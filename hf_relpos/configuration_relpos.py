@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .position_sampling import SAMPLINGS
 from .positions import position_embedding_classes
 
 
@@ -30,8 +31,8 @@ class RelPosConfig(PreTrainedConfig):
         num_key_value_heads: number of key and value heads, a divisor of H (grouped-query attention); H by default.
         head_dim: width of a head, D; hidden_size / num_attention_heads by default.
         hidden_act: activation of the MLP, a key of `transformers.activations.ACT2FN`.
-        max_position_embeddings: rows of a learned table, range of position-start augmentation, and what tools take as
-            the model's window. Only a learned table refuses longer input.
+        max_position_embeddings: rows of a learned table, range of position-start augmentation and of position sampling,
+            and what tools take as the model's window. Only a learned table refuses longer input.
         train_length: the length in tokens that the model was trained at; written by training, read by evaluation.
         pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+".
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
@@ -39,6 +40,9 @@ class RelPosConfig(PreTrainedConfig):
             "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type takes.
         position_start_augmentation: in training, the positions of each sequence start at
             k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
+        position_sampling: in training, the positions of each document leave numbers out, below
+            `max_position_embeddings`: "randomized" (as many distinct ones as it has tokens, arXiv 2305.16843), "pose"
+            (two parts with a skip between them, arXiv 2309.10400) or `None`. Distances change too.
         hidden_dropout: dropout of the embeddings and of each residual branch.
         attention_dropout: dropout of the attention weights; above 0 it rules out the fused kernels.
         initializer_range: standard deviation of the initial weights.
@@ -81,6 +85,7 @@ class RelPosConfig(PreTrainedConfig):
     pos_embedding_type: str = "linear_cpb"
     pos_embedding_kwargs: dict | None = None
     position_start_augmentation: bool = False
+    position_sampling: str | None = None
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -177,6 +182,15 @@ class RelPosConfig(PreTrainedConfig):
         for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        if self.position_sampling not in (None, *SAMPLINGS):
+            raise ValueError(
+                f"`position_sampling` must be None or one of {list(SAMPLINGS)}, got {self.position_sampling!r}."
+            )
+        if self.position_sampling and self.position_start_augmentation:
+            raise ValueError(
+                "`position_sampling` must be None with `position_start_augmentation`, which has starts of its own, "
+                f"got {self.position_sampling!r}."
+            )
 
     def _configure_positions(self, rope_parameters: dict | None) -> None:
         """Checks the scheme and its options and lets each scheme put them where they belong."""

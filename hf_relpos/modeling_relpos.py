@@ -42,6 +42,7 @@ from .position_ids import (
     same_document,
     simplify_mask,
 )
+from .position_sampling import sample_positions
 from .positions import build_position_embeddings
 from .sharing_relpos import SelfContainedModel
 
@@ -221,7 +222,8 @@ class RelPosModel(RelPosPreTrainedModel):
                 increase from one token to the next, a new document starts: packed rows attend within documents only.
             past_key_values: keys and values of the tokens before these, or an empty cache.
                 A position bias needs positions that go on by one from token to token then.
-            use_cache: whether to return a cache. A packed row cannot be continued: it returns none.
+            use_cache: whether to return a cache. A packed row cannot be continued: it returns none, nor do positions
+                that `position_sampling` drew.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if packed rows come with a
@@ -245,6 +247,11 @@ class RelPosModel(RelPosPreTrainedModel):
             documents, cacheable = inspect_positions(
                 position_ids, attention_mask, past_length, past_key_values is not None, self.config.has_position_bias
             )
+        longest = self.config.max_position_embeddings
+        is_sampled = self.training and self.config.position_sampling is not None and past_key_values is None
+        if is_sampled:
+            sampling, is_counted, cacheable = self.config.position_sampling, False, False
+            position_ids = sample_positions(sampling, position_ids, attention_mask, documents, batch_size, longest)
         positions = build_positions(
             position_ids,
             attention_mask,
@@ -254,6 +261,7 @@ class RelPosModel(RelPosPreTrainedModel):
             needs_distance=self.config.has_position_bias,
             may_use_table=self._may_use_table() and not is_exported(inputs_embeds),
             is_counted=is_counted,
+            span=longest if is_sampled else None,
         )
         if positions.offset is None and self.config.has_position_bias and self.config._attn_implementation == "sdpa":
             self._tell_of_dense_bias(attention_mask)
@@ -271,7 +279,7 @@ class RelPosModel(RelPosPreTrainedModel):
             kwargs |= flash_lengths(documents, causal_mask, batch_size)
         if self.training and self.config.position_start_augmentation and past_key_values is None:
             # distances stay: only what acts on absolute positions sees the shift
-            positions.query = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
+            positions.query = augment_starts(position_ids, documents, batch_size, longest)
         positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
         if past_key_values is not None and not torch.is_grad_enabled():
             layers = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)

@@ -214,6 +214,7 @@ def build_positions(
     needs_distance: bool,
     may_use_table: bool,
     is_counted: bool,
+    span: int | None = None,
 ) -> Positions:
     """Positions of the queries, of all keys in the cache, and the distances between them.
 
@@ -226,6 +227,7 @@ def build_positions(
         needs_distance: whether any scheme adds a bias.
         may_use_table: whether the attention can be computed from a table of the distances, where they follow the slots.
         is_counted: whether `position_ids` are from `count_positions`.
+        span: a bound of the positions where they are known to leave numbers out.
     """
     query_length = position_ids.shape[1]
     key_length = query_length
@@ -247,7 +249,7 @@ def build_positions(
             return Positions(position_ids, key, None, slots, past_length, _pad(key_mask, key_length), documents)
 
     distance = position_ids[:, :, None] - key[:, None, :]
-    span = key_length
+    span = max(key_length, span or 0)
     if traced:
         # gaps that lead out of the table stop the run, never clamp
         torch._assert_async(

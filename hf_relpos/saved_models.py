@@ -15,6 +15,7 @@ from .configuration_relpos import MODEL_SIZES, RelPosConfig
 from .data import DataArguments
 from .modeling_relpos import RelPosForCausalLM
 from .packing import check_vocab_size
+from .position_sampling import SAMPLINGS
 
 
 @dataclass
@@ -26,6 +27,13 @@ class SavedModelArguments:
         default=None,
         metadata={
             "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its own."
+        },
+    )
+    position_sampling: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Positions of training sequences: {', '.join(SAMPLINGS)}, drawn below max_position_embeddings, or "
+            "none; none by default, and as saved for a saved model."
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager or sdpa; sdpa by default."})
@@ -48,8 +56,8 @@ class ModelArguments(SavedModelArguments):
     max_position_embeddings: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of a learned table and range of the augmentation. 2048 by default; a learned table that is "
-            "trained without augmentation gets as many rows as a block has tokens."
+            "help": "Rows of a learned table and range of augmentation and sampling. 2048 by default; a learned table "
+            "that is trained without them gets as many rows as a block has tokens."
         },
     )
     config_overrides: str | None = field(
@@ -77,12 +85,23 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
             ) from error
     if model_args.position_start_augmentation:
         fields["position_start_augmentation"] = True
+    if model_args.position_sampling is not None:
+        fields["position_sampling"] = _sampling(model_args)
     config = RelPosConfig.from_size(model_args.model_size or "xsmall", **fields)
     if config.max_positions is None:
         config.max_position_embeddings = max(config.max_position_embeddings, block_size)
-    elif not config.position_start_augmentation and "max_position_embeddings" not in fields:
+    elif not draws_positions(config) and "max_position_embeddings" not in fields:
         config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
     return config
+
+
+def draws_positions(config: RelPosConfig) -> bool:
+    """Whether training gives out positions past the length of a sequence, up to `max_position_embeddings`."""
+    return config.position_start_augmentation or config.position_sampling is not None
+
+
+def _sampling(model_args: SavedModelArguments) -> str | None:
+    return None if model_args.position_sampling == "none" else model_args.position_sampling
 
 
 def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None = None) -> RelPosForCausalLM:
@@ -125,9 +144,13 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         "pos_embedding_type": model_args.pos_embedding_type,
         "attn_implementation": model_args.attn_implementation,
     }
-    model = load_model(name, RelPosForCausalLM, **{key: value for key, value in kwargs.items() if value is not None})
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if getattr(model_args, "position_start_augmentation", False):
-        model.config.position_start_augmentation = True
+        kwargs["position_start_augmentation"] = True
+    if model_args.position_sampling is not None:
+        kwargs["position_sampling"] = _sampling(model_args)
+    model = load_model(name, RelPosForCausalLM, **kwargs)
+    RelPosConfig.from_dict(model.config.to_dict())  # what is set on a saved configuration is not checked otherwise
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or name, model)
     check_vocab_size(tokenizer, model.config.vocab_size)
     if tokenizer.eos_token_id is None:

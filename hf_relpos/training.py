@@ -359,6 +359,7 @@ def _record(
         "pos_embedding_kwargs": config.pos_embedding_kwargs,
         "rope_parameters": getattr(config, "rope_parameters", None),
         "position_start_augmentation": config.position_start_augmentation,
+        "position_sampling": config.position_sampling,
         "seed": args.seed,
         "data_seed": args.data_seed,
         "train_length": args.block_size,
@@ -431,11 +432,12 @@ def _check_length(config: RelPosConfig, block_size: int) -> None:
             f"(`max_position_embeddings`), got {block_size}; scripts/finetune.py --extend_learned_positions true "
             "lengthens it."
         )
-    if config.position_start_augmentation and block_size > config.max_position_embeddings:
-        raise ValueError(
-            f"`block_size` must be at most `max_position_embeddings`={config.max_position_embeddings} with "
-            f"`position_start_augmentation`, got {block_size}."
-        )
+    for name in ("position_start_augmentation", "position_sampling"):
+        if getattr(config, name) and block_size > config.max_position_embeddings:
+            raise ValueError(
+                f"`block_size` must be at most `max_position_embeddings`={config.max_position_embeddings} with "
+                f"`{name}`, got {block_size}."
+            )
 
 
 def _check_batch(blocks: Any, args: RelPosTrainingArguments) -> None:

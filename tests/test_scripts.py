@@ -296,6 +296,19 @@ def test_finetuning_a_learned_table(trained, data_flags, tmp_path, run_script, c
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "long").config.max_position_embeddings == 80
 
 
+def test_finetuning_with_sampled_positions(trained, data_flags, tmp_path, run_script, capsys):
+    flags = finetuning_flags(data_flags, trained / "rotary", tmp_path / "pose", max_steps=1, position_sampling="pose")
+    run_script("finetune", *flags)
+    assert json.loads((tmp_path / "pose" / "training.json").read_text())["position_sampling"] == "pose"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pose")
+    assert model.config.position_sampling == "pose" and model.config.max_position_embeddings == 2048
+    flags = finetuning_flags(data_flags, tmp_path / "pose", tmp_path / "x", position_start_augmentation="true")
+    assert "`position_sampling` must be None" in refusal(run_script, capsys, "train", flags)
+    flags = finetuning_flags(data_flags, tmp_path / "pose", tmp_path / "off", max_steps=1, position_sampling="none")
+    run_script("finetune", *flags)
+    assert json.loads((tmp_path / "off" / "training.json").read_text())["position_sampling"] is None
+
+
 # --- evaluation, report, generation
 
 
