@@ -1,12 +1,17 @@
 """The double of the Hub against the clients of the Hub: each understands what the other sends."""
 
+import hashlib
+import http.client
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from hub_double import TOKEN
+import pytest
+from hub_double import OTHER_TOKEN, READ_ONLY_TOKEN, TOKEN
 
 
 LARGE = bytes(range(250)) * 20  # 5000 bytes
@@ -23,6 +28,7 @@ def make_folder(folder: Path, files: dict[str, bytes] = FILES) -> Path:
 
 def run(hub, folder: Path, *command: object, token: str | None = TOKEN, ok: bool = True) -> str:
     """→ what a client prints, stdout first, with its caches below the folder."""
+    folder.mkdir(exist_ok=True)
     environment = hub.environment(folder / "home", token)
     done = subprocess.run([*map(str, command)], env=environment, cwd=folder, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
@@ -192,3 +198,205 @@ def test_commits_and_references(hub, tmp_path):
         ("space", "alice/space"),
     }
     assert not hub.unknown
+
+
+ACCESS = """
+for id in ("alice/open", "alice/private", "alice/gated"):
+    result[id] = [fails(hf_hub_download, id, "config.json"), fails(api.model_info, id), fails(auth_check, id)]
+    result[id] += [fails(api.upload_file, path_or_fileobj=b"new", path_in_repo="config.json", repo_id=id)]
+result["whoami"] = fails(whoami)
+result["create"] = fails(api.create_repo, "new")
+result["listed"] = sorted(row.id for row in api.list_models(author="alice"))
+result["pr"] = fails(api.upload_file, path_or_fileobj=b"new", path_in_repo="config.json", repo_id="alice/open",
+                     create_pr=True)
+"""
+MISSING, GATED, DENIED = "RepositoryNotFoundError", "GatedRepoError", "HfHubHTTPError"
+
+
+def test_who_may_do_what(hub, tmp_path):
+    for name in ("open", "private", "gated"):
+        hub.create(f"alice/{name}", {"config.json": b"{}"}, private=name == "private", gated=name == "gated" and "auto")
+    before = {repo.id: hub.commits(repo.id)[0] for repo in hub.repos.values()}
+    reader = run_python(hub, tmp_path / "reader", ACCESS, READ_ONLY_TOKEN)
+    stranger = run_python(hub, tmp_path / "stranger", ACCESS, OTHER_TOKEN)
+    nobody = run_python(hub, tmp_path / "nobody", ACCESS, token=None)
+    assert {repo.id: hub.commits(repo.id)[0] for repo in hub.repos.values() if repo.owner == "alice"} == before
+
+    seen = [None] * 3
+    assert reader["alice/open"] == reader["alice/private"] == reader["alice/gated"] == [*seen, f"{DENIED} 403"]
+    assert reader["listed"] == ["alice/gated", "alice/open", "alice/private"]
+    assert reader["whoami"] is None and reader["create"] == reader["pr"] == f"{DENIED} 403"
+
+    assert stranger["alice/open"] == [*seen, f"{DENIED} 403"]
+    assert stranger["alice/private"] == [f"{MISSING} 404"] * 4
+    assert stranger["alice/gated"] == [f"{GATED} 403", None, f"{GATED} 403", f"{DENIED} 403"]
+    assert stranger["pr"] is None and hub.files("alice/open", "refs/pr/1")["config.json"] == b"new"
+    assert stranger["create"] is None and ("model", "bob/new") in hub.repos
+
+    assert nobody["alice/open"][:3] == seen and nobody["alice/private"][:2] == [f"{MISSING} 401"] * 2
+    assert nobody["alice/gated"][0] == f"{GATED} 401" and nobody["listed"] == ["alice/gated", "alice/open"]
+    assert "401" in nobody["create"] and nobody["alice/open"][3] and nobody["whoami"]
+
+
+def test_bytes_on_the_wire(hub):
+    """What a client could not tell: the headers, the ranges, one connection for many requests, both origins."""
+    hub.create("alice/model", FILES)
+    head = hub.commits("alice/model")[0]
+    connection = http.client.HTTPConnection(urlsplit(hub.url).netloc)
+
+    def ask(method, target, connection=connection, body=None, **headers):
+        connection.request(method, target, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+
+    file = "/alice/model/resolve/main/sub/%C3%A9%20x.txt"
+    status, body, headers = ask("GET", file)
+    socket = connection.sock
+    assert (status, body, headers["x-repo-commit"]) == (200, b"text\n" * 9, head.oid)
+    status, body, headers = ask("HEAD", file)
+    assert (status, body, headers["content-length"]) == (200, b"", "45")
+    git_blob = hashlib.sha1(b"blob 45\0" + b"text\n" * 9).hexdigest()
+    assert headers["etag"] == f'"{git_blob}"'
+    for asked, expected, shown in (("0-0", b"t", "0-0"), ("40-", b"text\n", "40-44"), ("-2", b"t\n", "43-44")):
+        status, body, headers = ask("GET", file, range=f"bytes={asked}")
+        assert (status, body, headers["content-range"]) == (206, expected, f"bytes {shown}/45")
+    assert ask("GET", file, range="bytes=45-")[0] == 416
+    assert ask("GET", "/alice/model/resolve/main/missing")[2]["x-repo-commit"] == head.oid
+    assert ask("GET", file, authorization="Bearer wrong")[0] == 401
+    assert ask("GET", "/nowhere")[0] == 404 and hub.unknown == ["GET /nowhere"]
+
+    status, _, headers = ask("GET", "/alice/model/resolve/main/model.safetensors")
+    sha256 = hashlib.sha256(LARGE).hexdigest()
+    assert status == 302 and headers["x-linked-etag"] == f'"{sha256}"' and headers["x-linked-size"] == "5000"
+    assert b"oid sha256:" + sha256.encode() in ask("GET", "/alice/model/raw/main/model.safetensors")[1]
+    location = urlsplit(headers["location"])
+    assert f"http://{location.netloc}" == hub.cdn_url != hub.url
+    cdn = http.client.HTTPConnection(location.netloc)
+    assert ask("GET", location.path, cdn)[1] == LARGE
+    assert ask("GET", location.path, cdn, range="bytes=4990-")[1] == LARGE[-10:]
+    assert ask("GET", location.path, cdn, authorization=f"Bearer {TOKEN}")[0] == 400
+    assert ask("PUT", "/upload/0123", cdn, body=b"x")[0] == 403  # nobody permitted it
+    assert connection.sock is socket, "a new connection was made"
+    hub.stop()
+    with pytest.raises(OSError):
+        ask("GET", file)
+
+
+# --- faults
+
+
+FAULTS = """
+import time
+time.sleep = lambda seconds: None  # the pauses between a client's attempts
+def push(path, data, **keywords):
+    return fails(api.upload_file, path_or_fileobj=data, path_in_repo=path, repo_id="alice/model", **keywords)
+large = bytes(range(250)) * 20
+"""
+
+
+def test_faults_change_nothing(hub, tmp_path):
+    hub.create("alice/model", {"config.json": b"{}"})
+    before, folder = hub.commits("alice/model"), tmp_path
+    commit = "POST .*/commit/main"
+    hub.fail(commit)
+    hub.fail(commit, status=507, message="Storage is full")
+    hub.fail(commit, status=403, message="Private repository storage limit reached")
+    hub.cut(commit, after_bytes=50)
+    hub.cut(commit)
+    got = run_python(hub, folder, f'{FAULTS}result["failed"] = [push("config.json", b"new") for _ in range(5)]')
+    assert statuses(hub, commit) == [500, 507, 403, 0, 0] and hub.commits("alice/model") == before
+    assert got["failed"][:3] == [f"HfHubHTTPError {status}" for status in (500, 507, 403)]
+    assert all(re.match(r"(Read|Write|RemoteProtocol)Error", error) for error in got["failed"][3:])
+
+    # an upload that breaks for good leaves nothing either, and one that breaks for a while is repeated
+    hub.requests.clear()
+    hub.cut("PUT /upload/", after_bytes=2000, times=math.inf)
+    got = run_python(hub, folder, f'{FAULTS}result["failed"] = push("w.bin", large)')
+    assert got["failed"] and set(statuses(hub, "PUT /upload/")) == {0} and not hub.blobs
+    assert statuses(hub, commit) == [] and hub.commits("alice/model") == before
+    hub.faults.clear()
+    hub.requests.clear()
+    hub.cut("PUT /upload/", after_bytes=2000, times=2)
+    hub.fail("PUT /upload/")
+    hub.cut("GET /lfs/", after_bytes=2000)
+    code = f"""{FAULTS}
+result["pushed"] = push("w.bin", large)
+result["same"] = open(hf_hub_download("alice/model", "w.bin"), "rb").read() == large"""
+    got = run_python(hub, folder, code)
+    assert got == {"pushed": None, "same": True}
+    assert statuses(hub, "PUT /upload/") == [0, 0, 500, 200]
+    assert statuses(hub, "GET /lfs/") == [0, 200]  # less than the client writes at a time: nothing to resume from
+
+
+def test_answer_that_is_lost(hub, tmp_path):
+    """The one cut after which the commit is there though the client was told nothing."""
+    hub.create("alice/model")
+    hub.cut("POST .*/commit/main", after_bytes=5, of_answer=True)
+    got = run_python(hub, tmp_path, f'{FAULTS}result["failed"] = push("config.json", b"new")')
+    assert "Error" in got["failed"] and hub.files("alice/model")["config.json"] == b"new"
+
+
+# --- other clients
+
+
+def test_hf_command_line(hub, tmp_path):
+    hub.multipart_size, hub.chunk_size = 1000, 2000
+    make_folder(tmp_path / "up")
+    hf = Path(sys.executable).with_name("hf")
+    if not hf.exists():
+        pytest.skip("no `hf` beside this Python")
+
+    def call(*arguments, **options):
+        return run(hub, tmp_path, hf, *arguments, **options)
+
+    assert "alice" in call("auth", "whoami")
+    call("repos", "create", "alice/model", "--private")
+    call("upload", "alice/model", "up", ".", "--commit-message", "pushed")
+    assert without_attributes(hub.files("alice/model")) == FILES and hub.commits("alice/model")[0].title == "pushed"
+    call("download", "alice/model", "--local-dir", "down")
+    assert {path: (tmp_path / "down" / path).read_bytes() for path in FILES} == FILES
+    call("repos", "tag", "create", "alice/model", "v1")
+    call("upload", "alice/model", "up/config.json", "pr.json", "--create-pr")
+    assert "pr.json" in hub.files("alice/model", "refs/pr/1")
+    call("repos", "delete-files", "alice/model", "sub/*")
+    assert set(FILES) - set(hub.files("alice/model")) == {"sub/\u00e9 x.txt"} <= set(hub.files("alice/model", "v1"))
+    assert "not found" in call("download", "alice/model", token=OTHER_TOKEN, ok=False).lower()
+    call("repos", "delete", "alice/model", "--yes")
+    assert not hub.repos and not hub.unknown
+
+
+DATA = """
+import datasets
+data = datasets.load_dataset("alice/data", split="train")
+result["rows"] = list(data["text"])
+data.push_to_hub("alice/again")
+result["again"] = list(datasets.load_dataset("alice/again", split="train", streaming=True).take(1))
+"""
+
+
+def test_datasets(hub, tmp_path):
+    hub.create("alice/data", {"train.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}, kind="dataset")
+    got = run_python(hub, tmp_path, DATA)
+    assert got == {"rows": ["one", "two"], "again": [{"text": "one"}]}
+    assert "data/train-00000-of-00001.parquet" in hub.files("alice/again", kind="dataset")
+
+
+METRIC = b"""import datasets
+import evaluate
+
+
+class Words(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions):
+        return {"words": sum(len(text.split()) for text in predictions)}
+"""
+
+
+def test_evaluate(hub, tmp_path):
+    pytest.importorskip("evaluate")
+    hub.create("alice/words", {"words.py": METRIC}, kind="space", sdk="gradio")
+    code = 'import evaluate; result = evaluate.load("alice/words").compute(predictions=["a b", "c"])'
+    assert run_python(hub, tmp_path, code) == {"words": 3}
