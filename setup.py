@@ -52,6 +52,7 @@ setup(
             "onnx>=1.23",
             "onnxscript>=0.7",
             "onnxruntime>=1.32",
+            "x-transformers>=2.31",
             "triton>=3.6; platform_system == 'Linux'",
         ],
     },

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .position_base import POSITION_EMBEDDINGS
 from .position_sampling import SAMPLINGS
 from .positions import position_embedding_classes
 
@@ -33,11 +34,13 @@ class RelPosConfig(PreTrainedConfig):
         hidden_act: activation of the MLP, a key of `transformers.activations.ACT2FN`.
         max_position_embeddings: rows of a learned table, range of position-start augmentation and of position sampling,
             and what tools take as the model's window. Only a learned table refuses longer input.
-        train_length: the length in tokens that the model was trained at; written by training, read by evaluation.
+        train_length: the length in tokens that the model was trained at; written by training, read by evaluation
+            and by schemes that go by it.
         pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+".
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
-        rope_parameters: `rotary` only, as in transformers: `rope_type` ("default", "linear", "dynamic", "yarn",
-            "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type takes.
+        rope_parameters: for schemes that rotate, as in transformers: `rope_type` ("default", "linear", "dynamic",
+            "yarn", "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type
+            takes.
         position_start_augmentation: in training, the positions of each sequence start at
             k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
         position_sampling: in training, the positions of each document leave numbers out, below
@@ -212,9 +215,10 @@ class RelPosConfig(PreTrainedConfig):
         if rope_parameters is not None:
             if not isinstance(rope_parameters, dict):
                 raise ValueError(f"`rope_parameters` must be a dictionary, got {rope_parameters!r}.")
-            if "rotary" not in classes:
+            if not any(cls.uses_rope_parameters for cls in classes.values()):
+                users = [name for name, cls in POSITION_EMBEDDINGS.items() if cls.uses_rope_parameters]
                 raise ValueError(
-                    f"`rope_parameters` is for pos_embedding_type 'rotary', got it with {self.pos_embedding_type!r}."
+                    f"`rope_parameters` is for pos_embedding_type {users}, got it with {self.pos_embedding_type!r}."
                 )
         kept = {}
         self.rope_parameters = rope_parameters

@@ -92,7 +92,8 @@ class PositionEmbedding(SelfInitialized, nn.Module):
             act before the layers and are only called on shared schemes.
         has_position_limit: whether only `max_position_embeddings` positions can be served.
         extrapolates: what happens past the training length, in a few words; the README's table shows it.
-        kind: "absolute" (acts on the embeddings), "relative" or "none".
+        kind: "absolute" (goes by the positions themselves), "relative" (by distances alone) or "none".
+        uses_rope_parameters: whether `config.rope_parameters` is for it.
 
     Args:
         config: a `RelPosConfig`.
@@ -104,6 +105,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
     has_position_limit: bool = False
     kind: str = "none"
     extrapolates: str = ""
+    uses_rope_parameters: bool = False
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__()

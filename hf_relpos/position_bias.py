@@ -165,3 +165,173 @@ class AlibiBias(PositionEmbedding):
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor:
         return -self.slopes(distance.device)[:, None] * distance.float()
+
+
+@register_position_embedding("t5")
+class T5Bias(PositionEmbedding):
+    """Relative position bias of T5: a learned number for each head and bucket of distances.
+
+    b[h, d] = W[bucket(d), h]; bucket(d) = d for d < E, else E + floor((N − E) · ln(d/E) / ln(M/E)), at most N − 1;
+    N = num_buckets 32, M = max_distance 128, E = N // 2
+
+    The buckets' edges are found in integers: a logarithm in fp32 may fall on the wrong side of one.
+
+    Parameters: N·H, one table for all layers, initialised from N(0, 0.02²). Past the training length: all keys from
+    about M on share the last bucket; buckets that training did not reach keep their initial values.
+    Paper: Raffel et al. 2020, arXiv 1910.10683, section 2.1. Differs: T5 leaves the scores unscaled and starts W at a
+    standard deviation of C^(−1/2); the scores are scaled here, so W starts at 0.02.
+    """
+
+    kind = "relative"
+    extrapolates = "no limit; far keys share a bucket"
+    defaults = {"num_buckets": 32, "max_distance": 128}
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        num_buckets, max_distance = ({**cls.defaults, **options}[name] for name in cls.defaults)
+        if num_buckets < 2 or max_distance <= num_buckets // 2:
+            raise ValueError(
+                "`pos_embedding_kwargs` must have 'num_buckets' of at least 2 and 'max_distance' above half of it, "
+                f"got {num_buckets} and {max_distance}."
+            )
+        return options
+
+    def __init__(self, config: Any, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__(config)
+        self.bucket_starts = _bucket_starts(num_buckets, max_distance)
+        self.weight = nn.Parameter(torch.empty(num_buckets, config.num_attention_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=0.02)
+
+    def distance_bias(self, distance: torch.Tensor) -> torch.Tensor:
+        starts = torch.tensor(self.bucket_starts, device=distance.device)
+        return self.weight.float()[torch.bucketize(distance, starts, right=True)].T
+
+
+def _bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
+    """→ the first distance of each bucket but the first."""
+    num_exact = num_buckets // 2
+    num_wide = num_buckets - num_exact
+    starts = list(range(1, num_exact + 1))
+    for k in range(1, num_wide):
+        # the smallest d with (d / E)^(N − E) ≥ (M / E)^k
+        start = max(num_exact, int(num_exact * (max_distance / num_exact) ** (k / num_wide)) - 1)
+        while start**num_wide * num_exact**k < max_distance**k * num_exact**num_wide:
+            start += 1
+        starts.append(start)
+    return starts
+
+
+class _Clamp(torch.autograd.Function):
+    """`clamp` whose gradient passes for values outside of the range too, unless a step along it would lead further out:
+    what a step of the optimiser carried outside can come back, which it never does behind `torch.clamp`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outward = ((x < low) & (gradient > 0)) | ((x > high) & (gradient < 0))
+        return gradient.masked_fill(outward, 0.0), None, None
+
+
+class KerpleBias(PositionEmbedding):
+    """Kernelised relative position embedding (KERPLE): a decay with two learned numbers per head.
+
+    b[h, d] = −k(d; p_h, a_h), with p and a taken as 0.01 where they are less
+
+    Paper: Chi et al. 2022, arXiv 2205.09921. Differs: its code overwrites p and a by the bounds in the forward pass;
+    here the parameters stay as they are, and no gradient drives them further out.
+    """
+
+    kind = "relative"
+    largest_p = math.inf
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config)
+        self.p = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.a = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.uniform_(self.p, 0.0, 2.0)
+        init.uniform_(self.a, 0.0, 1.0)
+
+    def kernel(self, distance: torch.Tensor, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """(n,) fp32 distances, (H, 1) parameters → (H, n)."""
+        raise NotImplementedError
+
+    def distance_bias(self, distance: torch.Tensor) -> torch.Tensor:
+        p = _Clamp.apply(self.p.float(), 0.01, self.largest_p)
+        a = _Clamp.apply(self.a.float(), 0.01, math.inf)
+        return -self.kernel(distance.float(), p[:, None], a[:, None])
+
+
+@register_position_embedding("kerple_log")
+class KerpleLog(KerpleBias):
+    """KERPLE with the logarithmic kernel.
+
+    b[h, d] = −p_h · ln(1 + a_h · d), with p and a taken as 0.01 where they are less
+
+    Parameters: 2·H in all, p from U(0, 2) and a from U(0, 1). Past the training length: the same curve; far keys fade
+    slowly. Source: see `KerpleBias`.
+    """
+
+    extrapolates = "no limit; far keys fade slowly"
+
+    def kernel(self, distance: torch.Tensor, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return p * torch.log1p(a * distance)
+
+
+@register_position_embedding("kerple_power")
+class KerplePower(KerpleBias):
+    """KERPLE with the power kernel.
+
+    b[h, d] = −a_h · d^(p_h), with p and a taken as 0.01 where they are less, and p as 2 where it is more
+
+    Parameters: 2·H in all, p from U(0, 2) and a from U(0, 1). Past the training length: the same curve; far keys fade,
+    with p > 1 faster than in ALiBi. Source: see `KerpleBias`.
+    """
+
+    extrapolates = "no limit; far keys fade"
+    largest_p = 2.0
+
+    def kernel(self, distance: torch.Tensor, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return a * distance**p
+
+
+@register_position_embedding("sandwich")
+class SandwichBias(PositionEmbedding):
+    """Sandwich: the inner product of two sinusoidal position vectors, without their tokens.
+
+    b[h, d] = H/(8h) · Σ_k (cos(d · 10000^(−2k/d̄)) − 1), k = 1..d̄/2, h = 1..H, d̄ = d_bar 128
+
+    Parameters: none. Past the training length: the same curve, which falls as −ln d does up to some 10000 tokens.
+    Paper: Chi et al. 2022, arXiv 2212.10356. Differs: the −1, which moves the curve to b[h, 0] = 0 and nothing else.
+    """
+
+    kind = "relative"
+    extrapolates = "no limit; far keys fade slowly"
+    defaults = {"d_bar": 128}
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("d_bar", 2) % 2:
+            raise ValueError(f"`pos_embedding_kwargs` 'd_bar' must be even, got {options['d_bar']}.")
+        return options
+
+    def __init__(self, config: Any, d_bar: int = 128) -> None:
+        super().__init__(config)
+        self.num_heads, self.d_bar = config.num_attention_heads, d_bar
+
+    def distance_bias(self, distance: torch.Tensor) -> torch.Tensor:
+        kwargs = {"device": distance.device, "dtype": torch.float32}
+        frequency = 10000.0 ** (-2 / self.d_bar * torch.arange(1, self.d_bar // 2 + 1, **kwargs))
+        product = ((distance[:, None].float() * frequency).cos() - 1).sum(-1)
+        return self.num_heads / 8 / torch.arange(1, self.num_heads + 1, **kwargs)[:, None] * product

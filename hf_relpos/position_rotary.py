@@ -1,5 +1,6 @@
-"""Rotary schemes: q and k are rotated by an angle that grows with the position."""
+"""Schemes that transform q and k: rotations by an angle that grows with the position, a temperature of the query."""
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,13 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+def rotate_channels(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(B, H, Q, D), (B or 1, 1, Q, R) twice → (B, H, Q, D) with the first R channels rotated."""
+    rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    rotary = rotary * cos + rotate_half(rotary) * sin
+    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
+
+
 @register_position_embedding("rotary")
 class RotaryEmbedding(PositionEmbedding):
     """Rotary position embedding (RoPE), whole or partial, plain or scaled for a longer context.
@@ -56,12 +64,13 @@ class RotaryEmbedding(PositionEmbedding):
     """
 
     kind = "relative"
+    uses_rope_parameters = True
     extrapolates = "no limit; degrades steeply"
     defaults = {"partial_rotary_factor": 1.0, "rope_theta": 10000.0}
 
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-        parameters = {"rope_type": "default", **cls.defaults, **options, **(config.rope_parameters or {})}
+        parameters = {"rope_type": "default", **RotaryEmbedding.defaults, **options, **(config.rope_parameters or {})}
         clash = [name for name in options if parameters[name] != options[name]]
         if clash:
             raise ValueError(f"`pos_embedding_kwargs` and `rope_parameters` disagree about {clash}.")
@@ -148,15 +157,7 @@ class RotaryEmbedding(PositionEmbedding):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = rotation
-        dim = cos.shape[-1]
-
-        def turn(x: torch.Tensor) -> torch.Tensor:
-            rotary, rest = x[..., :dim], x[..., dim:]
-            rotary = rotary * cos + rotate_half(rotary) * sin
-            return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
-
-        return turn(query), turn(key)
+        return rotate_channels(query, *rotation), rotate_channels(key, *rotation)
 
 
 def _check_keys(parameters: dict[str, Any]) -> None:
@@ -196,3 +197,104 @@ def _check_values(config: Any, parameters: dict[str, Any]) -> int:
             f"{config.head_dim} channels, got {factor}."
         )
     return rotary_dim
+
+
+@register_position_embedding("xpos")
+class XPosEmbedding(RotaryEmbedding):
+    """Extrapolatable position embedding (xPos): the rotation of `rotary` with a decay by the distance.
+
+    score[i, j] = Σ_k ζ_k^((i − j)/s) · (part of the rotated score in channels k and k + R/2) / sqrt(D),
+    ζ_k = (2k + 0.4R)/(1.4R), k = 0..R/2−1, s = scale_base 512; q_i is multiplied by ζ^((i − c)/s) and k_j by
+    ζ^((c − j)/s), and c, `max_position_embeddings` / 2, cancels: it only keeps both factors near 1
+
+    A cached key keeps its factor, so the factors grow with |p − c|: positions are served for which they stay below
+    2^64 in fp32 and bf16, |p − c| ≤ 35.4·s = 18131, and below 2^8 in fp16, |p − c| ≤ 4.4·s = 2266: the square root of
+    the dtype's range, the rest of which is for q, k and the gradients. Other positions are refused.
+
+    Further options are those of `rotary`, in `config.rope_parameters`.
+
+    Parameters: none. Past the training length: unseen angles in channels that have not faded; far keys fade by the
+    channels of high frequency first.
+    Paper: Sun et al. 2022, arXiv 2212.10554. Differs: c is fixed, where the reference takes the middle of the
+    sequence, which cached keys would have to follow; the half-split layout of `rotary`.
+    """
+
+    extrapolates = "degrades; refuses positions that would overflow"
+    defaults = {**RotaryEmbedding.defaults, "scale_base": 512}
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        super().configure(config, {name: value for name, value in options.items() if name != "scale_base"})
+        return {name: value for name, value in options.items() if name == "scale_base"}
+
+    def __init__(self, config: Any, scale_base: int = 512, **options: Any) -> None:
+        super().__init__(config)
+        self.scale_base = scale_base
+
+    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """→ cos and sin times the factor of the query, then those of the key, each (B or 1, 1, Q, R)."""
+        centre = self._centre(positions, dtype)
+        index = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=torch.float32)
+        zeta = (index + 0.4 * self.rotary_dim) / (1.4 * self.rotary_dim)
+        factor = torch.cat((zeta, zeta)) ** ((positions - centre)[:, None, :, None].float() / self.scale_base)
+        cos, sin = super().rotation(positions, torch.float32)
+        return tuple(x.to(dtype) for x in (cos * factor, sin * factor, cos / factor, sin / factor))
+
+    @staticmethod
+    def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotate_channels(query, *rotation[:2]), rotate_channels(key, *rotation[2:])
+
+    def _centre(self, positions: torch.Tensor, dtype: torch.dtype) -> int:
+        """→ c; refuses positions whose factors might overflow in the dtype of q and k."""
+
+        def reach(dtype: torch.dtype) -> int:
+            return int(math.log2(torch.finfo(dtype).max) / 2 / math.log2(3.5) * self.scale_base)  # ζ_0 = 1 / 3.5
+
+        if torch.is_autocast_enabled(positions.device.type):
+            dtype = torch.get_autocast_dtype(positions.device.type)
+        centre = min(self.config.max_position_embeddings // 2, reach(torch.float32))
+        first, last = centre - reach(dtype), centre + reach(dtype)
+        outside = (positions < first) | (positions > last)
+        message = f"`scale_base` {self.scale_base} lets xpos serve positions {max(first, 0)} to {last} in {dtype}"
+        if is_tracing(positions):
+            torch._assert_async(~outside.any(), message)
+        elif bool(outside.any()):
+            raise ValueError(f"{message}, got {int(positions[outside].max())}.")
+        return centre
+
+
+@register_position_embedding("temperature")
+class Temperature(PositionEmbedding):
+    """Attention temperature: the scores of queries past the training length are sharpened. Alone it is NoPE with that.
+
+    q_i ← q_i · (1 + beta · ln(max(1, (i + 1)/L))), beta 0.1, L = `train_length`
+
+    Parameters: none. Past the training length: what attention spreads over more keys, the temperature draws together
+    again; up to it nothing changes.
+    Paper: Wang et al. 2024, arXiv 2404.12224, for NoPE; the logarithm is that of arXiv 2512.12167. Differs: both scale
+    all queries by the length of the sequence; here each goes by its own position, so that cached decoding gives what
+    the whole forward gives.
+    """
+
+    kind = "absolute"
+    extrapolates = "no limit; sharpens as the length grows"
+    defaults = {"beta": 0.1}
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        if config.train_length is None:
+            raise ValueError("`train_length` must be set for pos_embedding_type 'temperature', got None.")
+        return options
+
+    def __init__(self, config: Any, beta: float = 0.1) -> None:
+        super().__init__(config)
+        self.config, self.beta = config, beta
+
+    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """→ (B or 1, 1, Q, 1), the factor of each query."""
+        stretch = ((positions + 1).float() / self.config.train_length).clamp(min=1.0)
+        return (1 + self.beta * stretch.log()).to(dtype)[:, None, :, None]
+
+    @staticmethod
+    def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return query * rotation, key

@@ -87,7 +87,7 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
         fields["position_start_augmentation"] = True
     if model_args.position_sampling is not None:
         fields["position_sampling"] = _sampling(model_args)
-    config = RelPosConfig.from_size(model_args.model_size or "xsmall", **fields)
+    config = RelPosConfig.from_size(model_args.model_size or "xsmall", train_length=block_size, **fields)
     if config.max_positions is None:
         config.max_position_embeddings = max(config.max_position_embeddings, block_size)
     elif not draws_positions(config) and "max_position_embeddings" not in fields:

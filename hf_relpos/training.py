@@ -90,6 +90,8 @@ class RelPosTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required.")
+        if self.block_size < 2:
+            raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
         for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             check_at_least_1(name, getattr(self, name))
         check_at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
@@ -97,7 +99,7 @@ class RelPosTrainingArguments(TrainingArguments):
             self.max_steps = self.default_steps if self.num_train_epochs is None else -1
         self.num_train_epochs = 1.0 if self.num_train_epochs is None else self.num_train_epochs
         if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // max(1, self.block_size))
+            self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // self.block_size)
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.bf16 is None:
@@ -424,8 +426,6 @@ def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:
 
 
 def _check_length(config: RelPosConfig, block_size: int) -> None:
-    if block_size < 2:
-        raise ValueError(f"`block_size` must be at least 2, got {block_size}.")
     if config.max_positions is not None and block_size > config.max_positions:
         raise ValueError(
             f"`block_size` must be at most {config.max_positions}, the rows of the learned table "

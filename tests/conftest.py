@@ -25,6 +25,7 @@ from hf_relpos import RelPosConfig, RelPosForCausalLM, list_position_embeddings 
 
 ROOT = Path(__file__).parent.parent
 COMBINATIONS = ["sinusoidal+linear_cpb", "learned+alibi", "scaled_sinusoidal+rotary", "rotary+log_cpb"]
+COMBINATIONS += ["rotary+temperature"]
 SCHEMES = [*list_position_embeddings(), *COMBINATIONS]
 
 
@@ -33,7 +34,7 @@ def make_config(pos_embedding_type: str, **overrides) -> RelPosConfig:
     fields = dict(
         vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=160
     )
-    fields |= dict(initializer_range=0.15, hidden_dropout=0.0, pad_token_id=0, eos_token_id=1)
+    fields |= dict(initializer_range=0.15, hidden_dropout=0.0, pad_token_id=0, eos_token_id=1, train_length=8)
     return RelPosConfig(pos_embedding_type=pos_embedding_type, **{**fields, **overrides})
 
 

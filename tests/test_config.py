@@ -30,7 +30,7 @@ def test_round_trip(scheme, tmp_path):
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is RelPosConfig
     assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert hasattr(again, "rope_parameters") == ("rotary" in scheme)
+    assert hasattr(again, "rope_parameters") == ("rotary" in scheme or scheme == "xpos")
 
 
 def test_rotary_options_have_one_home(tmp_path):
@@ -60,6 +60,15 @@ BAD = {
     "option of the wrong type": (dict(pos_embedding_kwargs={"mlp_width": "8"}), "positive number like 256, got '8'"),
     "option below 1": (dict(pos_embedding_kwargs={"mlp_width": 0}), "positive number like 256, got 0"),
     "options that are no dictionary": (dict(pos_embedding_kwargs=[1]), "must be a dictionary"),
+    "one bucket": (
+        dict(pos_embedding_type="t5", pos_embedding_kwargs={"num_buckets": 1}),
+        "'num_buckets' of at least 2 and 'max_distance' above half of it, got 1 and 128",
+    ),
+    "buckets past the last": (
+        dict(pos_embedding_type="t5", pos_embedding_kwargs={"max_distance": 16}),
+        "'max_distance' above half of it, got 32 and 16",
+    ),
+    "odd sandwich": (dict(pos_embedding_type="sandwich", pos_embedding_kwargs={"d_bar": 127}), "must be even, got 127"),
     "heads": (dict(num_attention_heads=5), "`num_attention_heads` must divide `hidden_size` 256, got 5"),
     "key heads": (dict(num_key_value_heads=3), "`num_key_value_heads` must divide `num_attention_heads` 4, got 3"),
     "no layer": (dict(num_hidden_layers=0), "`num_hidden_layers` must be an integer of at least 1, got 0"),
@@ -72,7 +81,7 @@ BAD = {
     ),
     "text for a boolean": (dict(position_start_augmentation="False"), "must be true or false, got 'False'"),
     "odd width": (dict(pos_embedding_type="sinusoidal", hidden_size=35, num_attention_heads=5), "must be even"),
-    "rope for others": (dict(rope_parameters={"rope_theta": 1e4}), "`rope_parameters` is for .*'rotary'"),
+    "rope for others": (dict(rope_parameters={"rope_theta": 1e4}), r"`rope_parameters` is for .*\['rotary', 'xpos'\]"),
     "rope that is no dictionary": (dict(pos_embedding_type="rotary", rope_parameters="x"), "must be a dictionary"),
     "rope of text": (
         dict(pos_embedding_type="rotary", rope_parameters={"rope_theta": "x"}),

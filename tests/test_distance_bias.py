@@ -406,7 +406,7 @@ def test_a_scheme_with_a_bias_of_its_own_is_asked_for_it():
         del POSITION_EMBEDDINGS["parity"]
 
 
-@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "rotary+log_cpb"])
+@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "t5", "kerple_power", "rotary+log_cpb"])
 def test_gradients_are_those_of_the_dense_bias(scheme):
     table, dense = make_model(scheme), make_model(scheme, attn_implementation="eager")
     tokens = make_tokens(3, 70)

@@ -30,7 +30,7 @@ HUB_FILES = {
     "attention_triton": set(),
     "loss_relpos": set(),
     "attention_relpos": {"attention_blocks", "attention_cpu", "attention_triton"},
-    "configuration_relpos": {"position_sampling", "positions"},
+    "configuration_relpos": {"position_base", "position_sampling", "positions"},
     "sharing_relpos": {"configuration_relpos", "positions"},
     "layers_relpos": {"attention_relpos", "configuration_relpos", "position_base", "positions"},
     "modeling_relpos": {
@@ -134,7 +134,7 @@ def test_no_scheme_is_named_where_schemes_are_used(name):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
     }
     named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in docstrings}
-    allowed = {"configuration_relpos": {"linear_cpb", "rotary"}}  # the default, and who may have rope_parameters
+    allowed = {"configuration_relpos": {"linear_cpb"}}  # the default
     assert named & set(list_position_embeddings()) <= allowed.get(name, set())
 
 

@@ -66,11 +66,41 @@ BIAS_FEATURES = {
 }
 
 
+def t5_bucket(distance: int) -> int:
+    return distance if distance < 16 else min(31, 16 + math.floor(math.log(distance / 16) / math.log(8) * 16 + 1e-9))
+
+
+def sandwich(distance: int, num_heads: int) -> np.ndarray:
+    total = sum(math.cos(distance * 10000 ** (-2 * k / 128)) for k in range(1, 65))
+    return np.array([(total - 64) / (8 * h / num_heads) for h in range(1, num_heads + 1)])
+
+
+# scheme → bias by distance, number of heads, and the parameters that all layers share
+SHARED_BIASES = {
+    "alibi": lambda d, heads, _: -np.array(alibi_slopes(heads)) * d,
+    "t5": lambda d, heads, own: own["weight"][t5_bucket(d)],
+    "kerple_log": lambda d, heads, own: -own["p"].clip(0.01) * np.log(1 + own["a"].clip(0.01) * d),
+    "kerple_power": lambda d, heads, own: -own["a"].clip(0.01) * d ** own["p"].clip(0.01, 2),
+    "sandwich": lambda d, heads, _: sandwich(d, heads),
+}
+BIASES = [*SHARED_BIASES, *BIAS_FEATURES]
+
+
 def reference_bias(scheme: str, distance: int, state: dict[str, np.ndarray], layer: int, num_heads: int) -> np.ndarray:
-    if scheme == "alibi":
-        return -np.array(alibi_slopes(num_heads)) * distance
+    if scheme in SHARED_BIASES:
+        prefix = f"model.position_embeddings.{scheme}."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return SHARED_BIASES[scheme](distance, num_heads, own)
     prefix = f"model.layers.{layer}.self_attn.position_embeddings.{scheme}"
     return mlp(BIAS_FEATURES[scheme](distance), state, prefix)
+
+
+def xpos_decay(distance: int, config: RelPosConfig) -> np.ndarray:
+    """The factor of each channel's share of the score."""
+    size = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+    zeta = np.array([(k + 0.2 * size) / (0.7 * size) for k in range(size // 2)])
+    scale_base = config.pos_embedding_kwargs.get("scale_base", 512)
+    return np.concatenate([zeta ** (distance / scale_base)] * 2 + [np.ones(config.head_dim - size)])
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -103,12 +133,16 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
                 scores = np.zeros(i + 1)
                 for j in range(i + 1):
                     query, key = q[i, h], k[j, h // group]
-                    if "rotary" in schemes:
+                    if {"rotary", "xpos"} & set(schemes):
                         rope = config.rope_parameters
                         options = (rope["partial_rotary_factor"], rope["rope_theta"])
                         query, key = turned(query, i, *options), turned(key, j, *options)
+                    if "xpos" in schemes:
+                        key = key * xpos_decay(i - j, config)
+                    if "temperature" in schemes and i >= config.train_length:
+                        query = query * (1 + 0.1 * math.log((i + 1) / config.train_length))
                     scores[j] = query @ key / math.sqrt(dim)
-                    for scheme in {"alibi", *BIAS_FEATURES} & set(schemes):
+                    for scheme in set(BIASES) & set(schemes):
                         scores[j] += reference_bias(scheme, i - j, state, layer, heads)[h]
                 weights = np.exp(scores - scores.max())
                 mixed[i, h] = weights / weights.sum() @ v[: i + 1, h // group]
@@ -118,12 +152,15 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
     return rms_norm(x, state["model.norm.weight"]) @ state["lm_head.weight"].T
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, "rotary-half"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "rotary-half", "xpos-half"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_model_equals_the_formulas_in_float64(scheme, implementation):
     overrides = {"num_key_value_heads": 2}
-    if scheme == "rotary-half":
-        scheme, overrides["rope_parameters"] = "rotary", {"partial_rotary_factor": 0.5, "rope_theta": 500.0}
+    if "half" in scheme:
+        scheme = scheme.removesuffix("-half")
+        overrides["rope_parameters"] = {"partial_rotary_factor": 0.5, "rope_theta": 500.0}
+    if scheme == "xpos":
+        overrides["pos_embedding_kwargs"] = {"scale_base": 9}  # else hardly any decay in so few tokens
     model = make_model(scheme, attn_implementation=implementation, **overrides)
     tokens = make_tokens(1, 19)
     expected = torch.from_numpy(reference_logits(model, tokens[0].tolist()))
@@ -131,7 +168,7 @@ def test_model_equals_the_formulas_in_float64(scheme, implementation):
     torch.testing.assert_close(model(tokens).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["alibi", *BIAS_FEATURES])
+@pytest.mark.parametrize("scheme", BIASES)
 def test_distance_bias_is_what_the_formula_adds(scheme):
     model = make_model(scheme)
     table = model.model.distance_bias(300)
@@ -141,7 +178,7 @@ def test_distance_bias_is_what_the_formula_adds(scheme):
         for distance in (0, 1, 2, 17, 128, 299):
             expected = reference_bias(scheme, distance, state, layer, 6)
             np.testing.assert_allclose(table[layer, :, distance].double().detach(), expected, rtol=1e-5, atol=1e-4)
-    assert (table[0, :, 1:] != table[0, :, :-1]).any(dim=-1).all(), "a head's bias must not be constant"
+    assert (table != table[..., :1]).any(dim=-1).all(), "a head's bias must not be constant"
 
 
 def test_distance_bias_adds_up_and_refuses_schemes_without_one():
@@ -180,6 +217,25 @@ def test_cpb_starts_as_torch_linear(scheme):
 def test_learned_table_has_the_models_initialisation():
     table = make_model("learned", hidden_size=96).model.position_embeddings["learned"].embedding.weight
     assert table.shape == (160, 96) and table.std().item() == pytest.approx(0.15, rel=0.05)
+
+
+HEADS = 600  # many, to see a distribution
+
+
+def test_t5_starts_at_a_standard_deviation_of_002():
+    model = make_model("t5", hidden_size=HEADS, num_attention_heads=HEADS, initializer_range=0.5)
+    weight = model.model.position_embeddings["t5"].weight
+    assert weight.shape == (32, HEADS)
+    assert weight.std().item() == pytest.approx(0.02, rel=0.03) and abs(weight.mean().item()) < 5e-4
+
+
+@pytest.mark.parametrize("scheme", ["kerple_log", "kerple_power"])
+def test_kerple_starts_uniform(scheme):
+    kerple = make_model(scheme, hidden_size=HEADS, num_attention_heads=HEADS).model.position_embeddings[scheme]
+    for parameter, top in ((kerple.p, 2), (kerple.a, 1)):
+        assert 0 <= parameter.min() < 0.02 * top and 0.98 * top < parameter.max() <= top
+        assert parameter.mean().item() == pytest.approx(top / 2, rel=0.1)
+        assert parameter.std().item() == pytest.approx(top / 12**0.5, rel=0.1)
 
 
 # --- transformers' own code
@@ -339,4 +395,4 @@ def test_a_name_is_registered_once():
 
 def test_combinations_cover_both_kinds():
     for combination in COMBINATIONS:
-        RelPosConfig(pos_embedding_type=combination)
+        make_config(combination)

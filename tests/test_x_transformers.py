@@ -1,0 +1,56 @@
+"""Schemes against x-transformers, whose code was written apart from ours. Skipped where it is not installed."""
+
+import pytest
+import torch
+from conftest import make_config
+from torch.testing import assert_close
+
+from hf_relpos.position_base import POSITION_EMBEDDINGS
+
+
+theirs = pytest.importorskip("x_transformers.x_transformers")
+
+
+def make_scheme(name: str, **overrides):
+    config = make_config(name, **overrides)
+    return POSITION_EMBEDDINGS[name](config, **config.pos_embedding_kwargs)
+
+
+def by_distance(bias: torch.Tensor) -> torch.Tensor:
+    """(H, N, N) → (H, N): the last query's, from itself on back."""
+    return bias[:, -1].flip(-1)
+
+
+def test_t5():
+    ours = make_scheme("t5", pos_embedding_kwargs={"num_buckets": 20, "max_distance": 90})
+    reference = theirs.RelativePositionBias(scale=1.0, causal=True, num_buckets=20, max_distance=90, heads=6)
+    reference.relative_attention_bias.weight = ours.weight
+    assert_close(ours.distance_bias(torch.arange(200)), by_distance(reference(200, 200)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_heads", [6, 8])
+def test_alibi(num_heads):
+    ours = make_scheme("alibi", num_attention_heads=num_heads)
+    reference = theirs.AlibiPositionalBias(heads=num_heads)(200, 200)
+    assert_close(ours.distance_bias(torch.arange(200)), by_distance(reference), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["rotary", "xpos"])
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_rotations(name, factor):
+    """The scores of all pairs. They rotate neighbouring channels, ours channels half a rotation apart; their xPos keeps
+    its factors near 1 about the middle of the sequence, ours about one position, which takes no part in the scores."""
+    options = {"pos_embedding_kwargs": {"scale_base": 64}} if name == "xpos" else {}
+    ours = make_scheme(name, head_dim=16, rope_parameters={"partial_rotary_factor": factor}, **options)
+    query, key = torch.randn(2, 1, 3, 100, 16, generator=torch.Generator().manual_seed(0))
+    turned = ours.rotate(query, key, ours.rotation(torch.arange(100)[None], torch.float32))
+
+    size = int(16 * factor)
+    reference = theirs.RotaryEmbedding(size, use_xpos=name == "xpos", scale_base=64)
+    angles, scale = reference.forward_from_seq_len(100)
+    neighbours = torch.cat((torch.arange(size).view(2, -1).T.flatten(), torch.arange(size, 16)))
+    expected = [
+        theirs.apply_rotary_pos_emb(x[..., neighbours], angles, scale**power) for x, power in ((query, 1), (key, -1))
+    ]
+    # scores of magnitude 1 to 10 from angles of up to 100 in fp32
+    assert_close(turned[0] @ turned[1].mT, expected[0] @ expected[1].mT, rtol=1e-4, atol=1e-4)
