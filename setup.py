@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_relpos"]),
+    package_data={"hf_relpos": ["model_card_template.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

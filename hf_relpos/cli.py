@@ -20,25 +20,29 @@ class ArgumentParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Command line → one instance of each dataclass.
+def parse_arguments(
+    types: Sequence[type], description: str, argv: Sequence[str] | None = None, positional: str | None = None
+) -> tuple[Any, ...]:
+    """Command line → one instance of each dataclass, and after them the list of `positional`, if it is given.
 
     `--config FILE` reads flags from a YAML file first (`learning_rate: 1e-3`, lists and dictionaries as YAML has them);
-    flags on the command line win.
+    flags on the command line win. `positional` names words that need no flag and of which at least one is required.
 
     Raises:
         ValueError: for an unknown flag, a value of the wrong type, or a file that is missing or no YAML dictionary.
     """
     parser = ArgumentParser(types, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
+    if positional:
+        parser.add_argument("words", nargs="+", metavar=positional)
     argv = list(sys.argv[1:] if argv is None else argv)
     path = _pop_config(argv)
     if path is not None:
-        argv = _flags_of(path, {action.dest for action in parser._actions}) + argv
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        argv = _flags_of(path, {action.dest for action in parser._actions if action.option_strings}) + argv
+    *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"unknown flag: {unknown[0]!r}; --help lists those that exist.")
-    return tuple(parsed)
+    return (*parsed, others.words) if positional else tuple(parsed)
 
 
 def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ...]:

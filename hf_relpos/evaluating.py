@@ -1,6 +1,5 @@
 """The evaluation of a saved model: its arguments, and the result file with its plots."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from .data import DataArguments, check_at_least_1, load_corpus
 from .evaluation import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
 from .packing import evaluation_documents
+from .recording import given_flags, read_record
 from .results import hardware, peak_memory_mib, plot_results, plot_scores, versions, write_json
 from .saved_models import load_model, load_model_tokenizer
 from .synthetic import evaluate_task, make_task
-from .training import TRAINING_RECORD
 
 
 @dataclass
@@ -74,7 +73,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
     check_lengths(args.eval_lengths, model)
-    record = _training_record(args.model_name_or_path)
+    record = read_record(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
     measure = _measure_text if data_args.task is None else _measure_task
     measured = measure(model, tokenizer, args, data_args, train_length)
@@ -84,6 +83,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         "seed": record.get("seed"),
         "train_length": train_length,
         **measured,
+        "flags": given_flags(args, data_args),
         "distance_bias": bias_curves(model, longest),
         "attn_implementation": model.config._attn_implementation,
         "dtype": args.dtype,
@@ -130,11 +130,6 @@ def _measure_task(
         "lengths": scores,
         "corpus": {**corpus_facts, "num_windows": num_rows},
     }
-
-
-def _training_record(name: str) -> dict[str, Any]:
-    path = Path(name) / TRAINING_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def bias_curves(model: Any, length: int) -> dict[str, Any] | None:

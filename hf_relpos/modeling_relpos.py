@@ -140,11 +140,13 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "RelPosPreTrainedModel":
-        """As in transformers; refuses to load a checkpoint under another scheme than the one it was trained with.
+        """As in transformers, from safetensors alone, and under the scheme that the checkpoint was trained with.
 
         Raises:
-            ValueError: if the requested `pos_embedding_type` is not that of the checkpoint.
+            ValueError: if the requested `pos_embedding_type` is not that of the checkpoint, or for pickled weights.
         """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors` must be True, got False: pickled weights run code when they are read.")
         config = kwargs.get("config")
         wanted = getattr(config, "pos_embedding_type", kwargs.get("pos_embedding_type"))
         if wanted is not None and pretrained_model_name_or_path is not None:

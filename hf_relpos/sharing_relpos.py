@@ -68,6 +68,15 @@ class SelfContainedModel:
             self._warn_of_foreign_schemes(folder)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As in transformers, with its arguments; where the package is installed, the repository also gets the card and
+        what the folder that the model was loaded from tells of it."""
+        try:
+            from hf_relpos.publishing import push_model
+        except ImportError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_model(self, repo_id, **kwargs)
+
     def _warn_of_foreign_schemes(self, folder: Path) -> None:
         for name, scheme in position_embedding_classes(self.config.pos_embedding_type).items():
             source = getattr(sys.modules.get(scheme.__module__), "__file__", None)

@@ -23,10 +23,11 @@ from transformers import TrainerCallback
 from .cli import parse_values
 from .data import DataArguments
 from .evaluating import EvaluationArguments, evaluate_model
+from .recording import COSMETIC, TRAINING_RECORD
 from .results import versions, write_json
 from .saved_models import ModelArguments, SavedModelArguments, new_config
 from .synthetic import check_task
-from .training import TRAINING_RECORD, FinetuningArguments, RelPosTrainingArguments, finetune, train
+from .training import FinetuningArguments, RelPosTrainingArguments, finetune, train
 
 
 # of a run whose worker died
@@ -38,16 +39,6 @@ EVALUATE_TYPES = (EvaluationArguments, DataArguments)
 SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
 # set by the sweep itself
 RESERVED = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
-# what changes nothing in the result
-COSMETIC = {
-    "attn_implementation",
-    "disable_tqdm",
-    "logging_steps",
-    "preprocessing_num_workers",
-    "report_to",
-    "save_steps",
-    "save_total_limit",
-}
 FILES = ("train_file", "validation_file")
 # what --scale multiplies, and the least that it leaves
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from .attention_cpu import cpu_has_fast_bf16
 from .configuration_relpos import RelPosConfig
@@ -23,7 +23,9 @@ from .packing import (
     make_blocks,
     tokenize_split,
 )
-from .results import hardware, peak_memory_mib, versions, write_json
+from .publishing import RelPosTrainer
+from .recording import TRAINING_RECORD, base_facts, non_default_fields, training_record
+from .results import write_json
 from .saved_models import (
     ModelArguments,
     SavedModelArguments,
@@ -36,10 +38,6 @@ from .synthetic import make_task, task_corpus
 
 
 TOKENS_PER_STEP = 128 * 128
-TRAINING_RECORD = "training.json"
-# what the record holds of the arguments and of the configuration
-RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
-SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
@@ -55,6 +53,7 @@ class RelPosTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
     16,384 tokens, with data in the same order whatever the model's seed."""
 
+    script: ClassVar[str] = "train"
     default_steps: ClassVar[int] = 10_000
 
     block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
@@ -88,6 +87,7 @@ class RelPosTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.given = non_default_fields(self)  # before defaults depend on the machine
         if self.output_dir is None:
             raise ValueError("--output_dir is required.")
         if self.block_size < 2:
@@ -108,11 +108,16 @@ class RelPosTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()  # it warns otherwise
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled beside a checkpoint: all but the token."""
+        return self.__dict__ | {"hub_token": None}
+
 
 @dataclass
 class FinetuningArguments(RelPosTrainingArguments):
     """The recipe for going on at a longer context, 1000 steps by default; --block_size is the new length."""
 
+    script: ClassVar[str] = "finetune"
     default_steps: ClassVar[int] = 1000
     extend_learned_positions: bool = field(
         default=False,
@@ -199,7 +204,7 @@ def train(
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))
     model = new_model(config, args.seed, model_args.attn_implementation)
-    return _fit(model, tokenizer, corpus, data_args, args, checkpoint, callbacks)
+    return _fit(model, tokenizer, corpus, model_args, data_args, args, checkpoint, callbacks)
 
 
 def finetune(
@@ -237,7 +242,7 @@ def _go_on(
     _check_length(model.config, args.block_size)
     with args.main_process_first(desc="corpus"):
         corpus, _ = _load_data(data_args, args, tokenizer=tokenizer)
-    return _fit(model, tokenizer, corpus, data_args, args, checkpoint, callbacks, model_args.model_name_or_path)
+    return _fit(model, tokenizer, corpus, model_args, data_args, args, checkpoint, callbacks)
 
 
 def _load_data(
@@ -258,11 +263,11 @@ def _fit(
     model: RelPosForCausalLM,
     tokenizer: Any,
     corpus: Corpus,
+    model_args: SavedModelArguments,
     data_args: DataArguments,
     args: RelPosTrainingArguments,
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback],
-    base_model: str | None = None,
 ) -> dict[str, Any]:
     with args.main_process_first(desc="tokenising"):
         blocks = _blocks(corpus, tokenizer, data_args, args.block_size)
@@ -275,7 +280,7 @@ def _fit(
     model.skip_logits = True
     interrupt = InterruptCallback()
     try:
-        trainer = Trainer(
+        trainer = RelPosTrainer(
             model=model,
             args=args,
             train_dataset=blocks["train"],
@@ -296,20 +301,23 @@ def _fit(
         raise KeyboardInterrupt
     seconds = time.perf_counter() - start
     first_step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
-    record = _record(trainer, args, corpus, seconds, first_step)
+    record = training_record(trainer, args, corpus, seconds, first_step, (model_args, data_args))
     if _last_evaluation(trainer) is None:
         trainer.evaluate()
-    model.config.use_cache = True  # the Trainer switched it off
-    trainer.save_model()
     record |= {"train_loss": output.training_loss, "validation_loss": _last_evaluation(trainer)}
-    if base_model:
-        record |= {"base_model": Path(base_model).name, "base_train_length": base_length}
+    if model_args.model_name_or_path:
+        record |= base_facts(model_args.model_name_or_path, base_length)
+    model.config.use_cache = True  # the Trainer switched it off
+    trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / TRAINING_RECORD, record)
+        write_json(Path(args.output_dir) / TRAINING_RECORD, record)  # last: what has a record is whole
+        trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return record
 
 
-def _last_evaluation(trainer: Trainer) -> float | None:
+def _last_evaluation(trainer: RelPosTrainer) -> float | None:
     """The validation loss after the last step, if it was computed."""
     state = trainer.state
     losses = [
@@ -335,57 +343,6 @@ def _needed_splits(corpus: Corpus) -> tuple[str, str]:
         if split not in corpus.splits:
             raise ValueError(f"the corpus {corpus.name!r} must have a {split} split, got {list(corpus.splits)}.")
     return "train", "validation"
-
-
-def _record(
-    trainer: Trainer, args: RelPosTrainingArguments, corpus: Corpus, seconds: float, first_step: int
-) -> dict[str, Any]:
-    config, steps = trainer.model.config, trainer.state.global_step
-    tokens_per_step = (
-        args.per_device_train_batch_size
-        * max(1, args.n_gpu)
-        * args.world_size
-        * args.gradient_accumulation_steps
-        * args.block_size
-    )
-    # the clock of `train` ran through the evaluations too
-    seconds -= sum(
-        entry["eval_runtime"]
-        for entry in trainer.state.log_history
-        if "eval_runtime" in entry and first_step < entry["step"]
-    )
-    recipe = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
-    recipe |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
-    return {
-        "pos_embedding_type": config.pos_embedding_type,
-        "pos_embedding_kwargs": config.pos_embedding_kwargs,
-        "rope_parameters": getattr(config, "rope_parameters", None),
-        "position_start_augmentation": config.position_start_augmentation,
-        "position_sampling": config.position_sampling,
-        "seed": args.seed,
-        "data_seed": args.data_seed,
-        "train_length": args.block_size,
-        "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
-        "num_parameters": trainer.model.num_parameters(),
-        "num_steps": steps,
-        "num_processes": args.world_size,
-        "distributed_type": trainer.accelerator.distributed_type.value,
-        "tokens_per_step": tokens_per_step,
-        "num_tokens": steps * tokens_per_step,
-        "recipe": recipe,
-        "resumed_from_step": first_step,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round((steps - first_step) * tokens_per_step / seconds, 1),
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-        "log": [
-            {key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry}
-            for entry in trainer.state.log_history
-            if "loss" in entry or "eval_loss" in entry
-        ],
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
-        "versions": versions(),
-        "hardware": hardware(),
-    }
 
 
 # --- checks before anything is written
