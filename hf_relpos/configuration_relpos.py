@@ -143,7 +143,7 @@ class RelPosConfig(PreTrainedConfig):
     def has_distance_table(self) -> bool:
         """Whether the schemes add a bias that is a function of the head and the distance alone."""
         classes = position_embedding_classes(self.pos_embedding_type).values()
-        return self.has_position_bias and not any(cls.has_other_bias() for cls in classes)
+        return any(cls.has_distance_bias() for cls in classes) and not any(cls.has_other_bias() for cls in classes)
 
     @property
     def needs_whole_rows(self) -> bool:

@@ -95,11 +95,15 @@ class RelPosAttention(nn.Module):
 
         if self.config.has_position_bias and query.shape[1] != self.config.num_attention_heads:
             positions = replace(positions, mesh=self._mesh(query))
-        if positions.offset is not None:
-            attend, bias = self._attend_with_table, shared_bias
+        if positions.offset is None:
+            bias = self._dense_bias(shared_bias, positions)
+            output, weights = self._attend_with_mask(query, key, value, bias, attention_mask, **kwargs)
+        elif positions.tail is None:
+            output, weights = self._attend_with_table(
+                query, key, value, shared_bias, attention_mask, positions, **kwargs
+            )
         else:
-            attend, bias = self._attend_with_mask, self._dense_bias(shared_bias, positions)
-        output, weights = attend(query, key, value, bias, attention_mask, positions, **kwargs)
+            output, weights = self._attend_in_two(query, key, value, shared_bias, positions, **kwargs)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def _mesh(self, query: torch.Tensor) -> Any:
@@ -161,8 +165,33 @@ class RelPosAttention(nn.Module):
             key, value = key[:, :, : offset + 1], value[:, :, : offset + 1]
             key_mask = None if key_mask is None else key_mask[:, : offset + 1]
             mask = row_mask(self._last_row(shared_table, positions, query), key_mask, query)
-            return self._attend_with_mask(query, key, value, None, mask, positions, **kwargs)
+            return self._attend_with_mask(query, key, value, None, mask, **kwargs)
         return output.transpose(1, 2), None
+
+    def _attend_in_two(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        shared_table: torch.Tensor | None,
+        positions: Positions,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The first queries by the table, the last ones, `positions.tail`, by a bias for each pair."""
+        tail = replace(positions.tail, mesh=positions.mesh)
+        first, slots = query.shape[2] - tail.query.shape[1], positions.span - tail.query.shape[1]
+        rest = {
+            name: None if part is None else part[:, :slots]
+            for name, part in (("key_mask", positions.key_mask), ("documents", positions.documents))
+        }
+        head = replace(positions, tail=None, **rest)
+        by_table, _ = self._attend_with_table(
+            query[:, :, :first], key[:, :, :slots], value[:, :, :slots], shared_table, None, head, **kwargs
+        )
+        shared_bias = None if shared_table is None else shared_table[:, tail.distance].transpose(0, 1)
+        bias = self._dense_bias(shared_bias, tail)
+        by_pairs, _ = self._attend_with_mask(query[:, :, first:], key, value, bias, tail.visible, **kwargs)
+        return torch.cat((by_table, by_pairs), dim=1), None
 
     def _attend_with_mask(
         self,
@@ -171,7 +200,6 @@ class RelPosAttention(nn.Module):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         attention_mask: Any,
-        positions: Positions,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """→ (B, Q, H, D), and the (B, H, Q, K) weights from kernels that give them."""

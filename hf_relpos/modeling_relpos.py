@@ -4,6 +4,7 @@ Shape letters: B batch, H query heads, Q query length, K key length, C hidden si
 this file: `position_base.py` has the interface, `positions.py` the choice.
 """
 
+import math
 from itertools import chain
 from typing import Any
 
@@ -29,10 +30,11 @@ from .attention_relpos import check_implementation, table_kernel
 from .configuration_relpos import RelPosConfig
 from .layers_relpos import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
 from .loss_relpos import linear_cross_entropy
-from .position_base import SelfInitialized
+from .position_base import Positions, SelfInitialized
 from .position_ids import (
     augment_starts,
     build_positions,
+    cached_length,
     check_mask,
     count_positions,
     flash_lengths,
@@ -100,7 +102,7 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         implementation = self.config._attn_implementation
         if not self.config.has_position_bias:
             return implementation
-        if not self._may_use_table():
+        if self._table_limit() < 0:
             return f"{implementation}:dense_bias"
         if implementation == "flex_attention":
             return "flex_attention:table"
@@ -109,18 +111,29 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         kernel = table_kernel(torch.empty(0, device=self.device, dtype=dtype), self.base_model.distance_bias(64)[0])
         return f"distance_bias:{kernel}"
 
-    def _may_use_table(self) -> bool:
-        drops = self.training and self.config.attention_dropout > 0
-        can_read = self.config._attn_implementation in ("sdpa", "flex_attention")
-        return self.config.has_distance_table and can_read and not drops
+    def _table_limit(self) -> float:
+        """The largest position of a query that is served by a table of the distances; −1 if none is."""
+        implementation, drops = self.config._attn_implementation, self.training and self.config.attention_dropout > 0
+        if not self.config.has_distance_table or implementation not in ("sdpa", "flex_attention") or drops:
+            return -1.0
+        schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in self.base_model.layers))
+        limits = [limit for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
+        if not limits:
+            return math.inf
+        # one look at the device for all layers; a graph cannot look, and FlexAttention takes all queries at once
+        return -1.0 if implementation == "flex_attention" or is_tracing(limits[0]) else float(torch.stack(limits).min())
 
-    def _tell_of_dense_bias(self, attention_mask: torch.Tensor | None) -> None:
-        if not self.config.has_distance_table or is_tracing():
+    def _tell_of_dense_bias(
+        self, attention_mask: torch.Tensor | None, positions: Positions, table_limit: float
+    ) -> None:
+        if not self.config.has_distance_table or is_tracing(positions.query):
             return
         if self.training and self.config.attention_dropout > 0:
             reason = f"`attention_dropout` is {self.config.attention_dropout}"
         elif attention_mask is not None and attention_mask.ndim == 4:
             reason = "`attention_mask` has 4 dimensions"
+        elif positions.tail is not None or positions.span > table_limit + 1:
+            reason = "it is no function of the distance alone at all of these positions"
         else:
             reason = "the positions leave numbers out, or padding stands between tokens"
         logger.warning_once(
@@ -203,6 +216,44 @@ class RelPosModel(RelPosPreTrainedModel):
             )
         return torch.stack(tables)
 
+    def _place(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        past_length: int | torch.Tensor,
+    ) -> tuple[Positions, bool]:
+        """→ where queries and keys stand, and whether a cache may hold these tokens."""
+        config, (batch_size, query_length, _) = self.config, inputs_embeds.shape
+        documents, cacheable, is_counted = None, True, position_ids is None
+        if is_counted:
+            position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
+        elif attention_mask is None or attention_mask.ndim == 2:
+            documents, cacheable = inspect_positions(
+                position_ids, attention_mask, past_length, past_key_values is not None, config.has_position_bias
+            )
+        longest = config.max_position_embeddings
+        is_sampled = self.training and config.position_sampling is not None and past_key_values is None
+        if is_sampled:
+            sampling, is_counted, cacheable = config.position_sampling, False, False
+            position_ids = sample_positions(sampling, position_ids, attention_mask, documents, batch_size, longest)
+        table_limit = self._table_limit()
+        positions = build_positions(
+            position_ids,
+            attention_mask,
+            documents,
+            past_key_values,
+            past_length,
+            needs_pairs=config.has_position_bias,
+            table_limit=-1.0 if is_exported(inputs_embeds) else table_limit,
+            is_counted=is_counted,
+            span=longest if is_sampled else None,
+        )
+        if (positions.visible is not None or positions.tail is not None) and config._attn_implementation == "sdpa":
+            self._tell_of_dense_bias(attention_mask, positions, table_limit)
+        return positions, cacheable
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -235,38 +286,11 @@ class RelPosModel(RelPosPreTrainedModel):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        batch_size, query_length = inputs_embeds.shape[:2]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past_length, torch.Tensor):  # a static cache counts in place
-            past_length = past_length.clone() if is_tracing(past_length) else int(past_length)
-
-        check_mask(attention_mask, batch_size, query_length, past_length)
+        past_length = cached_length(past_key_values)
+        check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
         attention_mask = simplify_mask(attention_mask)
-        documents, cacheable, is_counted = None, True, position_ids is None
-        if is_counted:
-            position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
-        elif attention_mask is None or attention_mask.ndim == 2:
-            documents, cacheable = inspect_positions(
-                position_ids, attention_mask, past_length, past_key_values is not None, self.config.has_position_bias
-            )
-        longest = self.config.max_position_embeddings
-        is_sampled = self.training and self.config.position_sampling is not None and past_key_values is None
-        if is_sampled:
-            sampling, is_counted, cacheable = self.config.position_sampling, False, False
-            position_ids = sample_positions(sampling, position_ids, attention_mask, documents, batch_size, longest)
-        positions = build_positions(
-            position_ids,
-            attention_mask,
-            documents,
-            past_key_values,
-            past_length,
-            needs_distance=self.config.has_position_bias,
-            may_use_table=self._may_use_table() and not is_exported(inputs_embeds),
-            is_counted=is_counted,
-            span=longest if is_sampled else None,
-        )
-        if positions.offset is None and self.config.has_position_bias and self.config._attn_implementation == "sdpa":
-            self._tell_of_dense_bias(attention_mask)
+        positions, cacheable = self._place(inputs_embeds, attention_mask, position_ids, past_key_values, past_length)
+        documents, batch_size = positions.documents, inputs_embeds.shape[0]
         causal_mask = None
         if positions.offset is None or self.config._attn_implementation == "flex_attention":
             causal_mask = create_causal_mask(
@@ -275,13 +299,14 @@ class RelPosModel(RelPosPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 and_mask_function=None if documents is None else same_document(documents),
-                allow_is_causal_skip=not self.config.has_position_bias,
+                allow_is_causal_skip=positions.visible is None,
             )
         if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
             kwargs |= flash_lengths(documents, causal_mask, batch_size)
         if self.training and self.config.position_start_augmentation and past_key_values is None:
             # distances stay: only what acts on absolute positions sees the shift
-            positions.query = augment_starts(position_ids, documents, batch_size, longest)
+            max_positions = self.config.max_position_embeddings
+            positions.query = augment_starts(positions.query, documents, batch_size, max_positions)
         positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
         if past_key_values is not None and not torch.is_grad_enabled():
             layers = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)

@@ -22,12 +22,15 @@ class Positions:
         query: (B or 1, Q) int64, the position of each query token.
         key: (B or 1, K) int64, the position of each cached or current key token.
         distance: (B or 1, Q, K) int64, query − key, 0 where the key lies ahead (the causal mask hides it); `None` if
-            no scheme adds a bias or if `offset` says it all. The first dimension is 1 wherever all rows agree.
+            no scheme asks for pairs or if `offset` says it all. The first dimension is 1 wherever all rows agree.
         span: exclusive upper bound of the distances.
         offset: the key slot of the first query, if the distance of any query to any key that it sees is that of their
             slots, so that a table of the distances is all that the attention needs; else `None`.
-        key_mask: (B, K) boolean, False on padding, or `None`; beside `offset`.
-        documents: (B or 1, K) document indices, or `None`; beside `offset`.
+        key_mask: (B, K) boolean, False on padding, or `None`.
+        documents: (B or 1, K) document indices, or `None`.
+        visible: (B or 1, 1, Q, K) boolean, the keys that each query sees; beside `distance`.
+        tail: beside `offset`, the last queries, if a table does not serve these, with `distance` and `visible`; else
+            `None`.
         reversed_tables: layer index → (H, n) table from the longest distance down to 0, kept as long as the cache of
             keys that the forward goes on from; `None` where tables must not be kept.
         rotations: for each scheme that transforms q and k, its `rotate` function and what it computed once from
@@ -42,6 +45,8 @@ class Positions:
     offset: int | None = None
     key_mask: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    tail: "Positions | None" = None
     reversed_tables: dict[int, torch.Tensor] | None = None
     rotations: tuple[tuple[Callable, Any], ...] = ()
     mesh: Any = None
@@ -140,12 +145,18 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
         The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up; it only serves
         what the attention cannot serve from the table itself. A scheme that overrides it is always served from here,
-        and returns the heads that `positions.local_heads` leaves.
+        unless it says by `table_limit` how far the table goes, and returns the heads that `positions.local_heads`
+        leaves.
         """
         if not self.has_distance_bias():
             return None
         table = positions.local_heads(self.table(positions.span, positions.query.device))
         return table[:, positions.distance].movedim(0, 1)
+
+    def table_limit(self) -> torch.Tensor | None:
+        """→ () the largest position, counted from the first token, of a query whose whole bias is `distance_bias`;
+        `None`: there is no limit. A scheme that has one gives each layer a module of its own."""
+        return None
 
     @classmethod
     def needs_whole_rows(cls, config: Any) -> bool:
@@ -158,8 +169,8 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     @classmethod
     def has_other_bias(cls) -> bool:
-        """Whether its bias is more than a table of the distances."""
-        return cls.bias is not PositionEmbedding.bias
+        """Whether its bias is more than a table of the distances, for queries at any position."""
+        return cls.bias is not PositionEmbedding.bias and cls.table_limit is PositionEmbedding.table_limit
 
     @classmethod
     def has_bias(cls) -> bool:

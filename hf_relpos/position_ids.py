@@ -3,7 +3,9 @@
 Shape letters: B batch, Q query length, K key length.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +23,14 @@ _REVERSED_TABLES: WeakKeyDictionary[Cache, tuple[list, dict[int, torch.Tensor]]]
 def is_exported(tensor: torch.Tensor) -> bool:
     """Whether a graph is made for others to run, who know the operators of torch alone."""
     return is_tracing(tensor) and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
+
+
+def cached_length(past_key_values: Cache | None) -> int | torch.Tensor:
+    """The number of tokens in a cache."""
+    length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if isinstance(length, torch.Tensor):  # a static cache counts in place
+        length = length.clone() if is_tracing(length) else int(length)
+    return length
 
 
 def check_mask(
@@ -211,21 +221,22 @@ def build_positions(
     documents: torch.Tensor | None,
     past_key_values: Cache | None,
     past_length: int | torch.Tensor,
-    needs_distance: bool,
-    may_use_table: bool,
+    needs_pairs: bool,
+    table_limit: float,
     is_counted: bool,
     span: int | None = None,
 ) -> Positions:
-    """Positions of the queries, of all keys in the cache, and the distances between them.
+    """Positions of the queries, of all keys in the cache, and what lies between them.
 
     Args:
         position_ids: (B or 1, Q) positions of the queries.
-        attention_mask: (B, K), 0 on padding; anything else says nothing about positions.
+        attention_mask: (B, K), 0 on padding; anything else says nothing about positions, but what is visible.
         documents: (B or 1, Q) or `None`, from `find_documents`.
         past_key_values: the cache before this forward's update, or `None`.
         past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
-        needs_distance: whether any scheme adds a bias.
-        may_use_table: whether the attention can be computed from a table of the distances, where they follow the slots.
+        needs_pairs: whether any scheme looks at pairs of a query and a key.
+        table_limit: the largest position, from the first token on, of a query that a table of the distances serves,
+            where they follow the slots; below 0 if there is no table.
         is_counted: whether `position_ids` are from `count_positions`.
         span: a bound of the positions where they are known to leave numbers out.
     """
@@ -234,30 +245,66 @@ def build_positions(
     if past_key_values is not None:
         key_length, _ = past_key_values.get_mask_sizes(query_length, 0)
     padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    if not needs_distance:
-        return Positions(position_ids, position_ids, None, key_length)
+    key_mask = None if padding is None else _pad(padding[:, :key_length].bool(), key_length)
+    if not needs_pairs:
+        return Positions(position_ids, position_ids, None, key_length, key_mask=key_mask, documents=documents)
 
     key_slots = torch.arange(key_length, device=position_ids.device)
     key = _key_positions(position_ids, padding, past_length, key_slots)
     traced = is_tracing(key)
-    if may_use_table and isinstance(past_length, int) and padding is attention_mask:
+    if table_limit >= 0 and isinstance(past_length, int) and padding is attention_mask:
         slots = past_length + query_length
-        key_mask = None if padding is None else padding[:, :slots].bool()
         # a graph's shapes cannot follow the data: there is no looking at them
         by_construction = (is_counted or query_length == 1) and padding is None and documents is None
-        if by_construction or (not traced and _is_contiguous(key[:, :slots], key_mask, documents)):
-            return Positions(position_ids, key, None, slots, past_length, _pad(key_mask, key_length), documents)
-
-    distance = position_ids[:, :, None] - key[:, None, :]
+        seen_mask = None if key_mask is None else key_mask[:, :slots]
+        if by_construction or (not traced and _is_contiguous(key[:, :slots], seen_mask, documents)):
+            positions = Positions(position_ids, key, None, slots, past_length, _pad(seen_mask, key_length), documents)
+            if table_limit == math.inf or slots <= table_limit + 1:
+                return positions
+            num_served = math.floor(table_limit) + 1 - past_length  # of the queries
+            positions.tail = _pairs(positions, past_length, attention_mask, max(num_served, 0))
+            return positions if num_served > 0 else positions.tail
     span = max(key_length, span or 0)
-    if traced:
+    positions = Positions(position_ids, key, None, span, key_mask=key_mask, documents=documents)
+    return _pairs(positions, past_length, attention_mask)
+
+
+def _pairs(
+    positions: Positions, past_length: int | torch.Tensor, attention_mask: torch.Tensor | None, first: int = 0
+) -> Positions:
+    """→ `positions` of the queries from `first` on, with the `distance` of each to each key and what is `visible`."""
+    query, key = positions.query[:, first:], positions.key
+    distance, span = query[:, :, None] - key[:, None, :], positions.span
+    if is_tracing(key):
         # gaps that lead out of the table stop the run, never clamp
         torch._assert_async(
             (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
         )
     else:
         span = max(span, int(distance.max()) + 1)
-    return Positions(position_ids, key, distance.clamp(min=0), span)
+    slots = torch.arange(first, positions.query.shape[1], device=key.device) + past_length
+    visible = _visible(slots, key.shape[1], positions.key_mask, positions.documents, attention_mask)
+    return replace(positions, query=query, distance=distance.clamp(min=0), span=span, offset=None, visible=visible)
+
+
+def _visible(
+    query_slots: torch.Tensor,
+    key_length: int,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """→ (B or 1, 1, Q, K) boolean: the keys that each query sees, by a ready mask, or by slots, padding, documents."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+        return attention_mask.any(1, keepdim=True)
+    visible = (torch.arange(key_length, device=query_slots.device) <= query_slots[:, None])[None, None]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None]
+    if documents is not None:
+        visible = visible & (documents[:, None, query_slots, None] == documents[:, None, None])
+    return visible
 
 
 def keep_tables(positions: Positions, past_key_values: Cache, parameters: Iterable[torch.nn.Parameter]) -> None:

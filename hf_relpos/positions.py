@@ -9,6 +9,7 @@ from torch import nn
 from .position_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
 from .position_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
 from .position_bias import AlibiBias  # noqa: F401
+from .position_fire import FIRE  # noqa: F401
 from .position_rotary import RotaryEmbedding  # noqa: F401
 
 

@@ -22,6 +22,7 @@ from hf_relpos import (
 )
 from hf_relpos.attention_relpos import _attend, _attend_backward, distance_bias_attention
 from hf_relpos.position_base import POSITION_EMBEDDINGS
+from hf_relpos.position_fire import FIRE
 from hf_relpos.position_ids import _REVERSED_TABLES
 
 
@@ -419,7 +420,7 @@ def test_gradients_are_those_of_the_dense_bias(scheme):
         assert error < 1e-4, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi"])
+@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire"])
 def test_compiled_training_is_training(scheme):
     torch._dynamo.reset()
     model, tokens = make_model(scheme), make_tokens(2, 21)
@@ -450,6 +451,70 @@ def test_flex_attention_gives_the_table_its_gradient(monkeypatch):
         each(tokens, labels=tokens).loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() < 1e-4 * theirs.grad.norm(), name
+
+
+# --- a table that serves the first positions only
+
+
+def fire(implementation="sdpa", threshold=24, multiplier=1.0, **overrides):
+    options = {"pos_embedding_kwargs": {"threshold": threshold}, "attn_implementation": implementation, **overrides}
+    model = make_model("fire", **options)
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.position_embeddings["fire"].multiplier, multiplier)
+    return model
+
+
+@pytest.mark.parametrize("length, multiplier", [(24, 1.0), (25, 1.0), (25, 1.03), (70, 2.9)])
+def test_rows_up_to_the_limit_go_by_the_table(length, multiplier, monkeypatch):
+    """Positions 0..24 reach T = 24 and no further."""
+    monkeypatch.setattr(FIRE, "bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
+    model, tokens = fire(multiplier=multiplier), make_tokens(3, length)
+    assert model.attention_path() == "distance_bias:blocks"
+    model(tokens, attention_mask=pads(tokens), labels=tokens).loss.backward()
+
+
+@pytest.mark.parametrize("length, multiplier, num_pairs", [(26, 1.0, 1), (25, 0.97, 1), (70, 1.0, 45), (70, 0.02, 69)])
+def test_only_the_queries_behind_the_limit_take_pairs(length, multiplier, num_pairs, monkeypatch):
+    seen, bias = [], FIRE.bias
+    monkeypatch.setattr(FIRE, "bias", lambda self, positions: seen.append(positions) or bias(self, positions))
+    fire(multiplier=multiplier)(make_tokens(3, length))
+    assert {positions.distance.shape for positions in seen} == {(1, num_pairs, length)}
+
+
+@pytest.mark.parametrize("threshold", [5, 24, 33, 100])
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+def test_both_sides_of_the_limit_are_the_dense_bias_with_gradients(threshold, kind):
+    """Of the threshold's factor too, on the table's path."""
+    tokens, mask, position_ids = make_tokens(3, 34), None, None
+    labels = tokens
+    if kind == "padded":
+        mask = pads(tokens)
+        labels = tokens.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)
+    if kind == "packed":
+        position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((34,), (6, 28), (9, 20, 5))])
+    models = [fire(implementation, threshold, 1.01, num_key_value_heads=2) for implementation in ("sdpa", "eager")]
+    outputs = [model(tokens, attention_mask=mask, position_ids=position_ids, labels=labels) for model in models]
+    real = labels != -100
+    assert_close(outputs[0].logits[real], outputs[1].logits[real], **CLOSE)
+    for output in outputs:
+        output.loss.backward()
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert theirs.grad.norm() > 0
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+        # a gradient of one number is a sum of thousands with both signs
+        assert error < (1e-3 if ours.numel() == 1 else 1e-4), f"{name}: {error:.1e}"
+
+
+def test_a_generation_goes_past_the_limit():
+    """Steps that share a table, then steps without one; a shift of all positions is none of its business."""
+    model, tokens = fire(), make_tokens(2, 40)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        past = model(tokens[:, :19], use_cache=True).past_key_values
+        steps = [model(tokens[:, step : step + 1], past_key_values=past).logits for step in range(19, 40)]
+        shifted = model(tokens, position_ids=torch.arange(40)[None] + 30).logits
+    assert_close(torch.cat(steps, dim=1), expected[:, 19:], **CLOSE)
+    assert_close(shifted, expected, **CLOSE)
 
 
 # --- steps of a generation

@@ -202,7 +202,7 @@ def test_eager_is_sdpa_with_gradients(scheme):
 
 @each_scheme
 def test_every_parameter_gets_a_gradient(scheme):
-    model, tokens = make_model(scheme).train(), make_tokens(4, 160)
+    model, tokens = make_model(scheme, train_length=80).train(), make_tokens(4, 160)
     model(tokens, labels=tokens).loss.backward()
     largest = max(parameter.grad.norm() for parameter in model.parameters())
     for name, parameter in model.named_parameters():
@@ -334,7 +334,10 @@ def test_gradient_checkpointing(scheme, reentrant):
     assert_gradients_close(*gradients)
 
 
-@pytest.mark.parametrize("scheme", ["none", "learned", "alibi", "linear_cpb", "t5", "kerple_log", "rotary", "xpos"])
+COMPILED = ["none", "learned", "alibi", "linear_cpb", "t5", "kerple_log", "fire", "rotary", "xpos"]
+
+
+@pytest.mark.parametrize("scheme", COMPILED)
 def test_compiles_without_graph_breaks(scheme):
     torch._dynamo.reset()
     model, tokens = make_model(scheme), make_tokens(2, 17)

@@ -103,6 +103,16 @@ def xpos_decay(distance: int, config: RelPosConfig) -> np.ndarray:
     return np.concatenate([zeta ** (distance / scale_base)] * 2 + [np.ones(config.head_dim - size)])
 
 
+def fire_bias(i: int, j: int, state: dict[str, np.ndarray], layer: int, threshold: int) -> np.ndarray:
+    own = {name.rpartition("fire.")[2]: value for name, value in state.items() if f"layers.{layer}.self_attn" in name}
+
+    def psi(x):
+        return math.log(abs(own["scale"].item()) * x + 1)
+
+    x = psi(i - j) / (psi(max(i, abs(own["multiplier"].item()) * threshold)) + 1e-6)
+    return own["out.weight"] @ np.maximum(own["hidden.weight"][:, 0] * x + own["hidden.bias"], 0)
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
 
@@ -144,6 +154,8 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
                     scores[j] = query @ key / math.sqrt(dim)
                     for scheme in set(BIASES) & set(schemes):
                         scores[j] += reference_bias(scheme, i - j, state, layer, heads)[h]
+                    if "fire" in schemes:
+                        scores[j] += fire_bias(i, j, state, layer, config.pos_embedding_kwargs["threshold"])[h]
                 weights = np.exp(scores - scores.max())
                 mixed[i, h] = weights / weights.sum() @ v[: i + 1, h // group]
         x = x + mixed.reshape(len(tokens), -1) @ state[f"{name}.self_attn.o_proj.weight"].T
@@ -212,6 +224,21 @@ def test_cpb_starts_as_torch_linear(scheme):
     assert not torch.equal(*first), "each layer has an MLP of its own"
     widths = [linear.weight.shape[0] for linear in layers[0].self_attn.position_embeddings[scheme].mlp]
     assert widths == ([256, 256, 6] if scheme == "linear_cpb_large" else [256, 6])
+
+
+def test_fire_starts_at_the_papers_values():
+    """c = 0.1, m = 1, the MLP as `torch.nn.Linear`; T0 is the training length, and stays when that changes."""
+    model = make_model("fire", initializer_range=0.5, train_length=None)
+    assert model.config.pos_embedding_kwargs == {"threshold": 512}
+    own = model.model.layers[1].self_attn.position_embeddings["fire"]
+    assert own.scale.item() == pytest.approx(0.1) and own.multiplier.item() == 1
+    for linear, bound in ((own.hidden, 1.0), (own.out, 32**-0.5)):
+        assert all(0.5 * bound < parameter.abs().max() <= bound for parameter in linear.parameters())
+    assert own.hidden.weight.shape == (32, 1) and own.out.weight.shape == (6, 32) and own.out.bias is None
+    config = make_config("fire", train_length=128)
+    assert config.pos_embedding_kwargs == {"threshold": 128}
+    again = RelPosConfig.from_dict({**config.to_dict(), "train_length": 512})
+    assert again.pos_embedding_kwargs == {"threshold": 128}
 
 
 def test_learned_table_has_the_models_initialisation():
