@@ -30,6 +30,7 @@ setup(
         "jinja2",
         "matplotlib>=3.9",
         "numpy",
+        "pillow",
         "pyyaml",
         "rich",
         "scipy>=1.11",

@@ -87,7 +87,7 @@ def model_card(
         evaluations=[_evaluation(result, config, pictures[i : i + 1], other_seeds) for i, result in enumerate(results)],
         untested="It was not evaluated yet: `scripts/evaluate.py` of hf_relpos scores it at several lengths.",
         auto_class=auto_class,
-        generates=auto_class == "AutoModelForCausalLM",
+        generates=auto_class == "AutoModelForCausalLM" and not any("task" in result for result in results),
         repo_id=repo_id or name,
         training=_training_list(record) if record else None,
         setting=_setting(record),
@@ -235,7 +235,10 @@ def _failure(result: dict[str, Any], config: dict[str, Any]) -> str:
         lines.append(
             f"`{limit[0]}` serves no position past {config.get('max_position_embeddings')}: longer input is refused."
         )
-    if str(trained) not in result["lengths"]:
+    base = result["lengths"].get(str(trained))
+    if base and "task" in result:
+        lines.append(f"At its training length of {trained} the score is {base['score']:.3f}.")
+    if base is None:
         lines.append(
             f"It was not tested at its training length of {trained}, so that lengths cannot be held against it."
         )

@@ -78,7 +78,7 @@ def command_line(script: str, flags: dict[str, Any]) -> str:
     words = [f"python scripts/{script}.py"]
     for name, value in flags.items():
         values = value if isinstance(value, (list, tuple)) else [value]
-        values = [str(each).lower() if isinstance(each, bool) else str(each) for each in values]
+        values = [each if isinstance(each, str) else json.dumps(each) for each in values]
         words.append(" ".join([f"--{name}", *map(shlex.quote, values)]))
     return " ".join(words) if sum(map(len, words)) < 90 else " \\\n    ".join(words)
 

@@ -159,6 +159,12 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
     return runs
 
 
+def grid_settings(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The flags of each run of an experiment, as its file holds it, that does not go on from another; unchecked."""
+    grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
+    return [{**content.get("train", {}), **choice} for grid in grids for choice in _multiply("", "grid", grid)]
+
+
 def _names(*types: type) -> set[str]:
     return {item.name for each in types for item in fields(each) if item.init}
 
