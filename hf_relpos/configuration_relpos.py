@@ -146,6 +146,17 @@ class RelPosConfig(PreTrainedConfig):
         return any(cls.has_distance_bias() for cls in classes) and not any(cls.has_other_bias() for cls in classes)
 
     @property
+    def has_pair_bias(self) -> bool:
+        """Whether the schemes add a bias that goes by the distances or positions of queries and keys."""
+        classes = position_embedding_classes(self.pos_embedding_type).values()
+        return any(cls.has_distance_bias() or cls.has_other_bias() for cls in classes)
+
+    @property
+    def has_key_state(self) -> bool:
+        """Whether the schemes keep numbers beside the cached keys."""
+        return any(cls.has_key_state() for cls in position_embedding_classes(self.pos_embedding_type).values())
+
+    @property
     def needs_whole_rows(self) -> bool:
         """Whether any of the schemes must see each sequence in a row of its own."""
         return any(cls.needs_whole_rows(self) for cls in position_embedding_classes(self.pos_embedding_type).values())

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_keys import add_key_bias, dense_key_bias, from_channels, to_channels
 from .attention_relpos import (
     check_implementation,
     distance_bias_attention,
@@ -90,13 +91,19 @@ class RelPosAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
         for rotate, rotation in positions.rotations:
             query, key = rotate(query, key, rotation)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, K, D)
-
         if self.config.has_position_bias and query.shape[1] != self.config.num_attention_heads:
             positions = replace(positions, mesh=self._mesh(query))
+        state = self._key_state(hidden_states, positions)
+        if past_key_values is not None:
+            key, value, state = self._update(past_key_values, key, value, state)  # (B, G, K, D) twice, (B, H, K)
+        if state is not None and positions.key_mask is not None:
+            state = state.masked_fill(~positions.key_mask[:, None], 0.0)
+        if state is not None and positions.visible is None:
+            query, key, value = add_key_bias(query, key, value, state, self.scaling)
+            state = None  # done: there is no bias to add
+
         if positions.offset is None:
-            bias = self._dense_bias(shared_bias, positions)
+            bias = self._dense_bias(shared_bias, positions, state)
             output, weights = self._attend_with_mask(query, key, value, bias, attention_mask, **kwargs)
         elif positions.tail is None:
             output, weights = self._attend_with_table(
@@ -104,7 +111,23 @@ class RelPosAttention(nn.Module):
             )
         else:
             output, weights = self._attend_in_two(query, key, value, shared_bias, positions, **kwargs)
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        return self.o_proj(output[..., : self.head_dim].reshape(*input_shape, -1)), weights
+
+    def _key_state(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor | None:
+        """(B, Q, C) → (B, H, Q) fp32 or `None`."""
+        state = self.position_embeddings.key_state(hidden_states)
+        return None if state is None else positions.local_heads(state.transpose(0, 1)).transpose(0, 1)
+
+    def _update(
+        self, past_key_values: Cache, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Adds to the cache and returns what it holds. A state is kept in further channels of the keys."""
+        if state is not None:
+            key = torch.cat((key, to_channels(state, key.shape[1], key.dtype)), dim=-1)
+        key, value = past_key_values.update(key, value, self.layer_idx)
+        if state is not None:
+            key, state = key[..., : self.head_dim], from_channels(key[..., self.head_dim :])
+        return key, value, state
 
     def _mesh(self, query: torch.Tensor) -> Any:
         """The device mesh whose ranks share the heads out among them (tensor parallelism)."""
@@ -120,11 +143,14 @@ class RelPosAttention(nn.Module):
             )
         return DeviceMesh.from_group(torch.distributed.group.WORLD, query.device.type)
 
-    def _dense_bias(self, shared_bias: torch.Tensor | None, positions: Positions) -> torch.Tensor | None:
+    def _dense_bias(
+        self, shared_bias: torch.Tensor | None, positions: Positions, state: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32 or `None`."""
+        by_keys = None if state is None else dense_key_bias(state, positions.visible)
         if shared_bias is not None:
             shared_bias = positions.local_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
-        return add_biases((shared_bias, self.position_embeddings.bias(positions)))
+        return add_biases((shared_bias, self.position_embeddings.bias(positions), by_keys))
 
     def _table(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:
         """→ (H, span) fp32 (fp64 beside fp64), from distance 0 on."""

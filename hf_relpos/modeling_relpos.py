@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -97,13 +97,15 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             by a Triton kernel or in torch operations; "distance_bias:key_bias": the same for a fixed line in bf16, as a
             value per key, where a CPU is fast in bf16;
             "flex_attention:table": FlexAttention, which reads the table;
+            "sdpa:key_bias": "sdpa" with further channels, in which the keys hold their bias;
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
         """
         implementation = self.config._attn_implementation
         if not self.config.has_position_bias:
             return implementation
         if self._table_limit() < 0:
-            return f"{implementation}:dense_bias"
+            by_keys = implementation == "sdpa" and not self.config.has_pair_bias
+            return f"{implementation}:key_bias" if by_keys else f"{implementation}:dense_bias"
         if implementation == "flex_attention":
             return "flex_attention:table"
         is_autocast = torch.is_autocast_enabled(self.device.type)
@@ -114,7 +116,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
     def _table_limit(self) -> float:
         """The largest position of a query that is served by a table of the distances; −1 if none is."""
         implementation, drops = self.config._attn_implementation, self.training and self.config.attention_dropout > 0
-        if not self.config.has_distance_table or implementation not in ("sdpa", "flex_attention") or drops:
+        readers = ("sdpa",) if self.config.has_key_state else ("sdpa", "flex_attention")
+        if not self.config.has_distance_table or implementation not in readers or drops:
             return -1.0
         schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in self.base_model.layers))
         limits = [limit for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
@@ -122,6 +125,13 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             return math.inf
         # one look at the device for all layers; a graph cannot look, and FlexAttention takes all queries at once
         return -1.0 if implementation == "flex_attention" or is_tracing(limits[0]) else float(torch.stack(limits).min())
+
+    def _needs_pairs(self, attention_mask: torch.Tensor | None) -> bool:
+        """Whether the scores need something for each pair of a query and a key, where no table serves them."""
+        in_channels = self.config._attn_implementation == "sdpa" and not (
+            attention_mask is not None and attention_mask.ndim == 4
+        )
+        return self.config.has_pair_bias or (self.config.has_key_state and not in_channels)
 
     def _tell_of_dense_bias(
         self, attention_mask: torch.Tensor | None, positions: Positions, table_limit: float
@@ -226,12 +236,17 @@ class RelPosModel(RelPosPreTrainedModel):
     ) -> tuple[Positions, bool]:
         """→ where queries and keys stand, and whether a cache may hold these tokens."""
         config, (batch_size, query_length, _) = self.config, inputs_embeds.shape
+        if config.has_key_state and isinstance(past_key_values, QuantizedCache):
+            raise ValueError(
+                f"`past_key_values` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, "
+                "whose sums over the keys would carry the rounding of each: got a QuantizedCache."
+            )
         documents, cacheable, is_counted = None, True, position_ids is None
         if is_counted:
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
         elif attention_mask is None or attention_mask.ndim == 2:
             documents, cacheable = inspect_positions(
-                position_ids, attention_mask, past_length, past_key_values is not None, config.has_position_bias
+                position_ids, attention_mask, past_length, past_key_values is not None, config.has_pair_bias
             )
         longest = config.max_position_embeddings
         is_sampled = self.training and config.position_sampling is not None and past_key_values is None
@@ -245,7 +260,7 @@ class RelPosModel(RelPosPreTrainedModel):
             documents,
             past_key_values,
             past_length,
-            needs_pairs=config.has_position_bias,
+            needs_pairs=self._needs_pairs(attention_mask),
             table_limit=-1.0 if is_exported(inputs_embeds) else table_limit,
             is_counted=is_counted,
             span=longest if is_sampled else None,

@@ -158,6 +158,11 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         `None`: there is no limit. A scheme that has one gives each layer a module of its own."""
         return None
 
+    def key_state(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, cached with the keys: the bias between a query and a
+        key is the sum of what the tokens behind the key say, up to the query. Only called on schemes of a layer."""
+        return None
+
     @classmethod
     def needs_whole_rows(cls, config: Any) -> bool:
         """Whether it must see each sequence in a row of its own, which servers that lay requests end to end break."""
@@ -173,8 +178,12 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return cls.bias is not PositionEmbedding.bias and cls.table_limit is PositionEmbedding.table_limit
 
     @classmethod
+    def has_key_state(cls) -> bool:
+        return cls.key_state is not PositionEmbedding.key_state
+
+    @classmethod
     def has_bias(cls) -> bool:
-        return cls.has_distance_bias() or cls.has_other_bias()
+        return cls.has_distance_bias() or cls.has_other_bias() or cls.has_key_state()
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
         """→ (H, length) fp32: `distance_bias` on 0..length−1, outside of autocast."""

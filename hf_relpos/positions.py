@@ -9,6 +9,7 @@ from torch import nn
 from .position_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
 from .position_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
 from .position_bias import AlibiBias  # noqa: F401
+from .position_content import ForgetGate  # noqa: F401
 from .position_fire import FIRE  # noqa: F401
 from .position_rotary import RotaryEmbedding  # noqa: F401
 
@@ -55,6 +56,10 @@ class PositionEmbeddings(nn.ModuleDict):
     def bias(self, positions: Positions) -> torch.Tensor | None:
         """→ the sum of the schemes' biases, (B or 1, H, Q, K) fp32, or `None`."""
         return add_biases(scheme.bias(positions) for scheme in self.values())
+
+    def key_state(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """(B, Q, C) → the sum of the schemes' key states, (B, H, Q) fp32, or `None`."""
+        return add_biases(scheme.key_state(hidden_states) for scheme in self.values())
 
     def table(self, length: int, device: torch.device) -> torch.Tensor | None:
         """→ the sum of the schemes' distance tables, (H, length) fp32, or `None`."""

@@ -25,7 +25,7 @@ from hf_relpos import RelPosConfig, RelPosForCausalLM, list_position_embeddings 
 
 ROOT = Path(__file__).parent.parent
 COMBINATIONS = ["sinusoidal+linear_cpb", "learned+alibi", "scaled_sinusoidal+rotary", "rotary+log_cpb"]
-COMBINATIONS += ["rotary+temperature", "alibi+fire"]
+COMBINATIONS += ["rotary+temperature", "alibi+fire", "rotary+fox"]
 SCHEMES = [*list_position_embeddings(), *COMBINATIONS]
 
 

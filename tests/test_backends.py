@@ -15,13 +15,13 @@ from hf_relpos import RelPosForCausalLM, list_position_embeddings
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, summed in another order
-KINDS = ["none", "learned", "alibi", "linear_cpb", "fire", "rotary"]
+KINDS = ["none", "learned", "alibi", "linear_cpb", "fire", "fox", "rotary"]
 BIASED = [scheme for scheme in list_position_embeddings() if make_config(scheme).has_position_bias]
 UNBIASED = [scheme for scheme in list_position_embeddings() if scheme not in BIASED]
 
 
 def test_who_has_a_bias():
-    biased = "linear_cpb linear_cpb_large log_cpb fourier_cpb alibi t5 kerple_log kerple_power sandwich fire"
+    biased = "linear_cpb linear_cpb_large log_cpb fourier_cpb alibi t5 kerple_log kerple_power sandwich fire fox"
     assert set(BIASED) == set(biased.split())
 
 
@@ -245,7 +245,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire", "rotary"])
+@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire", "fox", "rotary"])
 def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     """Each rank has half of the heads; what all ranks hold whole, such as a CPB's MLP, gets the whole gradient."""
     model, tokens = make_model(scheme, vocab_size=98), make_tokens(2, 11)  # the ranks share the vocabulary out too

@@ -329,6 +329,11 @@ PATHS = {
     ("rotary+alibi", "sdpa"): "distance_bias:blocks",
     ("linear_cpb", "flex_attention"): "flex_attention:table",
     ("linear_cpb", "eager"): "eager:dense_bias",
+    ("fire", "sdpa"): "distance_bias:blocks",
+    ("fire", "flex_attention"): "flex_attention:dense_bias",
+    ("fox", "sdpa"): "sdpa:key_bias",
+    ("fox", "eager"): "eager:dense_bias",
+    ("fox", "flex_attention"): "flex_attention:dense_bias",
 }
 
 

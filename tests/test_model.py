@@ -22,6 +22,7 @@ from hf_relpos.position_base import POSITION_EMBEDDINGS
 # fp32 logits of magnitude 1..10 computed by another order of operations
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 RELATIVE = [s for s in SCHEMES if all(POSITION_EMBEDDINGS[part].kind != "absolute" for part in s.split("+"))]
+PLACELESS = ["none", "fox"]  # order and content alone matter: positions say where documents start, and nothing else
 ABSOLUTE = [s for s in SCHEMES if s not in RELATIVE]
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -161,7 +162,7 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
         one_by_one.append(output.logits[:, -1])
     whole = model(tokens[:1], position_ids=spread)
     assert_close(whole.logits[0], torch.cat(one_by_one), **CLOSE)
-    if model.config.has_position_bias:  # whose distances to cached keys are found by counting
+    if model.config.has_pair_bias:  # whose distances to cached keys are found by counting
         assert whole.past_key_values is None
         with pytest.raises(ValueError, match="`past_key_values` must be None for .* positions that leave numbers out"):
             model(tokens[:1], position_ids=spread, past_key_values=past)
@@ -169,7 +170,7 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
         model(tokens[:1, :8], position_ids=spread[:, :8], past_key_values=past)
         step = model(tokens[:1, 8:], position_ids=spread[:, 8:], past_key_values=past).logits
         assert_close(step[0], whole.logits[0, 8:], **CLOSE)
-    if scheme not in ("none",):
+    if scheme not in PLACELESS:
         assert not torch.allclose(torch.cat(one_by_one), model(tokens[:1]).logits[0], **CLOSE)
 
 
@@ -210,7 +211,8 @@ def test_every_parameter_gets_a_gradient(scheme):
         assert parameter.grad.isfinite().all() and parameter.grad.norm() > 1e-5 * largest, name
         if "position_embeddings" in name and parameter.ndim > 1:
             rows = parameter.grad.any(-1).float().mean().item()
-            assert rows > 0.5, f"{name}: only {rows:.0%} of its rows learn"
+            # of hidden units with random weights and biases that see inputs from 0 to 1, three in eight stay at 0
+            assert rows > 0.4, f"{name}: only {rows:.0%} of its rows learn"
 
 
 @pytest.mark.parametrize("scheme", RELATIVE)
@@ -283,7 +285,7 @@ def test_bf16(scheme, implementation):
 @each_scheme
 def test_autocast_leaves_the_bias_in_fp32(scheme):
     model = make_model(scheme)
-    if model.config.has_position_bias:
+    if model.config.has_pair_bias:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(model.model.distance_bias(999), make_model(scheme).model.distance_bias(999))
     with torch.autocast("cpu", torch.bfloat16):
@@ -334,7 +336,7 @@ def test_gradient_checkpointing(scheme, reentrant):
     assert_gradients_close(*gradients)
 
 
-COMPILED = ["none", "learned", "alibi", "linear_cpb", "t5", "kerple_log", "fire", "rotary", "xpos"]
+COMPILED = ["none", "learned", "alibi", "linear_cpb", "t5", "kerple_log", "fire", "fox", "rotary", "xpos"]
 
 
 @pytest.mark.parametrize("scheme", COMPILED)
@@ -349,7 +351,7 @@ def test_compiles_without_graph_breaks(scheme):
         assert_close(compiled(padded, attention_mask=mask).logits[1, 4:], expected[1, 4:], **CLOSE)
         packed = torch.cat((torch.arange(6), torch.arange(11)))[None].expand(2, -1)
         assert_close(compiled(tokens, position_ids=packed).logits, model(tokens, position_ids=packed).logits, **CLOSE)
-    if model.config.has_position_bias:
+    if model.config.has_pair_bias:
         with pytest.raises(RuntimeError, match="gaps cannot be compiled"):
             compiled(tokens, position_ids=torch.arange(17)[None] * 9)
 

@@ -137,6 +137,9 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
             (normed @ state[f"{name}.self_attn.{part}_proj.weight"].T).reshape(len(tokens), -1, dim) for part in "qkv"
         )
         group = heads // config.num_key_value_heads
+        own, kept = f"{name}.self_attn.position_embeddings", np.zeros((len(tokens), heads))
+        if "fox" in schemes:
+            kept = -np.log1p(np.exp(-normed @ state[f"{own}.fox.weight"].T - state[f"{own}.fox.gate_bias"]))
         mixed = np.zeros((len(tokens), heads, dim))
         for h in range(heads):
             for i in range(len(tokens)):
@@ -151,7 +154,7 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
                         key = key * xpos_decay(i - j, config)
                     if "temperature" in schemes and i >= config.train_length:
                         query = query * (1 + 0.1 * math.log((i + 1) / config.train_length))
-                    scores[j] = query @ key / math.sqrt(dim)
+                    scores[j] = query @ key / math.sqrt(dim) + kept[j + 1 : i + 1, h].sum()
                     for scheme in set(BIASES) & set(schemes):
                         scores[j] += reference_bias(scheme, i - j, state, layer, heads)[h]
                     if "fire" in schemes:
@@ -239,6 +242,15 @@ def test_fire_starts_at_the_papers_values():
     assert config.pos_embedding_kwargs == {"threshold": 128}
     again = RelPosConfig.from_dict({**config.to_dict(), "train_length": 512})
     assert again.pos_embedding_kwargs == {"threshold": 128}
+
+
+def test_fox_starts_half_open():
+    """The gate's weights have the model's initialisation, its bias is 0, as in the reference code."""
+    model = make_model("fox", hidden_size=96)
+    own = [layer.self_attn.position_embeddings["fox"] for layer in model.model.layers]
+    assert own[0].weight.shape == (6, 96) and own[0].weight.std().item() == pytest.approx(0.15, rel=0.1)
+    assert not own[0].gate_bias.any() and not torch.equal(own[0].weight, own[1].weight)
+    assert torch.equal(own[0].key_state(torch.zeros(1, 2, 96)), torch.full((1, 6, 2), 0.5).log())
 
 
 def test_learned_table_has_the_models_initialisation():

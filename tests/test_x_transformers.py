@@ -5,6 +5,7 @@ import torch
 from conftest import make_config
 from torch.testing import assert_close
 
+from hf_relpos.attention_keys import dense_key_bias
 from hf_relpos.position_base import POSITION_EMBEDDINGS
 
 
@@ -54,3 +55,15 @@ def test_rotations(name, factor):
     ]
     # scores of magnitude 1 to 10 from angles of up to 100 in fp32
     assert_close(turned[0] @ turned[1].mT, expected[0] @ expected[1].mT, rtol=1e-4, atol=1e-4)
+
+
+def test_fox():
+    """Their gates start at another bias, which both have here."""
+    ours = make_scheme("fox")
+    reference = theirs.DataDependentAlibi(48, heads=6, bias_init=5.0)
+    torch.nn.init.constant_(ours.gate_bias, 5.0)
+    reference.to_forget_gates[0].weight = ours.weight
+    x = torch.randn(2, 50, 48, generator=torch.Generator().manual_seed(0))
+    visible = torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()
+    expected = reference(x).where(visible, 0.0)
+    assert_close(dense_key_bias(ours.key_state(x), visible).where(visible, 0.0), expected, rtol=1e-4, atol=1e-5)
