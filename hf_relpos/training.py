@@ -110,7 +110,7 @@ class RelPosTrainingArguments(TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled beside a checkpoint: all but the token."""
-        return self.__dict__ | {"hub_token": None}
+        return {name: value for name, value in self.__dict__.items() if name != "given"} | {"hub_token": None}
 
 
 @dataclass
