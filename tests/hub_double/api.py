@@ -19,7 +19,7 @@ def whoami(hub, request):
     user = hub.user(request)
     if user is None:
         raise HubError(401, "Invalid username or password.")
-    role = "read" if request.headers["authorization"].removeprefix("Bearer ") in hub.read_only else "write"
+    role = "read" if request.token in hub.read_only else "write"
     auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
     return {"type": "user", "id": user, "name": user, "fullname": user, "isPro": False, "orgs": [], "auth": auth}
 

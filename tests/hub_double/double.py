@@ -49,7 +49,7 @@ class HubDouble(Server):
         """→ the environment of a client: this Hub, nothing of the user's own settings, caches in the folder."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(USERS_SETTINGS)}
         kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-        kept |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        kept["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"
         return kept | ({"HF_TOKEN": token} if token else {})
 
     def create(self, id: str, files: dict[str, bytes] | None = None, kind: str = "model", **settings: object) -> Repo:
@@ -89,7 +89,7 @@ class HubDouble(Server):
             return list(self.repos[kind, id].find(revision).history())
 
     def answer_cdn(self, request: Request) -> Answer:
-        if "authorization" in request.headers:
+        if request.token is not None:
             raise HubError(400, "Only one auth mechanism allowed: the URL is its own permission")
         return dispatch(self, request, CDN_ROUTES)
 
@@ -97,18 +97,18 @@ class HubDouble(Server):
 
     def user(self, request: Request) -> str | None:
         """→ None without a token."""
-        if "authorization" not in request.headers:
+        if request.token is None:
             return None
-        if token_of(request) not in self.tokens:
+        if request.token not in self.tokens:
             raise HubError(401, "Invalid credentials in Authorization header")
-        return self.tokens[token_of(request)]
+        return self.tokens[request.token]
 
     def writer(self, request: Request, owner: str | None = None) -> str:
         """→ the user, who may write to what belongs to the owner, or, without one, to something of their own."""
         user = self.user(request)
         if user is None:
             raise HubError(401, "Invalid username or password.")
-        if token_of(request) in self.read_only:
+        if request.token in self.read_only:
             raise HubError(403, "This token may only read: use one with the write role")
         if owner not in (None, user):
             raise HubError(403, f"You don't have the rights to write to the namespace {owner}")
@@ -125,7 +125,3 @@ class HubDouble(Server):
         user = self.user(request)
         if repo.gated and user != repo.owner:
             raise HubError(403 if user else 401, f"Access to {repo.kind} {repo.id} is restricted.", "GatedRepo")
-
-
-def token_of(request: Request) -> str:
-    return request.headers["authorization"].removeprefix("Bearer ")

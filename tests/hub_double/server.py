@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import socketserver
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,11 @@ class Request:
     @property
     def query(self) -> dict[str, str]:
         return dict(parse_qsl(self.target.partition("?")[2]))
+
+    @property
+    def token(self) -> str | None:
+        value = self.headers.get("authorization")
+        return None if value is None else value.removeprefix("Bearer ")
 
     def asks(self, name: str) -> bool:
         """Is the query's flag set?"""
@@ -150,9 +156,8 @@ class Origin(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request, client_address):
         """A client that went away is no error of the double."""
-        error = traceback.format_exc()
-        if "ConnectionError" not in error and "BrokenPipe" not in error and "ConnectionReset" not in error:
-            self.hub.errors.append(error)
+        if not isinstance(sys.exception(), ConnectionError):
+            self.hub.errors.append(traceback.format_exc())
 
     def stop(self):
         self.shutdown()
