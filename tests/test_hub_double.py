@@ -368,22 +368,6 @@ def test_hf_command_line(hub, tmp_path):
     assert not hub.repos and not hub.unknown
 
 
-DATA = """
-import datasets
-data = datasets.load_dataset("alice/data", split="train")
-result["rows"] = list(data["text"])
-data.push_to_hub("alice/again")
-result["again"] = list(datasets.load_dataset("alice/again", split="train", streaming=True).take(1))
-"""
-
-
-def test_datasets(hub, tmp_path):
-    hub.create("alice/data", {"train.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}, kind="dataset")
-    got = run_python(hub, tmp_path, DATA)
-    assert got == {"rows": ["one", "two"], "again": [{"text": "one"}]}
-    assert "data/train-00000-of-00001.parquet" in hub.files("alice/again", kind="dataset")
-
-
 METRIC = b"""import datasets
 import evaluate
 
@@ -396,13 +380,25 @@ class Words(evaluate.Metric):
     def _compute(self, predictions):
         return {"words": sum(len(text.split()) for text in predictions)}
 """
+DATA = """
+import sys
+sys.modules["transformers"] = None  # evaluate tries to import it, with torch, for its evaluators: seconds
+import datasets, evaluate
+del sys.modules["transformers"]
+data = datasets.load_dataset("alice/data", split="train")
+result["rows"] = list(data["text"])
+data.push_to_hub("alice/again")
+result["again"] = list(datasets.load_dataset("alice/again", split="train", streaming=True).take(1))
+result |= evaluate.load("alice/words").compute(predictions=data["text"])
+"""
 
 
-def test_evaluate(hub, tmp_path):
-    pytest.importorskip("evaluate")
+def test_datasets_and_evaluate(hub, tmp_path):
+    hub.create("alice/data", {"train.jsonl": b'{"text": "one"}\n{"text": "two words"}\n'}, kind="dataset")
     hub.create("alice/words", {"words.py": METRIC}, kind="space", sdk="gradio")
-    code = 'import evaluate; result = evaluate.load("alice/words").compute(predictions=["a b", "c"])'
-    assert run_python(hub, tmp_path, code) == {"words": 3}
+    got = run_python(hub, tmp_path, DATA)
+    assert got == {"rows": ["one", "two words"], "again": [{"text": "one"}], "words": 3}
+    assert "data/train-00000-of-00001.parquet" in hub.files("alice/again", kind="dataset")
 
 
 JAVASCRIPT = """
