@@ -5,12 +5,23 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
 
 
 def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
     """Raises `ValueError` if prompt and continuation do not fit into the positions that the model can serve."""
     limit = getattr(model.config, "max_positions", None)
+    if limit is not None and num_tokens >= limit:
+        raise ValueError(
+            f"the prompt takes {num_tokens} tokens and leaves none of the learned table's {limit} positions."
+        )
     if limit is not None and num_tokens + max_new_tokens > limit:
         raise ValueError(
             f"`max_new_tokens` must be at most {limit - num_tokens}: the learned table has {limit} positions "
@@ -35,6 +46,52 @@ def stream(model: Any, tokenizer: Any, prompt: str, config: GenerationConfig) ->
     if streamer is None:
         print(prompt + text)
     return text
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 42,
+) -> Iterator[tuple[list[int], str]]:
+    """Samples token by token, with random numbers of its own: several of these can be drawn from in turn.
+
+    Args:
+        model: a causal language model of transformers, without dropout.
+        tokenizer: the model's.
+        prompt: the text to go on with; empty for a new document.
+        max_new_tokens: tokens at most; the end of the document ends it earlier.
+        temperature: sharpness of sampling; 0 takes the likeliest token.
+        top_p: sample among tokens of this total probability, in (0, 1].
+        seed: of the random numbers; the tokens are those of `generate` after `set_seed(seed)`.
+
+    Yields:
+        the new tokens so far and their text, after each token; text that ends within a character ends before it.
+
+    Raises:
+        ValueError: if prompt and continuation do not fit into the positions that the model can serve.
+    """
+    step = _encode(tokenizer, [prompt])["input_ids"].to(model.device)
+    check_window(model, step.shape[1], max_new_tokens)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if temperature else [])
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    cache, tokens = DynamicCache(config=model.config), []
+    for _ in range(max_new_tokens):
+        with torch.no_grad():  # closed before each `yield`: it would hold for whoever asks for the next token
+            logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            probabilities = warpers(step, logits).softmax(-1)
+            step = torch.multinomial(probabilities, 1, generator=generator) if temperature else logits.argmax(-1, True)
+        if step.item() in ends:
+            return
+        tokens.append(step.item())
+        yield tokens, tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def complete(
