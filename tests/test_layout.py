@@ -105,6 +105,8 @@ LIBRARY_FILES = {
     "comparing": {"results"},
     "report_page": {"comparing", "results"},
     "sweeping": {"cli", "data", "evaluating", "recording", "results", "saved_models", "synthetic", "training"},
+    "demo": {"demo_parts", "modeling_relpos", "saved_models"},
+    "demo_parts": {"evaluation", "generation", "modeling_relpos", "results"},
     "serving": {"attention_relpos", "cli", "configuration_relpos", "modeling_relpos"},
 }
 

@@ -9,9 +9,8 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from conftest import ROOT, WORDS, make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from conftest import ROOT, make_model, make_tokenizer, save_with_tokenizer
+from transformers import LlamaConfig
 
 from hf_relpos import serving
 
@@ -29,35 +28,6 @@ PROMPT = "congress and the people"
 NEW_TOKENS = 12
 # no update check, no look at a hub; the proxy of a test machine has no business on the loopback
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "*", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def make_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one entry for each byte and some for the words of the tests."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<|pad|>", "<|eos|>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
-    backend.train_from_iterator([" ".join(WORDS)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        eos_token="<|eos|>",
-        chat_template=chat_template,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def save(folder, scheme: str, chat_template: str | None = TEMPLATE):
-    """→ the model that was saved, whose greedy text has nothing that cannot be decoded token by token."""
-    tokenizer = make_tokenizer(chat_template)
-    model = make_model(scheme, vocab_size=len(tokenizer))
-    printable = {token: index for token, index in tokenizer.get_vocab().items() if token.isascii()}
-    rows = [index for index in range(len(tokenizer)) if index not in printable.values() or index < 2]
-    model.lm_head.weight.data[rows] = 0.0  # a logit of 0 is never the highest
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
 
 
 @contextmanager
@@ -98,7 +68,7 @@ def serve(folder, *options: str):
 def served(request, tmp_path_factory):
     """→ a client, the name of the model it talks to, and that model in this process."""
     folder = tmp_path_factory.mktemp("served") / request.param
-    model = save(folder, request.param)
+    model = save_with_tokenizer(folder, request.param, TEMPLATE)
     with serve(folder) as client:
         yield client, str(folder), model
 
@@ -111,7 +81,7 @@ def greedy_text(model, tokenizer, text: str) -> str:
 
 def expected_texts(model) -> tuple[str, str]:
     """→ what follows the chat, and what follows the prompt."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(TEMPLATE)
     chat = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     texts = greedy_text(model, tokenizer, chat), greedy_text(model, tokenizer, PROMPT)
     assert all(len(text) >= NEW_TOKENS for text in texts) and texts[0] != texts[1]
@@ -149,7 +119,7 @@ def test_lists_the_served_model_and_no_other(served):
 
 def test_says_what_is_wrong_with_a_request(tmp_path):
     """A model saved without a chat template completes; a chat, or a text past its learned table, gets the reason."""
-    model = save(tmp_path / "learned", "learned", chat_template=None)
+    model = save_with_tokenizer(tmp_path / "learned", "learned")
     request = {"model": str(tmp_path / "learned"), "temperature": 0, "max_tokens": NEW_TOKENS}
     with serve(tmp_path / "learned") as client:
         assert client.completions.create(prompt=PROMPT, **request).choices[0].text == expected_texts(model)[1]
@@ -162,7 +132,7 @@ def test_says_what_is_wrong_with_a_request(tmp_path):
 
 
 def test_continuous_batching(tmp_path):
-    model = save(tmp_path / "rotary", "rotary")
+    model = save_with_tokenizer(tmp_path / "rotary", "rotary", TEMPLATE)
     request = {"model": str(tmp_path / "rotary"), "prompt": PROMPT, "temperature": 0, "max_tokens": NEW_TOKENS}
     with serve(tmp_path / "rotary", "--continuous-batching", "--cb-num-blocks", "16") as client:
         assert client.completions.create(**request).choices[0].text == expected_texts(model)[1]
@@ -171,7 +141,7 @@ def test_continuous_batching(tmp_path):
 
 
 def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
-    save(tmp_path / "bias", "alibi")
+    save_with_tokenizer(tmp_path / "bias", "alibi", TEMPLATE)
     LlamaConfig().save_pretrained(tmp_path / "llama")
     make_model("none").config.save_pretrained(tmp_path / "bare")
     capsys.readouterr()  # bars of what was saved
@@ -194,7 +164,7 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
 
 def test_refuses_on_the_command_line(tmp_path):
     """What transformers' own server finds out while it loads is one line too."""
-    save(tmp_path / "bias", "alibi")
+    save_with_tokenizer(tmp_path / "bias", "alibi", TEMPLATE)
     command = [sys.executable, "-m", "hf_relpos.serving", "serve", str(tmp_path / "bias"), "--device", "cpu"]
     command += ["--attn-implementation", "flash_attention_2"]
     environment = {**os.environ, **ENVIRONMENT}
