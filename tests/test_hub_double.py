@@ -5,6 +5,7 @@ import http.client
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from conftest import ROOT
 from hub_double import OTHER_TOKEN, READ_ONLY_TOKEN, TOKEN
 
 
-LARGE = bytes(range(250)) * 20  # 5000 bytes
+LARGE = random.Random(0).randbytes(5000)  # without a period, so that the order of its parts shows
 CARD = b"---\nlicense: mit\nlibrary_name: transformers\ntags:\n- tiny\n---\n# A model\n"
 FILES = {"README.md": CARD, "config.json": b"{}", "model.safetensors": LARGE, "sub/\u00e9 x.txt": b"text\n" * 9}
 
