@@ -37,8 +37,8 @@ TRAIN_TYPES = (ModelArguments, DataArguments, RelPosTrainingArguments)
 FINETUNE_TYPES = (SavedModelArguments, DataArguments, FinetuningArguments)
 EVALUATE_TYPES = (EvaluationArguments, DataArguments)
 SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
-# set by the sweep itself
-RESERVED = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}
+# set by the sweep itself, or by nobody there
+RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
 FILES = ("train_file", "validation_file")
 # what --scale multiplies, and the least that it leaves
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
@@ -175,7 +175,7 @@ def _section(path: str, name: str, values: Any, place: str | None = None) -> dic
         raise ValueError(f"{path}: `{place}` must be a dictionary of flags, got {values!r}.")
     for key in values:
         if key in RESERVED or key == "model_name_or_path":
-            raise ValueError(f"{path}: `{place}.{key}` is set by the sweep itself.")
+            raise ValueError(f"{path}: `{place}.{key}` is not for an experiment to set.")
         if key not in _names(*SECTIONS[name]):
             raise ValueError(f"{path}: `{place}` holds an unknown flag: {key!r}.")
     return values

@@ -204,7 +204,9 @@ def saved(tmp_path_factory):
     make_model("alibi").save_pretrained(folder)
     words = {f"w{index}": index for index in range(97)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", pad_token="w2").save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -324,6 +326,31 @@ def test_an_answer_that_is_lost_is_no_second_commit(hub, client, saved, name):
     assert "model.safetensors" in hub.files(name)  # the commit was made
     assert "nothing was sent" in client.check("push_to_hub", saved, name)
     assert len(hub.commits(name)) == 2
+
+
+PLAIN_TRAINER = """
+import torch
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+from hf_relpos import RelPosForCausalLM
+model = RelPosForCausalLM.from_pretrained({saved!r})
+rows = [dict(input_ids=row, labels=row) for row in torch.randint(2, 97, (4, 8))]
+where = dict(output_dir={folder!r}, push_to_hub=True, hub_model_id={name!r}, hub_strategy="end")
+args = TrainingArguments(max_steps=1, report_to="none", use_cpu=True, save_strategy="no", **where)
+trainer = Trainer(model=model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained({saved!r}))
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+def test_the_plain_trainer_pushes_what_loads_and_the_script_completes_it(hub, client, saved, name, tmp_path):
+    folder = tmp_path / "plain"
+    client.check(PLAIN_TRAINER.format(saved=str(saved), folder=str(folder), name=name))
+    files = hub.files(name)
+    assert {"config.json", "model.safetensors", "modeling_relpos.py", "tokenizer.json"} <= set(files)
+    assert "training_args.bin" in files and "generated_from_trainer" in files["README.md"].decode()
+    client.check("push_to_hub", folder, name)
+    files = hub.files(name)
+    assert "training_args.bin" not in files and is_generated(files["README.md"].decode())
 
 
 def test_training_refuses_a_hub_that_it_cannot_push_to_before_the_first_step(hub, client, tmp_path, corpus_files):
