@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ LOSSES = """{% if plots %}<div class="figure wide">{{ plots[0]|safe }}</div>
 <p class="quiet">{{ note }}</p>"""
 BIASES = """<div class="cards curves">{% for entry, plot, note in rows %}
 <section class="card" style="--model: {{ entry.color }}">{{ head(entry) }}
-{% if plot %}<div class="figure">{{ plot|safe }}</div>{% else %}<p>{{ note }}</p>{% endif %}
+{% if plot %}<div class="figure">{{ plot|safe }}</div>{% endif %}{% if note %}<p>{{ note }}</p>{% endif %}
 </section>{% endfor %}</div>"""
 
 
@@ -213,11 +214,21 @@ def bias_page(entries: Sequence[PageModel], layer: int, length: int, scale: str)
         elif layer >= num_layers:
             note = f"No layer {layer}: this model has layers 0 to {num_layers - 1}."
         else:
+            limit = _table_limit(entry, layer)
+            if limit < length - 1:
+                note = f"Up to distance {limit}: past position {limit} the bias depends on the query's position too."
             with torch.no_grad():
-                table = entry.model.model.distance_bias(int(length))[layer].cpu().numpy()
+                table = entry.model.model.distance_bias(int(min(length, limit + 1)))[layer].cpu().numpy()
             plot = _svg(_draw_bias, (5, 3.8), f"Bias by distance, layer {layer}", entry, table, scale)
         rows.append((entry, plot, note))
     return render(BIASES, rows=sorted(rows, key=lambda row: not row[1]))  # curves first
+
+
+def _table_limit(entry: PageModel, layer: int) -> float:
+    """The largest position of a query whose whole bias in this layer is a function of the distance."""
+    schemes = entry.model.model.layers[layer].self_attn.position_embeddings.values()
+    limits = [limit.item() for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
+    return math.floor(min(limits)) if limits else math.inf
 
 
 def _draw_bias(axes: Any, entry: PageModel, table: np.ndarray, scale: str) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script, make_text, save_with_tokenizer
+from conftest import ROOT, SCHEMES, load_script, make_model, make_text, make_tokenizer, save_with_tokenizer
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from transformers import LlamaConfig, set_seed
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, set_seed
 from hf_relpos import demo, demo_parts
 from hf_relpos.cli import parse_arguments
 from hf_relpos.demo import load_models
-from hf_relpos.demo_parts import bias_page, generate_cards, losses_by_position, losses_page
+from hf_relpos.demo_parts import PageModel, bias_page, generate_cards, losses_by_position, losses_page
 from hf_relpos.generation import sample
 
 
@@ -137,6 +137,23 @@ def test_bias_is_the_formula(tmp_path):
     page = bias_page([rotary, alibi], 1, 64, "linear")
     assert page.count("<svg") == 1 and "rotary adds no bias by distance" in page
     assert "No layer 2: this model has layers 0 to 1" in bias_page([alibi], 2, 64, "linear")
+
+
+def test_bias_ends_where_it_is_no_function_of_the_distance():
+    entry = PageModel("fire", make_model("fire", train_length=24), None, "#000000")
+    assert "Up to distance 24: past position 24 the bias depends" in bias_page([entry], 0, 64, "linear")
+    assert "Up to" not in bias_page([entry], 0, 25, "linear")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_has_a_page(scheme):
+    tokenizer = make_tokenizer()
+    entry = PageModel(scheme, make_model(scheme, vocab_size=len(tokenizer)), tokenizer, "#000000")
+    page = bias_page([entry], 0, 64, "linear")
+    assert ("<svg" in page) == entry.model.config.has_distance_table != ("adds no bias by distance" in page)
+    assert "<svg" in losses_page([entry], TEXT)
+    *_, page = generate_cards([entry], PROMPT, 3, 0, 1, 42)
+    assert ">3 tokens<" in page
 
 
 def test_names_hold_no_path(folders, entries, tmp_path, monkeypatch):
