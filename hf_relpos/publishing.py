@@ -17,7 +17,7 @@ from transformers.utils import PushInProgress
 
 from .model_card import CARD
 from .recording import TRAINING_RECORD
-from .repository import FILES, PICKLES, RESULT, WEIGHTS, repository_files, write_files
+from .repository import FILES, PICKLES, RESULT, WEIGHTS, check_weights, repository_files, write_files
 
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,9 @@ def _check_not_taken(
 def push_folder(folder: str | Path, repo_id: str, *, results: Sequence[str] = (), **kwargs: Any) -> CommitInfo:
     """Publishes a saved folder: `repository_files` and `publish` with their arguments."""
     about = {name: kwargs.pop(name) for name in ("base_model", "license", "tags") if name in kwargs}
-    return publish(repository_files(folder, repo_id, results, **about), repo_id, **kwargs)
+    files = repository_files(folder, repo_id, results, **about)
+    check_weights(files)
+    return publish(files, repo_id, **kwargs)
 
 
 def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> CommitInfo:
@@ -204,11 +206,16 @@ class RelPosTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of what lies in the output folder; arguments of transformers' draft are not needed."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            files = repository_files(folder, self.hub_model_id)
-            if isinstance(files[CARD], bytes):
-                (folder / CARD).write_bytes(files[CARD])
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        try:
+            card = repository_files(folder, self.hub_model_id)[CARD]
+        except ValueError as error:  # what is trained is saved all the same
+            logger.warning(f"No card was written: {error}")
+        else:
+            if isinstance(card, bytes):
+                (folder / CARD).write_bytes(card)
 
     def push_to_hub(
         self,

@@ -19,8 +19,6 @@ TRAINING_RECORD = "training.json"
 # what the record holds of the arguments and of the configuration
 RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-# flags of which only the last part of the path is told: where a file lay is nobody's business
-PATHS = ("train_file", "validation_file", "dataset_name", "tokenizer_name", "model_name_or_path")
 # flags that say where a run goes and who is told of it, and change nothing in it
 PRIVATE = (
     "output_dir",
@@ -56,8 +54,8 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
         for name, value in given.items():
             if name in PRIVATE or name in COSMETIC or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
-            if name in PATHS and Path(value).exists():
-                value = Path(value).name
+            if isinstance(value, str) and Path(value).exists():
+                value = Path(value).name  # where a file lies is nobody's business
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from .configuration_relpos import RelPosConfig
@@ -24,7 +25,7 @@ from .modeling_relpos import (
 from .recording import TRAINING_RECORD
 from .results import plot_results, plot_scores, read_result
 from .saved_models import load_model
-from .sharing_relpos import AUTO_MAP, code_files
+from .sharing_relpos import AUTO_MAP, code_files, foreign_schemes
 
 
 MODELS = {
@@ -136,7 +137,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(folder)!r} must hold a model of the family ('relpos'), got model_type {config.get('model_type')!r}."
         )
+    if foreign := foreign_schemes(config["pos_embedding_type"]):
+        name, module = next(iter(foreign.items()))
+        raise ValueError(
+            f"nobody could load it: the position embedding {name!r} is defined in {module!r}, outside of it."
+        )
     return config
+
+
+def check_weights(files: dict[str, Path | bytes]) -> None:
+    """Raises `ValueError` if the weights of a repository are missing in whole or in part, or cut off."""
+    index = files.get("model.safetensors.index.json")
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    if missing := sorted(named - set(files)):
+        raise ValueError(f"the weights are not whole: {missing[0]!r} is missing.")
+    for name in named:
+        try:
+            with safe_open(files[name], "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"the weights are not whole: {name!r} cannot be read: {error}") from error
 
 
 def check_loads(folder: str | Path) -> None:

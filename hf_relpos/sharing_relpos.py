@@ -48,6 +48,16 @@ def code_files() -> list[Path]:
     return [models, *sorted(Path(file) for file in get_relative_import_files(models))]
 
 
+def foreign_schemes(pos_embedding_type: str) -> dict[str, str]:
+    """Name → module, for the schemes whose code a saved folder does not carry."""
+    found = {}
+    for name, scheme in position_embedding_classes(pos_embedding_type).items():
+        source = getattr(sys.modules.get(scheme.__module__), "__file__", None)
+        if source is None or Path(source).parent != Path(__file__).parent:
+            found[name] = scheme.__module__
+    return found
+
+
 class SelfContainedModel:
     """Mixin for a `PreTrainedModel`: every way to save or push it takes the code along."""
 
@@ -78,10 +88,8 @@ class SelfContainedModel:
         return push_model(self, repo_id, **kwargs)
 
     def _warn_of_foreign_schemes(self, folder: Path) -> None:
-        for name, scheme in position_embedding_classes(self.config.pos_embedding_type).items():
-            source = getattr(sys.modules.get(scheme.__module__), "__file__", None)
-            if source is None or Path(source).parent != Path(__file__).parent:
-                logger.warning(
-                    f"The position embedding {name!r} is defined in {scheme.__module__!r}, which is not saved to "
-                    f"{str(folder)!r}: import it before you load the model."
-                )
+        for name, module in foreign_schemes(self.config.pos_embedding_type).items():
+            logger.warning(
+                f"The position embedding {name!r} is defined in {module!r}, which is not saved to {str(folder)!r}: "
+                "import it before you load the model."
+            )

@@ -18,9 +18,10 @@ from conftest import ROOT, make_model, make_tokens
 from hub_double import READ_ONLY_TOKEN, TOKEN, HubDouble
 
 import hf_relpos.repository
-from hf_relpos import RelPosForCausalLM
+from hf_relpos import PositionEmbedding, RelPosForCausalLM, register_position_embedding
 from hf_relpos.model_card import is_generated
-from hf_relpos.repository import repository_files, write_files
+from hf_relpos.position_base import POSITION_EMBEDDINGS
+from hf_relpos.repository import check_weights, repository_files, write_files
 from hf_relpos.sharing_relpos import code_files
 
 
@@ -442,6 +443,30 @@ def test_what_is_not_published(kind, saved, tmp_path, run_script, capsys):
     expected = spoil(folder, kind)
     assert expected in refusal(run_script, capsys, folder, "alice/m")
     assert not (tmp_path / "model-hub").exists()
+
+
+def test_a_scheme_from_elsewhere_is_not_published(tmp_path):
+    try:
+
+        @register_position_embedding("elsewhere")
+        class Elsewhere(PositionEmbedding):
+            """Defined in a test."""
+
+        make_model("elsewhere").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="'elsewhere' is defined in 'test_publishing', outside of it"):
+            repository_files(tmp_path)
+    finally:
+        POSITION_EMBEDDINGS.pop("elsewhere", None)
+
+
+def test_a_shard_too_few(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    RelPosForCausalLM.from_pretrained(saved).save_pretrained(folder, max_shard_size="40KB")
+    check_weights(repository_files(folder))
+    sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+    with pytest.raises(ValueError, match="the weights are not whole: 'model-.*' is missing"):
+        check_weights(repository_files(folder))
 
 
 def test_one_word_too_few(run_script, capsys, saved):
