@@ -155,6 +155,10 @@ class RelPosAttention(nn.Module):
     def _table(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:
         """→ (H, span) fp32 (fp64 beside fp64), from distance 0 on."""
         table = add_biases((shared_table, self.position_embeddings.table(positions.span, query.device)))
+        if table is None:  # the bias is all in the keys
+            return query.new_zeros(
+                query.shape[1], positions.span, dtype=torch.promote_types(query.dtype, torch.float32)
+            )
         return positions.local_heads(table).to(torch.promote_types(query.dtype, torch.float32))
 
     def _last_row(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:

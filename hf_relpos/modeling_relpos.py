@@ -97,7 +97,7 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             by a Triton kernel or in torch operations; "distance_bias:key_bias": the same for a fixed line in bf16, as a
             value per key, where a CPU is fast in bf16;
             "flex_attention:table": FlexAttention, which reads the table;
-            "sdpa:key_bias": "sdpa" with further channels, in which the keys hold their bias;
+            "sdpa:key_bias": "sdpa" with further channels, in which the keys hold their bias, as they do beside a table;
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
         """
         implementation = self.config._attn_implementation
@@ -110,14 +110,18 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             return "flex_attention:table"
         is_autocast = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
-        kernel = table_kernel(torch.empty(0, device=self.device, dtype=dtype), self.base_model.distance_bias(64)[0])
-        return f"distance_bias:{kernel}"
+        query = torch.empty(0, device=self.device, dtype=dtype)
+        table = self.base_model.distance_bias(64)[0] if self.config.has_pair_bias else query.new_zeros(1, 64)
+        return f"distance_bias:{table_kernel(query, table)}"
 
     def _table_limit(self) -> float:
         """The largest position of a query that is served by a table of the distances; −1 if none is."""
         implementation, drops = self.config._attn_implementation, self.training and self.config.attention_dropout > 0
         readers = ("sdpa",) if self.config.has_key_state else ("sdpa", "flex_attention")
-        if not self.config.has_distance_table or implementation not in readers or drops:
+        # weights below 2^−126, of which a bias in the keys makes many, take torch's kernel for CPUs several times as
+        # long, and ours not: a table of zeros
+        has_table = self.config.has_distance_table or (not self.config.has_pair_bias and self.device.type == "cpu")
+        if not self.config.has_position_bias or not has_table or implementation not in readers or drops:
             return -1.0
         schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in self.base_model.layers))
         limits = [limit for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]

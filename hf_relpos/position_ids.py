@@ -246,7 +246,7 @@ def build_positions(
         key_length, _ = past_key_values.get_mask_sizes(query_length, 0)
     padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
     key_mask = None if padding is None else _pad(padding[:, :key_length].bool(), key_length)
-    if not needs_pairs:
+    if not needs_pairs and table_limit < 0:
         return Positions(position_ids, position_ids, None, key_length, key_mask=key_mask, documents=documents)
 
     key_slots = torch.arange(key_length, device=position_ids.device)
@@ -266,7 +266,7 @@ def build_positions(
             return positions if num_served > 0 else positions.tail
     span = max(key_length, span or 0)
     positions = Positions(position_ids, key, None, span, key_mask=key_mask, documents=documents)
-    return _pairs(positions, past_length, attention_mask)
+    return _pairs(positions, past_length, attention_mask) if needs_pairs else positions
 
 
 def _pairs(

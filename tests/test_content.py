@@ -6,7 +6,7 @@ from conftest import make_model, make_tokens
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from hf_relpos import layers_relpos
+from hf_relpos import RelPosPreTrainedModel, layers_relpos
 from hf_relpos.attention_keys import add_key_bias, dense_key_bias, from_channels, to_channels
 
 
@@ -74,9 +74,18 @@ def test_channels_are_the_definition_with_gradients(dtype, padding):
         assert (actual - wanted).norm() < (3 if name == "state" else 1) * bound * wanted.norm(), name
 
 
-def test_the_fast_path_has_no_bias_for_pairs(monkeypatch):
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def device_kind(request, monkeypatch):
+    """Off CPUs the keys' channels go through torch's own kernels, with a mask where there is one."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(RelPosPreTrainedModel, "_table_limit", lambda self: -1.0)
+    return request.param
+
+
+def test_the_fast_path_has_no_bias_for_pairs(device_kind, monkeypatch):
     monkeypatch.setattr(layers_relpos, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
     model, tokens = make_fox(), make_tokens(3, 20)
+    assert model.attention_path() == ("distance_bias:blocks" if device_kind == "as on a CPU" else "sdpa:key_bias")
     mask = torch.ones_like(tokens)
     mask[1, :6], mask[2, 7:9] = 0, 0
     packed = torch.cat((torch.arange(8), torch.arange(12)))[None].expand(3, -1)
@@ -89,7 +98,7 @@ def test_the_fast_path_has_no_bias_for_pairs(monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_in_the_middle_moves_no_gate(implementation, dtype):
+def test_padding_in_the_middle_moves_no_gate(implementation, dtype, device_kind):
     """Whatever the padding's gates, in one forward and over a cache; another row has none."""
     model = make_fox(implementation, num_key_value_heads=2, initializer_range=0.05).to(dtype)
     tokens, mask = make_tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
@@ -108,15 +117,30 @@ def test_padding_in_the_middle_moves_no_gate(implementation, dtype):
         assert_close(logits[1], model(tokens[1:]).logits[0], **close)
 
 
-def test_the_gates_stay_in_fp32_under_autocast():
+@pytest.mark.parametrize("scheme", ["fox", "alibi+fox"])
+def test_the_gates_stay_in_fp32_under_autocast(scheme, device_kind):
     """Sums of hundreds of gates: in bf16 they would be wrong by whole units."""
-    model, tokens = make_model("fox", initializer_range=0.05), make_tokens(1, 700)
+    if scheme != "fox" and device_kind != "as on a CPU":
+        pytest.skip("a table is one everywhere")
+    model, tokens = make_model(scheme, initializer_range=0.05), make_tokens(1, 700)
     with torch.no_grad():
         expected = model(tokens).logits
         with torch.autocast("cpu", torch.bfloat16):
             for implementation in ("sdpa", "eager"):
                 model.set_attn_implementation(implementation)
                 assert (model(tokens).logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_gradients_are_those_of_the_dense_bias(device_kind):
+    tokens, mask = make_tokens(3, 70), torch.ones(3, 70, dtype=torch.long)
+    mask[1, :9], mask[2, 30:40] = 0, 0
+    labels = tokens.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)
+    models = [make_fox(implementation, num_key_value_heads=2) for implementation in ("sdpa", "eager")]
+    for model in models:
+        model(tokens, attention_mask=mask, labels=labels).loss.backward()
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 1e-4, f"{name}: {error:.1e}"
 
 
 def test_keys_are_cached_with_their_gates():

@@ -331,7 +331,7 @@ PATHS = {
     ("linear_cpb", "eager"): "eager:dense_bias",
     ("fire", "sdpa"): "distance_bias:blocks",
     ("fire", "flex_attention"): "flex_attention:dense_bias",
-    ("fox", "sdpa"): "sdpa:key_bias",
+    ("fox", "sdpa"): "distance_bias:blocks",
     ("fox", "eager"): "eager:dense_bias",
     ("fox", "flex_attention"): "flex_attention:dense_bias",
 }
