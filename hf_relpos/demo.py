@@ -139,19 +139,21 @@ def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:
     """Loads the models and serves the page until it is interrupted.
 
     Raises:
-        ValueError: without gradio, or for what is no model of the family.
-        OSError: if the port is taken.
+        ValueError: without gradio, for what is no model of the family, or if the port is taken.
     """
     gradio = import_gradio()
     page = build_page(gradio, load_models(names))
     theme = gradio.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS[0], font_mono=FONTS[1])
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        theme=theme,
-        css=CSS,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            theme=theme,
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+        )
+    except OSError as error:
+        raise ValueError(f"`port` {port} of `host` {host!r} is taken, or not free to use.") from error

@@ -191,6 +191,17 @@ def test_names_the_missing_package(run_script, capsys, monkeypatch):
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
+def test_names_a_taken_port(run_script, capsys, folders):
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match="2"):
+            run_script("demo", folders[0], "--port", port)
+    assert f"`port` {port} of `host` '127.0.0.1' is taken" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_words_without_a_flag(tmp_path):
     (tmp_path / "page.yaml").write_text("port: 80\nshare: true\n", encoding="utf-8")
     types, config = (load_script("demo").DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
