@@ -1,8 +1,6 @@
 """Model cards: what a model is, how it does at which length and where it fails, from its files and nothing else."""
 
 import hashlib
-import inspect
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .positions import position_embedding_classes
 from .recording import command_line
 from .results import markdown, score_cells
+from .schemes_page import PARTS, link_papers, read_scheme
 from .sharing_relpos import AUTO_MAP
 
 
@@ -119,12 +118,11 @@ def _classes(config: dict[str, Any]) -> dict[str, type]:
 
 
 def scheme_facts(name: str, scheme: type) -> dict[str, str]:
-    """What the docstring of a scheme says: `name`, `title`, `equation`, `text` and `papers` as links."""
-    title, equation, *rest = [*inspect.cleandoc(scheme.__doc__ or name).split("\n\n"), ""][:100]
-    papers = next((found for cls in scheme.__mro__ if (found := re.findall(r"\d{4}\.\d{5}", cls.__doc__ or ""))), [])
-    links = [f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in dict.fromkeys(papers)]
-    text = "\n\n".join(paragraph for paragraph in rest if paragraph)
-    return {"name": name, "title": title, "equation": equation or "–", "text": text, "papers": ", ".join(links)}
+    """What the docstring of a scheme says: `name`, `title`, `equation`, and the rest as `text` with links."""
+    read = read_scheme(scheme)
+    points = [f"- **{part}**: {read[part]}" for part in PARTS if part in read]
+    text = "\n\n".join([*read["text"], "\n".join(points)])
+    return {"name": name, "title": read["title"], "equation": read["equation"], "text": link_papers(text)}
 
 
 def _summary(config: dict[str, Any], record: dict[str, Any], base_model: str | None) -> str:

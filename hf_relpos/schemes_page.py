@@ -89,8 +89,8 @@ def _config(name: str, num_heads: int = 4) -> RelPosConfig:
 
 def read_docstring(cls: type[PositionEmbedding]) -> dict[str, Any]:
     """→ `title`, `equation`, `text` (paragraphs) and those of `PARTS` that there are."""
-    paragraphs = inspect.cleandoc(cls.__doc__).split("\n\n")
-    read: dict[str, Any] = {"title": " ".join(paragraphs[0].split()), "equation": paragraphs[1], "text": []}
+    paragraphs = inspect.cleandoc(cls.__doc__ or cls.__name__).split("\n\n")
+    read: dict[str, Any] = {"title": " ".join(paragraphs[0].split()), "equation": "".join(paragraphs[1:2]), "text": []}
     for paragraph in paragraphs[2:]:
         text, *parts = re.split(rf"(?:^|\s)({'|'.join(PARTS)}): ", " ".join(paragraph.split()))
         read["text"] += [text] if text else []
@@ -98,7 +98,7 @@ def read_docstring(cls: type[PositionEmbedding]) -> dict[str, Any]:
     return read
 
 
-def _with_bases(cls: type[PositionEmbedding]) -> dict[str, Any]:
+def read_scheme(cls: type[PositionEmbedding]) -> dict[str, Any]:
     """As `read_docstring`, with what the classes behind it say for several schemes."""
     read = read_docstring(cls)
     for base in cls.__mro__[1:]:
@@ -116,7 +116,7 @@ def _with_bases(cls: type[PositionEmbedding]) -> dict[str, Any]:
 
 
 def _section(name: str, cls: type[PositionEmbedding], model: RelPosForCausalLM) -> str:
-    read = _with_bases(cls)
+    read = read_scheme(cls)
     shown = curves(name, model)
     picture = f"![{name}](schemes/{name}.png)" if shown else "There is nothing to draw."
     options = ", ".join(f"`{option}` {value}" for option, value in cls.defaults.items()) or "none"
@@ -127,10 +127,11 @@ def _section(name: str, cls: type[PositionEmbedding], model: RelPosForCausalLM) 
     points += [f"**Past the training length**: {read['Past the training length']}"]
     points += [f"**Paper**: {read.get('Paper', read.get('Source'))}"]
     points += [f"**Differs**: {read['Differs']}"] if "Differs" in read else []
-    return _link("\n\n".join(lines) + "\n\n" + "\n".join(f"- {point}" for point in points) + "\n")
+    return link_papers("\n\n".join(lines) + "\n\n" + "\n".join(f"- {point}" for point in points) + "\n")
 
 
-def _link(text: str) -> str:
+def link_papers(text: str) -> str:
+    """→ the text with a link for each paper of arXiv."""
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 

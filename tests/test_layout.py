@@ -75,7 +75,7 @@ LIBRARY_FILES = {
     "generation": set(),
     "results": set(),
     "recording": {"data", "results"},
-    "model_card": {"positions", "recording", "results", "sharing_relpos"},
+    "model_card": {"positions", "recording", "results", "schemes_page", "sharing_relpos"},
     "repository": {
         "configuration_relpos",
         "model_card",

@@ -116,7 +116,8 @@ def test_every_scheme_has_a_card_without_gaps(scheme):
     assert not re.search(r"\{\{|\}\}|\bNone\b|\bTODO\b|More Information Needed|\bnan\b", text)
     for name in scheme.split("+"):
         facts = scheme_facts(name, POSITION_EMBEDDINGS[name])
-        assert facts["equation"] in text and facts["papers"] and facts["papers"] in text
+        assert facts["equation"] in text and facts["text"] in text
+        assert re.search(r"\*\*(Paper|Source)\*\*: .*https://arxiv.org/abs/\d", facts["text"])
     assert 'from_pretrained("alice/m", trust_remote_code=True)' in text and 'from_pretrained("alice/m")' in text
 
 
