@@ -37,7 +37,7 @@ class DistanceBias:
     columns counted from the end, c = slots − end + j, that is slots − rows + r − c: the same for all blocks.
 
     Attributes:
-        strip: (H, rows, slots + ahead), the values; −inf where a causal mask hides the key.
+        strip: (H, rows, slots + ahead), the values; −inf where a causal mask or a window hides the key.
         rows: rows of a block; a block of fewer is the end of it.
         slots: slots up to the last query.
         ahead: columns for keys behind the last query, 0 with a causal mask.
@@ -61,11 +61,12 @@ class DistanceBias:
         num_keys: int,
         is_causal: bool,
         is_reversed: bool,
+        window: int | None,
     ) -> "DistanceBias":
         """From the (H, L) table, for queries at the slots from `offset` to `slots` and keys from 0 to `num_keys`."""
         ahead = 0 if is_causal else max(num_keys - offset, 0)
-        past, num_later = bias_table[:, :slots].flip(1), ahead + rows - 1
-        past = F.pad(past, (slots - past.shape[1], 0))  # distances that no key has
+        past, num_later = bias_table[:, : min(slots, window or slots)].flip(1), ahead + rows - 1
+        past = F.pad(past, (slots - past.shape[1], 0), value=-math.inf)  # distances past the window, or of no key
         if is_causal:
             later = past.new_full((past.shape[0], num_later), -math.inf)
         else:
@@ -129,6 +130,7 @@ def block_forward(
     offset: int,
     key_mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ (B, H, Q, D) in the dtype of `query` and the (B, H, Q) logarithm of the sum of exponentials of each row.
 
@@ -141,7 +143,8 @@ def block_forward(
     slots, num_groups = offset + query_length, key.shape[1]
     num_keys = slots if is_causal else key.shape[2]
     block = min(query_length, 64 if num_keys <= 128 else 128 if num_keys <= LONGEST_COPY else 256)
-    bias = DistanceBias.build(bias_table.to(dtype), block, offset, slots, num_keys, is_causal, num_keys > LONGEST_COPY)
+    is_reversed = num_keys > LONGEST_COPY
+    bias = DistanceBias.build(bias_table.to(dtype), block, offset, slots, num_keys, is_causal, is_reversed, window)
     key, value = key.to(taken_dtype), value.to(taken_dtype)
     # laid out as the layers use it: the heads of a token beside each other
     out = query.new_empty(batch_size, query_length, num_heads, head_dim).transpose(1, 2)
@@ -152,7 +155,7 @@ def block_forward(
         heads = _query_heads(groups, num_heads // num_groups)
         held_key, held_value, strip = key[batch, groups], value[batch, groups], bias.strip[heads]
         for start, rows, end, queries in iterate_blocks(query_length, block, offset, bias):
-            keys = slice(0, end if is_causal else num_keys)
+            keys = slice(first_key(end - rows, window), end if is_causal else num_keys)
             mask = bias.window(strip, rows, end, keys)[None]
             hidden = hidden_keys(key_mask, documents, batch, queries, keys)
             if hidden is not None:
@@ -173,6 +176,11 @@ def block_forward(
 
     run_in_threads(attend, _equal_shares(batch_size, num_groups, num_workers(query)), query.device)
     return out, lse
+
+
+def first_key(slot: int, window: int | None) -> int:
+    """The first key that a query at `slot` sees."""
+    return 0 if window is None else max(slot - window + 1, 0)
 
 
 def iterate_blocks(
@@ -226,10 +234,11 @@ def block_backward(
     offset: int,
     key_mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of query, key, value and `bias_table`, each in its dtype. Arguments as in `block_forward`."""
     return _Backward(
-        grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents
+        grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window
     ).run()
 
 
@@ -253,11 +262,11 @@ class _Backward:
     """One backward pass: chunks that fit a core's cache, each computed by one thread from start to end."""
 
     def __init__(
-        self, grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents
+        self, grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window
     ) -> None:
         self.grad_out, self.query, self.key, self.value, self.out, self.lse = grad_out, query, key, value, out, lse
         self.bias_table, self.scaling, self.is_causal, self.offset = bias_table, scaling, is_causal, offset
-        self.key_mask, self.documents = key_mask, documents
+        self.key_mask, self.documents, self.window = key_mask, documents, window
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.query_length, self.group_size = query.shape[2], query.shape[1] // key.shape[1]
         slots = offset + self.query_length
@@ -272,13 +281,14 @@ class _Backward:
             self.num_keys,
             is_causal,
             self.num_keys > LONGEST_COPY_BACKWARD,
+            window,
         )
         # as the layers lay them out; no query sees the keys behind the last one
         self.grad_query, self.grad_key, self.grad_value = (
             x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
         )
-        self.grad_key[:, :, self.num_keys :] = 0
-        self.grad_value[:, :, self.num_keys :] = 0
+        for gradient in (self.grad_key, self.grad_value):
+            gradient[:, :, self.num_keys :] = 0
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         chunks = self._chunks()
@@ -325,6 +335,8 @@ class _Backward:
             gradients = (x[0] for x in gradients)
         else:
             gradients = (torch.empty_like(x) for x in (key, value))
+        if self.window is not None:  # no block of queries sees all keys
+            gradients = tuple(x.zero_() for x in gradients)
         return _Chunk(batch, groups, query, grad_out, lse[..., None] * LOG2_E, delta, key, value, *gradients)
 
     def _run_block(
@@ -342,11 +354,12 @@ class _Backward:
             self._rows(x, start, rows) for x in (chunk.query, chunk.grad_out, chunk.lse, chunk.delta)
         )
         query = query * (self.scaling * LOG2_E)  # scores in units of ln 2
-        # the last block comes first and sees all keys: it finds their gradients empty
-        kept = 0 if start + rows == self.query_length else 1
+        # the last block comes first and, without a window, sees all keys: it finds their gradients empty
+        kept = 0 if start + rows == self.query_length and self.window is None else 1
         heads = _query_heads(chunk.groups, self.group_size)
         num_keys, grad_query = end if self.is_causal else self.num_keys, torch.empty_like(query)
-        for first in range(0, num_keys, self.tile):
+        begin = first_key(end - rows, self.window)
+        for first in range(begin, num_keys, self.tile):
             keys = slice(first, min(first + self.tile, num_keys))
             key, value = chunk.key[:, keys], chunk.value[:, keys]
             grad_key, grad_value = chunk.grad_key[:, keys], chunk.grad_value[:, keys]
@@ -366,7 +379,7 @@ class _Backward:
             total = grad_scores.view(by_head)
             total = total[0] if len(total) == 1 else total.sum(0)
             self.bias.window(strip[heads], rows, end, keys).add_(total)
-            torch.baddbmm(grad_query, grad_scores, key, beta=int(first > 0), alpha=self.scaling, out=grad_query)
+            torch.baddbmm(grad_query, grad_scores, key, beta=int(first > begin), alpha=self.scaling, out=grad_query)
             torch.baddbmm(grad_key, grad_scores.transpose(1, 2), query, beta=kept, alpha=LN_2, out=grad_key)
         grad_query = grad_query.view(chunk.batch.stop - chunk.batch.start, -1, rows, query.shape[-1])
         grad_query = grad_query.flip(2) if self.bias.is_reversed else grad_query

@@ -53,6 +53,7 @@ def distance_bias_attention(
     offset: int | None = None,
     key_mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Exact softmax attention with a bias that depends on the head and the distance alone.
 
@@ -64,13 +65,14 @@ def distance_bias_attention(
     Args:
         query: (B, H, Q, D), fp32, bf16, fp16 or fp64.
         key, value: (B, G, K, D) in the dtype of `query`; H is a multiple of G.
-        bias_table: (H, L) fp32 (fp64 with fp64), finite; the bias at the distances 0..L−1, as many as there are.
+        bias_table: (H, L) fp32 (fp64 with fp64), finite; the bias at the distances 0..L−1, as many as are seen.
         scaling: factor of q · k, D^(−1/2) by default.
         is_causal: whether keys behind the query are hidden.
         offset: key slot of the first query, K − Q by default; the keys of a preallocated cache may go on behind the
             last query.
         key_mask: (B, K) boolean, False on padding.
         documents: (B or 1, K) integers: a query sees the keys of its own document only.
+        window: a query sees the keys at distances below it only (sliding window); causal attention only.
 
     Returns:
         (B, H, Q, D) in the dtype of `query`; 0 for a query that sees no key.
@@ -82,12 +84,15 @@ def distance_bias_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     offset = key.shape[2] - query.shape[2] if offset is None else offset
-    _check_arguments(query, key, value, bias_table, is_causal, offset, key_mask, documents)
+    _check_arguments(query, key, value, bias_table, is_causal, offset, key_mask, documents, window)
+    if window is not None and window >= offset + query.shape[2]:
+        window = None
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    is_square = is_causal and documents is None and query.shape[2] == key.shape[2]  # and so begins at slot 0
+    is_plain = is_causal and documents is None and window is None
+    is_square = is_plain and query.shape[2] == key.shape[2]  # and so begins at slot 0
     if is_square and table_kernel(query, bias_table) == "key_bias":
         return key_bias_attention(query, key, value, bias_table, scaling, key_mask)
-    return _attend(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents)[0]
+    return _attend(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window)[0]
 
 
 def _check_arguments(
@@ -99,6 +104,7 @@ def _check_arguments(
     offset: int,
     key_mask: torch.Tensor | None,
     documents: torch.Tensor | None,
+    window: int | None,
 ) -> None:
     def refuse(what: str) -> None:
         tensors = {"query": query, "key": key, "value": value, "bias_table": bias_table}
@@ -118,7 +124,10 @@ def _check_arguments(
         refuse("the heads of `query` must be those of `bias_table` and a multiple of those of `key`")
     if min(query_length, num_keys) < 1 or offset < 0 or (is_causal and num_keys < offset + query_length):
         refuse("`key` must hold the slots of all queries, from `offset` on")
+    if window is not None and (window < 1 or not is_causal):
+        refuse(f"`window` must be at least 1, and `is_causal` be true beside it, got {window}, {is_causal}")
     longest = offset + query_length if is_causal else max(offset + query_length, num_keys - offset)
+    longest = longest if window is None else min(longest, window)
     if bias_table.shape[1] < longest:
         refuse(f"`bias_table` must hold the distances 0..{longest - 1}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch_size, num_keys)):
@@ -166,13 +175,14 @@ def _attend(
     offset: int,
     key_mask: torch.Tensor | None,
     documents: torch.Tensor | None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     forward = triton_forward if _uses_triton(query) else block_forward
-    return forward(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents)
+    return forward(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window)
 
 
 @_attend.register_fake
-def _(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents):
+def _(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window=None):
     return _like_layers(query), query.new_empty(query.shape[:3], dtype=bias_table.dtype)
 
 
@@ -190,13 +200,15 @@ def _attend_backward(
     offset: int,
     key_mask: torch.Tensor | None,
     documents: torch.Tensor | None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     backward = triton_backward if _uses_triton(query) else block_backward
-    return backward(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents)
+    masks = (key_mask, documents, window)
+    return backward(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, *masks)
 
 
 @_attend_backward.register_fake
-def _(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents):
+def _(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window=None):
     return *(_like_layers(x) for x in (query, key, value)), bias_table.new_empty(bias_table.shape)
 
 
@@ -206,16 +218,16 @@ def _like_layers(x: torch.Tensor) -> torch.Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents = inputs
+    *tensors, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window = inputs
     ctx.save_for_backward(*tensors, key_mask, documents, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple:
     query, key, value, bias_table, key_mask, documents, out, lse = ctx.saved_tensors
-    arguments = (ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents)
+    arguments = (ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window)
     gradients = _attend_backward(grad_out, query, key, value, out, lse, bias_table, *arguments)
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)
@@ -234,7 +246,8 @@ def flex_distance_attention(
     """As `distance_bias_attention`, by FlexAttention, which reads the table for each score.
 
     Args:
-        attention_mask: the `BlockMask` of transformers, which hides the future, padding and other documents.
+        attention_mask: the `BlockMask` of transformers, which hides the future, padding, other documents and what lies
+            outside of a window.
 
     Returns:
         (B, H, Q, D).

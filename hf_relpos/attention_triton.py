@@ -54,7 +54,7 @@ if triton is not None:
     @triton.jit
     def _scores(
         query, key, rows, columns, table, key_mask, documents, offset, Q, K, scale,
-        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
     ):  # fmt: skip
         """(rows, columns) scores of a tile in units of ln 2, −inf where a key is hidden."""
         distance = offset + rows[:, None] - columns[None, :]
@@ -63,6 +63,8 @@ if triton is not None:
             visible = visible & (distance >= 0)
         else:
             distance = tl.abs(distance)
+        if WINDOW > 0:
+            visible = visible & (distance < WINDOW)
         if HAS_MASK:
             visible = visible & (tl.load(key_mask + columns, mask=columns < K, other=0) != 0)[None, :]
         if HAS_DOCUMENTS:
@@ -78,7 +80,8 @@ if triton is not None:
         query_ptr, key_ptr, value_ptr, table_ptr, mask_ptr, documents_ptr, out_ptr, lse_ptr,
         q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, m_b, c_b,
         H, R, Q, K, L, offset, scale,
-        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WIDEN: tl.constexpr,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+        WIDEN: tl.constexpr,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -92,13 +95,16 @@ if triton is not None:
         stop = K
         if IS_CAUSAL:
             stop = tl.minimum(K, offset + first + BLOCK_Q)
-        for start in range(0, stop, BLOCK_K):
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(offset + first - WINDOW + 1, 0) // BLOCK_K * BLOCK_K
+        for start in range(begin, stop, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
             key = _load(key_ptr + batch * k_b + (head // R) * k_h, columns, K, k_n, k_d, D, BLOCK_D, WIDEN)
             value = _load(value_ptr + batch * v_b + (head // R) * v_h, columns, K, v_n, v_d, D, BLOCK_D, WIDEN)
             scores = _scores(
                 query, key, rows, columns, table_ptr + head * L, mask_ptr + batch * m_b, documents_ptr + batch * c_b,
-                offset, Q, K, scale, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS,
+                offset, Q, K, scale, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW,
             )  # fmt: skip
             new = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
@@ -116,12 +122,12 @@ if triton is not None:
     @triton.jit
     def _tile_gradient(
         query, key, value, grad_out, lse, delta, rows, columns, table, key_mask, documents, offset, Q, K, scale,
-        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
     ):  # fmt: skip
         """The weights of a tile and the gradients of its scores."""
         scores = _scores(
             query, key, rows, columns, table, key_mask, documents, offset, Q, K, scale,
-            IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS,
+            IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW,
         )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None] * 1.4426950408889634)
         grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
@@ -134,7 +140,8 @@ if triton is not None:
         q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, m_b, c_b,
         dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
         H, R, Q, K, L, offset, scale, scaling,
-        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WIDEN: tl.constexpr,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+        WIDEN: tl.constexpr,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -147,8 +154,11 @@ if triton is not None:
         begin = 0
         if IS_CAUSAL:
             begin = tl.maximum(first - offset, 0) // BLOCK_Q * BLOCK_Q
+        stop = Q
+        if WINDOW > 0:
+            stop = tl.minimum(Q, first + BLOCK_K - 1 + WINDOW - offset)
         for head in range(group * R, group * R + R):
-            for start in range(begin, Q, BLOCK_Q):
+            for start in range(begin, stop, BLOCK_Q):
                 rows = start + tl.arange(0, BLOCK_Q)
                 query = _load(query_ptr + batch * q_b + head * q_h, rows, Q, q_n, q_d, D, BLOCK_D, WIDEN)
                 grad_out = _load(grad_out_ptr + batch * o_b + head * o_h, rows, Q, o_n, o_d, D, BLOCK_D, WIDEN)
@@ -157,7 +167,7 @@ if triton is not None:
                 weights, grad_scores = _tile_gradient(
                     query, key, value, grad_out, lse, delta, rows, columns, table_ptr + head * L,
                     mask_ptr + batch * m_b, documents_ptr + batch * c_b, offset, Q, K, scale,
-                    IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS,
+                    IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW,
                 )  # fmt: skip
                 grad_value += tl.dot(tl.trans(weights.to(grad_out.dtype)), grad_out, input_precision="ieee")
                 grad_key += tl.dot(tl.trans(grad_scores.to(query.dtype)), query, input_precision="ieee")
@@ -191,7 +201,8 @@ if triton is not None:
         dq_b, dq_h, dq_n, dq_d,
         H, R, Q, K, L, offset, scale, scaling,
         ADD_TABLE: tl.constexpr,
-        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WIDEN: tl.constexpr,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+        WIDEN: tl.constexpr,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -205,14 +216,17 @@ if triton is not None:
         stop = K
         if IS_CAUSAL:
             stop = tl.minimum(K, offset + first + BLOCK_Q)
-        for start in range(0, stop, BLOCK_K):
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(offset + first - WINDOW + 1, 0) // BLOCK_K * BLOCK_K
+        for start in range(begin, stop, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
             key = _load(key_ptr + batch * k_b + (head // R) * k_h, columns, K, k_n, k_d, D, BLOCK_D, WIDEN)
             value = _load(value_ptr + batch * v_b + (head // R) * v_h, columns, K, v_n, v_d, D, BLOCK_D, WIDEN)
             _, grad_scores = _tile_gradient(
                 query, key, value, grad_out, lse, delta, rows, columns, table_ptr + head * L,
                 mask_ptr + batch * m_b, documents_ptr + batch * c_b, offset, Q, K, scale,
-                IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS,
+                IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW,
             )  # fmt: skip
             grad_query += tl.dot(grad_scores.to(key.dtype), key, input_precision="ieee")
             if ADD_TABLE:
@@ -226,7 +240,8 @@ if triton is not None:
         query_ptr, key_ptr, value_ptr, table_ptr, mask_ptr, documents_ptr, grad_out_ptr, lse_ptr, delta_ptr, sums_ptr,
         q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, m_b, c_b,
         B, H, R, Q, K, L, offset, scale, lowest,
-        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WIDEN: tl.constexpr,
+        IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+        WIDEN: tl.constexpr,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """The sum of all tiles on one diagonal of tiles, row block − key block = lowest + program 0, of one head.
@@ -251,7 +266,7 @@ if triton is not None:
             _, grad_scores = _tile_gradient(
                 query, key, value, grad_out, lse, delta, rows, columns, table_ptr + head * L,
                 mask_ptr + batch * m_b, documents_ptr + batch * c_b, offset, Q, K, scale,
-                IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS,
+                IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW,
             )  # fmt: skip
             sums += grad_scores
         program = (tl.program_id(0) * H + head) * tl.num_programs(2) + share
@@ -274,6 +289,7 @@ class _Launch:
         offset: int,
         key_mask: torch.Tensor | None,
         documents: torch.Tensor | None,
+        window: int | None,
     ) -> None:
         self.batch_size, self.num_heads, self.query_length, head_dim = query.shape
         self.num_groups, self.num_keys = key.shape[1:3]
@@ -299,6 +315,7 @@ class _Launch:
             "IS_CAUSAL": is_causal,
             "HAS_MASK": key_mask is not None,
             "HAS_DOCUMENTS": documents is not None,
+            "WINDOW": window or 0,
             # the interpreter, which runs on CPUs, multiplies no bf16
             "WIDEN": query.device.type == "cpu",
             "D": head_dim,
@@ -336,6 +353,7 @@ def triton_forward(
     offset: int,
     key_mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ (B, H, Q, D) in the dtype of `query` and the (B, H, Q) fp32 logarithms of the sums of exponentials.
 
@@ -343,7 +361,7 @@ def triton_forward(
     """
     out = _like_layers(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    launch = _Launch(query, key, value, bias_table, out, scaling, is_causal, offset, key_mask, documents)
+    launch = _Launch(query, key, value, bias_table, out, scaling, is_causal, offset, key_mask, documents, window)
     tiles = launch.tiles(is_backward=False)
     grid = (triton.cdiv(launch.query_length, tiles["BLOCK_Q"]), launch.num_heads, launch.batch_size)
     with _on(query.device):
@@ -364,6 +382,7 @@ def triton_backward(
     offset: int,
     key_mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    window: int | None = None,
     is_deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of query, key, value and `bias_table`. Arguments as in `triton_forward`.
@@ -372,7 +391,7 @@ def triton_backward(
         is_deterministic: whether the table's gradient is summed in a fixed order, by a kernel of its own, in place of
             atomic additions.
     """
-    launch = _Launch(query, key, value, bias_table, grad_out, scaling, is_causal, offset, key_mask, documents)
+    launch = _Launch(query, key, value, bias_table, grad_out, scaling, is_causal, offset, key_mask, documents, window)
     delta = torch.linalg.vecdot(grad_out.float(), out.float())
     tensors = (*launch.tensors, grad_out, lse, delta.contiguous())
     grad_query, grad_key, grad_value = _like_layers(query), _like_layers(key), _like_layers(value)
@@ -407,7 +426,10 @@ def _table_gradient(launch: _Launch, tensors: tuple[torch.Tensor, ...]) -> torch
     lowest = 1 - num_columns
     if launch.is_causal:  # diagonals with a distance of 0 or more
         lowest = max(lowest, -((launch.offset + block - 1) // block))
-    num_diagonals = num_rows - lowest
+    highest = num_rows - 1
+    if launch.flags["WINDOW"]:  # a tile's least distance is offset + block · diagonal − (block − 1)
+        highest = min(highest, (launch.flags["WINDOW"] - launch.offset + 2 * block - 2) // block - 1)
+    num_diagonals = highest + 1 - lowest
     shares = triton.cdiv(NUM_PROGRAMS, num_diagonals * launch.num_heads)
     shares = min(shares, launch.batch_size * min(num_rows, num_columns))
     sums = tensors[-1].new_empty(num_diagonals, launch.num_heads, shares, block, block)

@@ -31,12 +31,15 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, summed i
 LENGTHS = [(100, 100, 0), (65, 65, 0), (1, 1, 0), (1, 70, 69), (130, 300, 170), (7, 200, 50)]
 
 
-def reference(query, key, value, table, *, scaling, is_causal, offset, key_mask=None, documents=None):
+def reference(query, key, value, table, *, scaling, is_causal, offset, key_mask=None, documents=None, window=None):
     """The whole (B, H, Q, K) matrix; a row without a key is 0."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     distance = torch.arange(query.shape[2])[:, None] + offset - torch.arange(key.shape[2])
     visible = (distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool))[None, None]
+    if window is not None:
+        visible = visible & (distance < window)
+        table = torch.nn.functional.pad(table, (0, max(key.shape[2] - table.shape[1], 0)))
     if key_mask is not None:
         visible = visible & key_mask[:, None, None]
     if documents is not None:
@@ -104,6 +107,30 @@ def test_attention_and_gradients_are_the_reference(num_groups, is_causal, masks,
         for name, actual, expected in zip(("out", "query", "key", "value", "table"), ours, theirs, strict=True):
             # fp32 sums of up to 3 · 130 terms of size 1 in the table's gradient
             assert (actual - expected).abs().max() < 3e-5, f"{name} of lengths {lengths}"
+
+
+@pytest.mark.parametrize("masks", ["nothing", "padding and documents"])
+@pytest.mark.parametrize("num_groups", [6, 2])
+@pytest.mark.parametrize("window", [1, 20, 64, 150])
+def test_windows_are_the_reference(window, num_groups, masks, blocks):
+    """Also with a table that ends where the window does."""
+    for lengths in LENGTHS:
+        *inputs, grad_out = make_inputs(lengths, num_groups)
+        inputs[3] = inputs[3][:, : min(window, lengths[1])]
+        options = {"scaling": 0.3, "is_causal": True, "offset": lengths[2], "window": window}
+        options |= make_masks(lengths[1], masks)
+        ours = gradients(partial(distance_bias_attention, **options), inputs, grad_out)
+        theirs = gradients(partial(reference, **options), [x.double() for x in inputs], grad_out.double())
+        for name, actual, expected in zip(("out", "query", "key", "value", "table"), ours, theirs, strict=True):
+            assert (actual - expected).abs().max() < 3e-5, f"{name} of lengths {lengths}"
+
+
+def test_a_window_reads_the_keys_that_it_holds_alone():
+    *inputs, grad_out = make_inputs((2000, 2000, 0), batch_size=1)
+    for x in inputs[1:3]:
+        x[:, :, :1500] = math.nan
+    out = distance_bias_attention(*inputs, window=100)
+    assert out[:, :, 1856:].isfinite().all(), "keys from 1856 - 255 - 99 on are read"
 
 
 def test_defaults_are_those_of_attention():

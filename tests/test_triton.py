@@ -45,6 +45,21 @@ def test_kernels_are_the_reference(is_deterministic, is_causal, masks):
             assert (ours - theirs).abs().max() < 3e-5, f"{name} of lengths {lengths}"
 
 
+@pytest.mark.parametrize("masks", ["nothing", "padding and documents"])
+@pytest.mark.parametrize("window", [1, 30, 100])
+@pytest.mark.parametrize("is_deterministic", [True, False], ids=["deterministic", "fast"])
+def test_windows_are_the_reference(is_deterministic, window, masks):
+    for lengths in LENGTHS[:1] + LENGTHS[4:]:
+        *inputs, grad_out = make_inputs(lengths, num_groups=1, num_heads=2)
+        inputs[3] = inputs[3][:, : min(window, lengths[1])]
+        options = {"scaling": 0.3, "is_causal": True, "offset": lengths[2], "window": window}
+        options |= make_masks(lengths[1], masks)
+        actual = run(inputs, grad_out, is_deterministic, **options)
+        expected = expect(inputs, grad_out, **options)
+        for name, ours, theirs in zip(("out", "query", "key", "value", "table"), actual, expected, strict=True):
+            assert (ours - theirs).abs().max() < 3e-5, f"{name} of lengths {lengths}"
+
+
 @pytest.mark.parametrize("head_dim", [3, 24, 80, 160])
 def test_head_sizes_and_tiles(head_dim):
     *inputs, grad_out = make_inputs((70, 70, 0), num_groups=2, num_heads=2, batch_size=1, head_dim=head_dim)
