@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 
 from .position_base import POSITION_EMBEDDINGS
 from .position_sampling import SAMPLINGS
-from .positions import position_embedding_classes
+from .positions import layer_kinds, position_embedding_classes
 
 
 MODEL_SIZES = {
@@ -36,7 +36,12 @@ class RelPosConfig(PreTrainedConfig):
             and what tools take as the model's window. Only a learned table refuses longer input.
         train_length: the length in tokens that the model was trained at; written by training, read by evaluation
             and by schemes that go by it.
-        pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+".
+        pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+"; joined
+            by "/", the schemes of successive layers, from the first again behind the last, as often as there are
+            layers.
+        layer_types: for each layer "full_attention" or "sliding_attention", as in transformers; all full by default,
+            all sliding if only `sliding_window` is given.
+        sliding_window: how many keys a query sees at most in layers that slide, its own among them.
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
         rope_parameters: for schemes that rotate, as in transformers: `rope_type` ("default", "linear", "dynamic",
             "yarn", "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type
@@ -87,6 +92,7 @@ class RelPosConfig(PreTrainedConfig):
     train_length: int | None = None
     pos_embedding_type: str = "linear_cpb"
     pos_embedding_kwargs: dict | None = None
+    sliding_window: int | None = None
     position_start_augmentation: bool = False
     position_sampling: str | None = None
     hidden_dropout: float = 0.1
@@ -99,7 +105,9 @@ class RelPosConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, rope_parameters: dict | None = None, **kwargs: Any) -> None:
+    def __post_init__(
+        self, rope_parameters: dict | None = None, layer_types: list[str] | None = None, **kwargs: Any
+    ) -> None:
         self._check_sizes()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -110,6 +118,7 @@ class RelPosConfig(PreTrainedConfig):
         self._check_heads()
         self._check_ranges()
         self._configure_positions(rope_parameters)
+        self._configure_layers(layer_types)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -162,7 +171,7 @@ class RelPosConfig(PreTrainedConfig):
         return any(cls.needs_whole_rows(self) for cls in position_embedding_classes(self.pos_embedding_type).values())
 
     def _check_sizes(self) -> None:
-        optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length")
+        optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length", "sliding_window")
         required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
         for name in required + optional:
             value = getattr(self, name)
@@ -239,6 +248,38 @@ class RelPosConfig(PreTrainedConfig):
             # transformers completes and saves the field of any config that has it
             del self.rope_parameters
         self.pos_embedding_kwargs = kept
+
+    def _configure_layers(self, layer_types: list[str] | None) -> None:
+        num_layers, allowed = self.num_hidden_layers, ("full_attention", "sliding_attention")
+        num_parts = self.pos_embedding_type.count("/") + 1
+        if num_parts > num_layers:
+            raise ValueError(
+                f"`pos_embedding_type` must have at most `num_hidden_layers`={num_layers} parts between '/', "
+                f"got {self.pos_embedding_type!r}."
+            )
+        if layer_types is None and self.sliding_window is not None:
+            layer_types = ["sliding_attention"] * num_layers
+        if layer_types is None:
+            return  # transformers takes a field that is there for a list
+        fits = isinstance(layer_types, (list, tuple)) and len(layer_types) == num_layers
+        if not fits or any(layer_type not in allowed for layer_type in layer_types):
+            raise ValueError(
+                f"`layer_types` must be a list of `num_hidden_layers`={num_layers} of {list(allowed)}, "
+                f"got {layer_types!r}."
+            )
+        if ("sliding_attention" in layer_types) != (self.sliding_window is not None):
+            raise ValueError(
+                "`sliding_window` must be given if, and only if, `layer_types` has 'sliding_attention', "
+                f"got {self.sliding_window} with {layer_types}."
+            )
+        self.layer_types = list(layer_types)
+        for kind in layer_kinds(self):
+            refused = [name for name, cls in zip(kind.schemes, kind.classes) if not cls.serves_windows()]
+            if kind.window is not None and refused:
+                raise ValueError(
+                    f"`layer_types` must be 'full_attention' where `pos_embedding_type` is {refused[0]!r}, whose bias "
+                    "is no function of the distance alone, got 'sliding_attention'."
+                )
 
 
 # a configuration that is saved alone carries its code too

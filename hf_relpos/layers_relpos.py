@@ -28,7 +28,7 @@ from .attention_relpos import (
 )
 from .configuration_relpos import RelPosConfig
 from .position_base import Positions
-from .positions import add_biases, build_position_embeddings
+from .positions import add_biases, build_position_embeddings, layer_kinds
 
 
 class RelPosRMSNorm(nn.Module):
@@ -73,12 +73,14 @@ class RelPosAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.position_embeddings = build_position_embeddings(config, shared=False)
+        self.kind = layer_kinds(config)[layer_idx]
+        self.sliding_window = self.kind.window  # where backends look for it
+        self.position_embeddings = build_position_embeddings(config, layer_idx)
 
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, Q, C)
-        shared_bias: torch.Tensor | None,  # of the schemes that all layers share: (H, span), or (B or 1, H, Q, K)
+        shared_bias: torch.Tensor | None,  # of the schemes that layers share: (H, span), or (B or 1, H, Q, K)
         positions: Positions,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -91,7 +93,7 @@ class RelPosAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
         for rotate, rotation in positions.rotations:
             query, key = rotate(query, key, rotation)
-        if self.config.has_position_bias and query.shape[1] != self.config.num_attention_heads:
+        if self.kind.has_bias and query.shape[1] != self.config.num_attention_heads:
             positions = replace(positions, mesh=self._mesh(query))
         state = self._key_state(hidden_states, positions)
         if past_key_values is not None:
@@ -162,13 +164,13 @@ class RelPosAttention(nn.Module):
         return positions.local_heads(table).to(torch.promote_types(query.dtype, torch.float32))
 
     def _last_row(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:
-        """→ (H, offset + 1) fp32, from the distance of the first key down to 0: a slice of what earlier steps left."""
+        """→ (H, keys) fp32, from the distance of the first key down to 0: a slice of what earlier steps left."""
         kept = positions.kept_table(self.layer_idx)
         if kept is None:
             kept = self._table(shared_table, positions, query).flip(1)
             if positions.reversed_tables is not None:
                 positions.reversed_tables[self.layer_idx] = kept
-        return kept[:, kept.shape[1] - positions.offset - 1 :]
+        return kept[:, kept.shape[1] - positions.num_seen :]
 
     def _attend_with_table(
         self,
@@ -187,13 +189,21 @@ class RelPosAttention(nn.Module):
             table = self._table(shared_table, positions, query)
             output = flex_distance_attention(self, query, key, value, table, attention_mask, offset, scaling)
         elif query.shape[2] > 1:
-            table, documents = self._table(shared_table, positions, query), positions.documents
             output = distance_bias_attention(
-                query, key, value, table, scaling=scaling, offset=offset, key_mask=key_mask, documents=documents
+                query,
+                key,
+                value,
+                self._table(shared_table, positions, query),
+                scaling=scaling,
+                offset=offset,
+                key_mask=key_mask,
+                documents=positions.documents,
+                window=positions.window,
             )
         else:  # one row of scores: any kernel that takes a mask
-            key, value = key[:, :, : offset + 1], value[:, :, : offset + 1]
-            key_mask = None if key_mask is None else key_mask[:, : offset + 1]
+            seen = slice(offset + 1 - positions.num_seen, offset + 1)
+            key, value = key[:, :, seen], value[:, :, seen]
+            key_mask = None if key_mask is None else key_mask[:, seen]
             mask = row_mask(self._last_row(shared_table, positions, query), key_mask, query)
             return self._attend_with_mask(query, key, value, None, mask, **kwargs)
         return output.transpose(1, 2), None
@@ -254,6 +264,9 @@ class RelPosAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            **(
+                {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
+            ),  # flash attention's mask
             **kwargs,
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -45,7 +45,7 @@ from .position_ids import (
     simplify_mask,
 )
 from .position_sampling import sample_positions
-from .positions import build_position_embeddings
+from .positions import LayerKind, add_biases, build_position_embeddings
 from .sharing_relpos import SelfContainedModel
 
 
@@ -99,43 +99,56 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             "flex_attention:table": FlexAttention, which reads the table;
             "sdpa:key_bias": "sdpa" with further channels, in which the keys hold their bias, as they do beside a table;
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
+            Where layers differ, what they have, in the order of the layers, joined by "/".
         """
+        return "/".join(dict.fromkeys(self._kind_path(kind) for kind in self._kinds()))
+
+    def _kinds(self) -> dict[LayerKind, list[int]]:
+        """The kinds of layers that there are → the indices of those layers."""
+        kinds: dict[LayerKind, list[int]] = {}
+        for index, layer in enumerate(self.base_model.layers[: self.config.num_hidden_layers]):
+            kinds.setdefault(layer.self_attn.kind, []).append(index)
+        return kinds
+
+    def _kind_path(self, kind: LayerKind) -> str:
         implementation = self.config._attn_implementation
-        if not self.config.has_position_bias:
+        if not kind.has_bias:
             return implementation
-        if self._table_limit() < 0:
-            by_keys = implementation == "sdpa" and not self.config.has_pair_bias
+        if self._table_limit(kind) < 0:
+            by_keys = implementation == "sdpa" and not kind.has_pair_bias
             return f"{implementation}:key_bias" if by_keys else f"{implementation}:dense_bias"
         if implementation == "flex_attention":
             return "flex_attention:table"
         is_autocast = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
-        query = torch.empty(0, device=self.device, dtype=dtype)
-        table = self.base_model.distance_bias(64)[0] if self.config.has_pair_bias else query.new_zeros(1, 64)
-        return f"distance_bias:{table_kernel(query, table)}"
+        query, layer = torch.empty(0, device=self.device, dtype=dtype), self._kinds()[kind][0]
+        table = self.base_model.distance_bias(64)[layer] if kind.has_pair_bias else query.new_zeros(1, 64)
+        kernel = table_kernel(query, table)
+        return "distance_bias:blocks" if kernel == "key_bias" and kind.window else f"distance_bias:{kernel}"
 
-    def _table_limit(self) -> float:
+    def _table_limit(self, kind: LayerKind) -> float:
         """The largest position of a query that is served by a table of the distances; −1 if none is."""
         implementation, drops = self.config._attn_implementation, self.training and self.config.attention_dropout > 0
-        readers = ("sdpa",) if self.config.has_key_state else ("sdpa", "flex_attention")
+        readers = ("sdpa",) if kind.has_key_state else ("sdpa", "flex_attention")
         # weights below 2^−126, of which a bias in the keys makes many, take torch's kernel for CPUs several times as
         # long, and ours not: a table of zeros
-        has_table = self.config.has_distance_table or (not self.config.has_pair_bias and self.device.type == "cpu")
-        if not self.config.has_position_bias or not has_table or implementation not in readers or drops:
+        has_table = kind.has_table or (not kind.has_pair_bias and self.device.type == "cpu")
+        if not kind.has_bias or not has_table or implementation not in readers or drops:
             return -1.0
-        schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in self.base_model.layers))
+        layers = [self.base_model.layers[index] for index in self._kinds()[kind]]
+        schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in layers))
         limits = [limit for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
         if not limits:
             return math.inf
         # one look at the device for all layers; a graph cannot look, and FlexAttention takes all queries at once
         return -1.0 if implementation == "flex_attention" or is_tracing(limits[0]) else float(torch.stack(limits).min())
 
-    def _needs_pairs(self, attention_mask: torch.Tensor | None) -> bool:
+    def _needs_pairs(self, kind: LayerKind, attention_mask: torch.Tensor | None) -> bool:
         """Whether the scores need something for each pair of a query and a key, where no table serves them."""
         in_channels = self.config._attn_implementation == "sdpa" and not (
             attention_mask is not None and attention_mask.ndim == 4
         )
-        return self.config.has_pair_bias or (self.config.has_key_state and not in_channels)
+        return kind.has_pair_bias or (kind.has_key_state and not in_channels)
 
     def _tell_of_dense_bias(
         self, attention_mask: torch.Tensor | None, positions: Positions, table_limit: float
@@ -198,7 +211,7 @@ class RelPosModel(RelPosPreTrainedModel):
     def __init__(self, config: RelPosConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.position_embeddings = build_position_embeddings(config, shared=True)
+        self.position_embeddings = build_position_embeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -212,66 +225,106 @@ class RelPosModel(RelPosPreTrainedModel):
             length: number of distances, 0..length−1, in tokens.
 
         Returns:
-            (layers, heads, length) fp32.
+            (layers, heads, length) fp32; 0 in layers without such a bias.
 
         Raises:
             ValueError: if `length` is below 1, or if no scheme of the model is a function of the distance.
         """
         if length < 1:
             raise ValueError(f"`length` must be at least 1, got {length}.")
-        device = self.embed_tokens.weight.device
-        shared = self.position_embeddings.table(length, device)
-        tables = [layer.self_attn.position_embeddings.table(length, device) for layer in self.layers]
-        tables = [shared if own is None else own if shared is None else shared + own for own in tables]
-        if any(table is None for table in tables):
+        device, tables = self.embed_tokens.weight.device, []
+        for attention in (layer.self_attn for layer in self.layers):
+            shared = self.position_embeddings.table(length, device, attention.kind.schemes)
+            tables.append(add_biases((shared, attention.position_embeddings.table(length, device))))
+        if all(table is None for table in tables):
             raise ValueError(
                 f"`pos_embedding_type` must have a bias that is a function of the distance, "
                 f"got {self.config.pos_embedding_type!r}."
             )
-        return torch.stack(tables)
+        nothing = torch.zeros(self.config.num_attention_heads, length, device=device)
+        return torch.stack([nothing if table is None else table for table in tables])
 
     def _place(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         past_length: int | torch.Tensor,
-    ) -> tuple[Positions, bool]:
-        """→ where queries and keys stand, and whether a cache may hold these tokens."""
-        config, (batch_size, query_length, _) = self.config, inputs_embeds.shape
+    ) -> tuple[dict[LayerKind, Positions], bool]:
+        """→ where queries and keys stand in each kind of layers, and whether a cache may hold these tokens."""
+        config, (batch_size, query_length, _), ready = self.config, inputs_embeds.shape, attention_mask
         if config.has_key_state and isinstance(past_key_values, QuantizedCache):
             raise ValueError(
                 f"`past_key_values` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, "
                 "whose sums over the keys would carry the rounding of each: got a QuantizedCache."
             )
-        documents, cacheable, is_counted = None, True, position_ids is None
+        if isinstance(attention_mask, dict):  # ready masks of several kinds, which say nothing about positions
+            attention_mask = next(iter(attention_mask.values()))
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and config.sliding_window:
+            raise ValueError(
+                "`attention_mask` of 4 dimensions must be a dictionary with a mask for each of `layer_types` where "
+                f"some layers have a `sliding_window`, got a tensor of shape {tuple(attention_mask.shape)}."
+            )
+        documents, cacheable, is_counted, span = None, True, position_ids is None, None
         if is_counted:
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
         elif attention_mask is None or attention_mask.ndim == 2:
             documents, cacheable = inspect_positions(
                 position_ids, attention_mask, past_length, past_key_values is not None, config.has_pair_bias
             )
-        longest = config.max_position_embeddings
-        is_sampled = self.training and config.position_sampling is not None and past_key_values is None
-        if is_sampled:
-            sampling, is_counted, cacheable = config.position_sampling, False, False
-            position_ids = sample_positions(sampling, position_ids, attention_mask, documents, batch_size, longest)
-        table_limit = self._table_limit()
-        positions = build_positions(
-            position_ids,
-            attention_mask,
-            documents,
-            past_key_values,
-            past_length,
-            needs_pairs=self._needs_pairs(attention_mask),
-            table_limit=-1.0 if is_exported(inputs_embeds) else table_limit,
-            is_counted=is_counted,
-            span=longest if is_sampled else None,
+        if self.training and config.position_sampling is not None and past_key_values is None:
+            span, is_counted, cacheable = config.max_position_embeddings, False, False
+            drawing = (attention_mask, documents, batch_size, span)
+            position_ids = sample_positions(config.position_sampling, position_ids, *drawing)
+        placed = {}
+        for kind, layers in self._kinds().items():
+            table_limit = self._table_limit(kind)
+            positions = placed[kind] = build_positions(
+                position_ids,
+                ready.get(kind.layer_type) if isinstance(ready, dict) else ready,
+                documents,
+                past_key_values,
+                past_length,
+                needs_pairs=self._needs_pairs(kind, attention_mask),
+                table_limit=-1.0 if is_exported(inputs_embeds) else table_limit,
+                is_counted=is_counted,
+                span=span,
+                layer_idx=layers[0],
+                window=kind.window,
+            )
+            if (positions.visible is not None or positions.tail is not None) and config._attn_implementation == "sdpa":
+                self._tell_of_dense_bias(attention_mask, positions, table_limit)
+        return placed, cacheable
+
+    def _mask(
+        self,
+        kind: LayerKind,
+        positions: Positions,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
+        past_key_values: Cache | None,
+    ) -> Any:
+        """→ the mask of a kind of layers, as their attention implementation takes it; `None` where it needs none."""
+        if positions.offset is not None and self.config._attn_implementation != "flex_attention":
+            return None
+        create = create_causal_mask if kind.window is None else create_sliding_window_causal_mask
+        return create(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask.get(kind.layer_type) if isinstance(attention_mask, dict) else attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=None if positions.documents is None else same_document(positions.documents),
+            allow_is_causal_skip=positions.visible is None,
         )
-        if (positions.visible is not None or positions.tail is not None) and config._attn_implementation == "sdpa":
-            self._tell_of_dense_bias(attention_mask, positions, table_limit)
-        return positions, cacheable
+
+    def _shared_bias(self, kind: LayerKind, positions: Positions, layer_idx: int) -> torch.Tensor | None:
+        """→ what the schemes that layers share add to the scores: (H, span), or (B or 1, H, Q, K), or `None`."""
+        if positions.offset is None:
+            return self.position_embeddings.bias(positions, kind.schemes)
+        if positions.kept_table(layer_idx) is not None:
+            return None
+        return self.position_embeddings.table(positions.span, positions.query.device, kind.schemes)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -289,7 +342,8 @@ class RelPosModel(RelPosPreTrainedModel):
 
         Args:
             input_ids: (B, Q) token ids; or `inputs_embeds`, (B, Q, C).
-            attention_mask: (B, K), 0 on padding, or a ready (B, 1, Q, K) mask.
+            attention_mask: (B, K), 0 on padding, or a ready (B, 1, Q, K) mask; with a `sliding_window`, a dictionary of
+                ready masks by the `layer_types`.
             position_ids: (B, Q); counted over the real tokens of `attention_mask` by default. Where they do not
                 increase from one token to the next, a new document starts: packed rows attend within documents only.
             past_key_values: keys and values of the tokens before these, or an empty cache.
@@ -308,43 +362,39 @@ class RelPosModel(RelPosPreTrainedModel):
         past_length = cached_length(past_key_values)
         check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
         attention_mask = simplify_mask(attention_mask)
-        positions, cacheable = self._place(inputs_embeds, attention_mask, position_ids, past_key_values, past_length)
-        documents, batch_size = positions.documents, inputs_embeds.shape[0]
-        causal_mask = None
-        if positions.offset is None or self.config._attn_implementation == "flex_attention":
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                and_mask_function=None if documents is None else same_document(documents),
-                allow_is_causal_skip=positions.visible is None,
-            )
+        placed, cacheable = self._place(inputs_embeds, attention_mask, position_ids, past_key_values, past_length)
+        masks = {
+            kind: self._mask(kind, positions, inputs_embeds, attention_mask, past_key_values)
+            for kind, positions in placed.items()
+        }
+        first = next(iter(placed.values()))
+        position_ids, documents, batch_size = first.query, first.documents, inputs_embeds.shape[0]
         if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
-            kwargs |= flash_lengths(documents, causal_mask, batch_size)
+            kwargs |= flash_lengths(documents, next(iter(masks.values())), batch_size)
         if self.training and self.config.position_start_augmentation and past_key_values is None:
             # distances stay: only what acts on absolute positions sees the shift
-            max_positions = self.config.max_position_embeddings
-            positions.query = augment_starts(positions.query, documents, batch_size, max_positions)
-        positions.rotations = self.position_embeddings.rotations(positions.query, inputs_embeds.dtype)
-        if past_key_values is not None and not torch.is_grad_enabled():
-            layers = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)
-            keep_tables(positions, past_key_values, chain(self.position_embeddings.parameters(), *layers))
+            position_ids = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
+        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype)
+        own = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)
+        parameters = [*self.position_embeddings.parameters(), *chain(*own)]
+        biases = {}
+        for kind, positions in placed.items():
+            positions.query = position_ids
+            positions.rotations = tuple(rotations[name] for name in kind.schemes if name in rotations)
+            if past_key_values is not None and not torch.is_grad_enabled():
+                keep_tables(positions, past_key_values, parameters)
+            biases[kind] = self._shared_bias(kind, positions, self._kinds()[kind][0])
         if use_cache and past_key_values is None and cacheable:
             past_key_values = DynamicCache(config=self.config)
 
-        hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, positions.query))
-        shared_bias = None
-        if positions.offset is None:
-            shared_bias = self.position_embeddings.bias(positions)
-        elif positions.kept_table(0) is None:
-            shared_bias = self.position_embeddings.table(positions.span, inputs_embeds.device)
+        hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, position_ids))
         for layer in self.layers[: self.config.num_hidden_layers]:
+            kind = layer.self_attn.kind
             hidden_states = layer(
                 hidden_states,
-                shared_bias,
-                positions=positions,
-                attention_mask=causal_mask,
+                biases[kind],
+                positions=placed[kind],
+                attention_mask=masks[kind],
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,

@@ -20,7 +20,8 @@ class Positions:
 
     Attributes:
         query: (B or 1, Q) int64, the position of each query token.
-        key: (B or 1, K) int64, the position of each cached or current key token.
+        key: (B or 1, K) int64, the position of each cached or current key token. Layers with a window may cache other
+            keys than layers without: slots and positions here are those of some layers.
         distance: (B or 1, Q, K) int64, query − key, 0 where the key lies ahead (the causal mask hides it); `None` if
             no scheme asks for pairs or if `offset` says it all. The first dimension is 1 wherever all rows agree.
         span: exclusive upper bound of the distances.
@@ -31,6 +32,7 @@ class Positions:
         visible: (B or 1, 1, Q, K) boolean, the keys that each query sees; beside `distance`.
         tail: beside `offset`, the last queries, if a table does not serve these, with `distance` and `visible`; else
             `None`.
+        window: a query sees the keys at slots less than this many before its own; `None` for all.
         reversed_tables: layer index → (H, n) table from the longest distance down to 0, kept as long as the cache of
             keys that the forward goes on from; `None` where tables must not be kept.
         rotations: for each scheme that transforms q and k, its `rotate` function and what it computed once from
@@ -47,6 +49,7 @@ class Positions:
     documents: torch.Tensor | None = None
     visible: torch.Tensor | None = None
     tail: "Positions | None" = None
+    window: int | None = None
     reversed_tables: dict[int, torch.Tensor] | None = None
     rotations: tuple[tuple[Callable, Any], ...] = ()
     mesh: Any = None
@@ -54,7 +57,12 @@ class Positions:
     def kept_table(self, layer_idx: int) -> torch.Tensor | None:
         """→ (H, n) table from distance n − 1 down to 0 that a step before left, if it reaches as far as this one."""
         table = None if self.reversed_tables is None else self.reversed_tables.get(layer_idx)
-        return table if table is not None and table.shape[1] > self.offset else None
+        return table if table is not None and table.shape[1] >= self.num_seen else None
+
+    @property
+    def num_seen(self) -> int:
+        """The number of keys that the first query sees, by `offset` and `window`."""
+        return min(self.offset + 1, self.window or self.offset + 1)
 
     def local_heads(self, values: torch.Tensor) -> torch.Tensor:
         """(H, ..) values of all heads → (H / ranks, ..), those of this rank. The gradient is that of all heads."""
@@ -169,6 +177,11 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return False
 
     @classmethod
+    def serves_windows(cls) -> bool:
+        """Whether a layer with it may hide the keys that lie far behind, and drop them from its cache."""
+        return not cls.has_other_bias() and cls.table_limit is PositionEmbedding.table_limit
+
+    @classmethod
     def has_distance_bias(cls) -> bool:
         return cls.distance_bias is not PositionEmbedding.distance_bias
 
@@ -195,8 +208,8 @@ def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]]
     """Class decorator: makes a scheme selectable as `pos_embedding_type=name`."""
 
     def register(cls: type[PositionEmbedding]) -> type[PositionEmbedding]:
-        if name in POSITION_EMBEDDINGS or "+" in name:
-            raise ValueError(f"position embedding name must be new and without '+', got {name!r}")
+        if name in POSITION_EMBEDDINGS or {*name} & {*"+/"}:
+            raise ValueError(f"position embedding name must be new and without '+' and '/', got {name!r}")
         POSITION_EMBEDDINGS[name] = cls
         return cls
 

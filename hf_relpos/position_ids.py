@@ -6,6 +6,7 @@ Shape letters: B batch, Q query length, K key length.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,9 +51,9 @@ def check_mask(
         )
 
 
-def simplify_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def simplify_mask(attention_mask: Any) -> Any:
     """A (B, K) mask that hides nothing becomes `None`, so that all rows may share their positions."""
-    if attention_mask is None or attention_mask.ndim != 2 or is_tracing(attention_mask):
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or is_tracing(attention_mask):
         return attention_mask
     return None if bool(attention_mask.all()) else attention_mask
 
@@ -225,6 +226,8 @@ def build_positions(
     table_limit: float,
     is_counted: bool,
     span: int | None = None,
+    layer_idx: int = 0,
+    window: int | None = None,
 ) -> Positions:
     """Positions of the queries, of all keys in the cache, and what lies between them.
 
@@ -239,18 +242,25 @@ def build_positions(
             where they follow the slots; below 0 if there is no table.
         is_counted: whether `position_ids` are from `count_positions`.
         span: a bound of the positions where they are known to leave numbers out.
+        layer_idx: a layer whose keys are meant: layers with a window may have dropped the first ones.
+        window: how many keys a query sees at most, its own among them; `None` for all.
     """
     query_length = position_ids.shape[1]
-    key_length = query_length
+    key_length, num_dropped = query_length, 0
     if past_key_values is not None:
-        key_length, _ = past_key_values.get_mask_sizes(query_length, 0)
+        key_length, num_dropped = past_key_values.get_mask_sizes(query_length, layer_idx)
     padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    key_mask = None if padding is None else _pad(padding[:, :key_length].bool(), key_length)
+    key_mask = padding
+    if padding is not None:
+        key_mask = _pad(padding[:, num_dropped : num_dropped + key_length].bool(), key_length)
     if not needs_pairs and table_limit < 0:
-        return Positions(position_ids, position_ids, None, key_length, key_mask=key_mask, documents=documents)
+        return Positions(
+            position_ids, position_ids, None, key_length, key_mask=key_mask, documents=documents, window=window
+        )
 
-    key_slots = torch.arange(key_length, device=position_ids.device)
-    key = _key_positions(position_ids, padding, past_length, key_slots)
+    key_slots = torch.arange(key_length, device=position_ids.device) + num_dropped
+    key = _key_positions(position_ids, padding, past_length, key_slots, num_dropped)
+    past_length = past_length - num_dropped  # from here on slots are those of the keys that are left
     traced = is_tracing(key)
     if table_limit >= 0 and isinstance(past_length, int) and padding is attention_mask:
         slots = past_length + query_length
@@ -258,14 +268,23 @@ def build_positions(
         by_construction = (is_counted or query_length == 1) and padding is None and documents is None
         seen_mask = None if key_mask is None else key_mask[:, :slots]
         if by_construction or (not traced and _is_contiguous(key[:, :slots], seen_mask, documents)):
-            positions = Positions(position_ids, key, None, slots, past_length, _pad(seen_mask, key_length), documents)
+            positions = Positions(
+                position_ids,
+                key,
+                None,
+                min(slots, window or slots),
+                past_length,
+                _pad(seen_mask, key_length),
+                documents,
+                window=window,
+            )
             if table_limit == math.inf or slots <= table_limit + 1:
                 return positions
             num_served = math.floor(table_limit) + 1 - past_length  # of the queries
             positions.tail = _pairs(positions, past_length, attention_mask, max(num_served, 0))
             return positions if num_served > 0 else positions.tail
-    span = max(key_length, span or 0)
-    positions = Positions(position_ids, key, None, span, key_mask=key_mask, documents=documents)
+    span = max(key_length + num_dropped, span or 0)
+    positions = Positions(position_ids, key, None, span, key_mask=key_mask, documents=documents, window=window)
     return _pairs(positions, past_length, attention_mask) if needs_pairs else positions
 
 
@@ -284,6 +303,9 @@ def _pairs(
         span = max(span, int(distance.max()) + 1)
     slots = torch.arange(first, positions.query.shape[1], device=key.device) + past_length
     visible = _visible(slots, key.shape[1], positions.key_mask, positions.documents, attention_mask)
+    if positions.window is not None:
+        ahead = torch.arange(key.shape[1], device=key.device) > slots[:, None] - positions.window
+        visible = visible & ahead
     return replace(positions, query=query, distance=distance.clamp(min=0), span=span, offset=None, visible=visible)
 
 
@@ -323,6 +345,7 @@ def keep_tables(positions: Positions, past_key_values: Cache, parameters: Iterab
         kept = _REVERSED_TABLES[past_key_values] = state, {}
     positions.reversed_tables = kept[1]
     positions.span = max(64, 2 ** positions.offset.bit_length())
+    positions.span = min(positions.span, positions.window or positions.span)
 
 
 def _pad(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
@@ -333,10 +356,14 @@ def _pad(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
 
 
 def _key_positions(
-    position_ids: torch.Tensor, padding: torch.Tensor | None, past_length: int | torch.Tensor, key_slots: torch.Tensor
+    position_ids: torch.Tensor,
+    padding: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+    key_slots: torch.Tensor,
+    num_dropped: int,
 ) -> torch.Tensor:
     """→ (B or 1, K) positions of all keys. Slots that no query may see yet get any value."""
-    query_length, key_length = position_ids.shape[1], key_slots.shape[0]
+    query_length = position_ids.shape[1]
     if isinstance(past_length, int) and past_length == 0:
         ahead = key_slots[query_length:] - (query_length - 1)
         return torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=-1)
@@ -345,11 +372,11 @@ def _key_positions(
     if padding is None:
         return key_slots + (position_ids[:, -1:] - last)
     counted = padding.long().cumsum(-1) - 1
-    counted = torch.cat((counted, counted[:, -1:].expand(-1, max(key_length - counted.shape[1], 0))), dim=-1)
-    counted = counted[:, :key_length]
+    end = num_dropped + key_slots.shape[0]
+    counted = torch.cat((counted, counted[:, -1:].expand(-1, max(end - counted.shape[1], 0))), dim=-1)
     # not `as_tensor`, which makes a constant of a length that is traced
     last_slot = last + torch.zeros(1, dtype=torch.long, device=key_slots.device)
-    return counted + position_ids[:, -1:] - counted.index_select(1, last_slot)
+    return counted[:, num_dropped:end] + position_ids[:, -1:] - counted.index_select(1, last_slot)
 
 
 def _is_contiguous(key: torch.Tensor, key_mask: torch.Tensor | None, documents: torch.Tensor | None) -> bool:

@@ -28,7 +28,14 @@ from hf_relpos import RelPosConfig, RelPosForCausalLM, list_position_embeddings 
 ROOT = Path(__file__).parent.parent
 COMBINATIONS = ["sinusoidal+linear_cpb", "learned+alibi", "scaled_sinusoidal+rotary", "rotary+log_cpb"]
 COMBINATIONS += ["rotary+temperature", "alibi+fire", "rotary+fox"]
-SCHEMES = [*list_position_embeddings(), *COMBINATIONS]
+# by layers in turn → the window of the layers that slide, and what the layers are
+MIXES = {
+    "rotary/none": (7, "sliding_attention", "full_attention"),
+    "none/alibi+rotary": (None,),
+    "linear_cpb/log_cpb": (6, "full_attention", "sliding_attention"),
+    "fox/alibi": (None,),
+}
+SCHEMES = [*list_position_embeddings(), *COMBINATIONS, *MIXES]
 
 
 def make_config(pos_embedding_type: str, **overrides) -> RelPosConfig:
@@ -37,7 +44,16 @@ def make_config(pos_embedding_type: str, **overrides) -> RelPosConfig:
         vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=160
     )
     fields |= dict(initializer_range=0.15, hidden_dropout=0.0, pad_token_id=0, eos_token_id=1, train_length=8)
+    window, *kinds = MIXES.get(pos_embedding_type, (None,))
+    if window is not None:
+        num_layers = overrides.get("num_hidden_layers", fields["num_hidden_layers"])
+        fields |= dict(sliding_window=window, layer_types=[kinds[i % len(kinds)] for i in range(num_layers)])
     return RelPosConfig(pos_embedding_type=pos_embedding_type, **{**fields, **overrides})
+
+
+def schemes_of(pos_embedding_type: str) -> list[str]:
+    """The names of the schemes that it is made of."""
+    return pos_embedding_type.replace("/", "+").split("+")
 
 
 def make_model(pos_embedding_type: str, **overrides) -> RelPosForCausalLM:

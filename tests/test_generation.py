@@ -22,7 +22,7 @@ def test_speculative_decoding_is_greedy(scheme, ahead):
     model, tokens = make_model(scheme), make_tokens(1, 8).repeat(1, 3)
     expected = model.generate(tokens, **GREEDY)
     if ahead == "assistant":
-        assistant = make_model(scheme, num_hidden_layers=1)
+        assistant = make_model(scheme, num_hidden_layers=scheme.count("/") + 1)
         options = {"assistant_model": assistant, "num_assistant_tokens": 4}
     else:
         options = {"prompt_lookup_num_tokens": 4}

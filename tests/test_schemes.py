@@ -120,7 +120,8 @@ def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def reference_logits(model, tokens: list[int]) -> np.ndarray:
     """The whole model in numpy float64, from the formulas: (N,) tokens → (N, V)."""
     config, state = model.config, {k: v.double().numpy() for k, v in model.state_dict().items()}
-    schemes, heads, dim = config.pos_embedding_type.split("+"), config.num_attention_heads, config.head_dim
+    parts, heads, dim = config.pos_embedding_type.split("/"), config.num_attention_heads, config.head_dim
+    schemes = parts[0].split("+")
     x = state["model.embed_tokens.weight"][tokens]
     for p in range(len(tokens)):
         for scheme in schemes:
@@ -131,7 +132,8 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
             elif scheme == "learned":
                 x[p] += state["model.position_embeddings.learned.embedding.weight"][p]
     for layer in range(config.num_hidden_layers):
-        name = f"model.layers.{layer}"
+        name, schemes = f"model.layers.{layer}", parts[layer % len(parts)].split("+")
+        slides = getattr(config, "layer_types", [""] * 9)[layer] == "sliding_attention"
         normed = rms_norm(x, state[f"{name}.input_layernorm.weight"])
         q, k, v = (
             (normed @ state[f"{name}.self_attn.{part}_proj.weight"].T).reshape(len(tokens), -1, dim) for part in "qkv"
@@ -159,6 +161,8 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
                         scores[j] += reference_bias(scheme, i - j, state, layer, heads)[h]
                     if "fire" in schemes:
                         scores[j] += fire_bias(i, j, state, layer, config.pos_embedding_kwargs["threshold"])[h]
+                if slides:
+                    scores[: max(i + 1 - config.sliding_window, 0)] = -np.inf
                 weights = np.exp(scores - scores.max())
                 mixed[i, h] = weights / weights.sum() @ v[: i + 1, h // group]
         x = x + mixed.reshape(len(tokens), -1) @ state[f"{name}.self_attn.o_proj.weight"].T
