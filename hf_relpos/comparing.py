@@ -20,6 +20,8 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "rope_parameters": lambda value: _pairs(value, ROPE_DEFAULTS),
     "position_start_augmentation": lambda value: "augmented" if value else "",
     "position_sampling": lambda value: f"{value} positions" if value else "",
+    "layer_types": lambda value: _pattern(value) if value else "",
+    "sliding_window": lambda value: f"window {value}" if value else "",
     "train_length": lambda value: f"trained at {value}",
     "shape": lambda value: f"{value['num_hidden_layers']}×{value['hidden_size']}" if value else "",
     "num_steps": lambda value: f"{value} steps",
@@ -226,6 +228,15 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
             if name != "pos_embedding_type" and any(other[name] != fields[0][name] for other in fields):
                 words.append(VARIED[name](value) if name in VARIED else f"{name.rpartition('.')[2]} {value}")
         group.label = " ".join(filter(None, words))
+
+
+def _pattern(layer_types: Sequence[str]) -> str:
+    """The shortest part of the list that the whole repeats: "sliding/sliding/full"."""
+    names = [layer_type.removesuffix("_attention") for layer_type in layer_types]
+    for length in range(1, len(names) + 1):
+        if all(name == names[index % length] for index, name in enumerate(names)):
+            break
+    return "/".join(names[:length])
 
 
 def _pairs(options: dict[str, Any] | None, defaults: dict[str, Any]) -> str:

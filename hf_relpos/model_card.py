@@ -295,6 +295,8 @@ def _training_list(record: dict[str, Any]) -> str:
         "rotation": str(record["rope_parameters"]) if record.get("rope_parameters") else None,
         "position-start augmentation": "yes" if record.get("position_start_augmentation") else None,
         "position sampling": record.get("position_sampling"),
+        "layers": ", ".join(record["layer_types"]) if record.get("layer_types") else None,
+        "sliding window": record.get("sliding_window"),
         "time": f"{record['seconds']:.0f} s, {record['tokens_per_second']:.0f} tokens per second",
         "peak memory": f"{record['peak_memory_mib']:.0f} MiB",
     }

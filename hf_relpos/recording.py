@@ -120,6 +120,8 @@ def training_record(
         "rope_parameters": getattr(config, "rope_parameters", None),
         "position_start_augmentation": config.position_start_augmentation,
         "position_sampling": config.position_sampling,
+        "layer_types": getattr(config, "layer_types", None),
+        "sliding_window": config.sliding_window,
         "seed": args.seed,
         "data_seed": args.data_seed,
         "train_length": args.block_size,

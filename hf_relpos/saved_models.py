@@ -53,6 +53,15 @@ class ModelArguments(SavedModelArguments):
     position_start_augmentation: bool = field(
         default=False, metadata={"help": "Start the positions of each training sequence at random."}
     )
+    layer_types: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which layers see --sliding_window keys only, repeated over the layers: 'sliding/sliding/full'."
+        },
+    )
+    sliding_window: int | None = field(
+        default=None, metadata={"help": "Keys that layers which slide see; all layers slide without --layer_types."}
+    )
     max_position_embeddings: int | None = field(
         default=None,
         metadata={
@@ -73,7 +82,7 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
         ValueError: for a field that is unknown, unreadable or out of range.
     """
     fields = _parse_overrides(model_args.config_overrides)
-    for name in ("pos_embedding_type", "vocab_size", "max_position_embeddings"):
+    for name in ("pos_embedding_type", "vocab_size", "max_position_embeddings", "sliding_window"):
         if getattr(model_args, name) is not None:
             fields[name] = getattr(model_args, name)
     if model_args.pos_embedding_kwargs is not None:
@@ -87,12 +96,22 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
         fields["position_start_augmentation"] = True
     if model_args.position_sampling is not None:
         fields["position_sampling"] = _sampling(model_args)
-    config = RelPosConfig.from_size(model_args.model_size or "xsmall", train_length=block_size, **fields)
+    size = model_args.model_size or "xsmall"
+    if model_args.layer_types is not None:
+        num_layers = fields.get("num_hidden_layers", MODEL_SIZES.get(size, (0,))[0])
+        fields["layer_types"] = repeat_layer_types(model_args.layer_types, num_layers)
+    config = RelPosConfig.from_size(size, train_length=block_size, **fields)
     if config.max_positions is None:
         config.max_position_embeddings = max(config.max_position_embeddings, block_size)
     elif not draws_positions(config) and "max_position_embeddings" not in fields:
         config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
     return config
+
+
+def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
+    """'sliding/full' → `layer_types` of a configuration, the first again behind the last."""
+    parts = [f"{part.removesuffix('_attention')}_attention" for part in pattern.split("/")]
+    return [parts[index % len(parts)] for index in range(num_layers)]
 
 
 def draws_positions(config: RelPosConfig) -> bool:
@@ -137,7 +156,8 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         ValueError: if it is no model of the family, or of another scheme or vocabulary than asked for.
     """
     name = model_args.model_name_or_path
-    for other in ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides"):
+    others = ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides")
+    for other in (*others, "layer_types", "sliding_window"):
         if getattr(model_args, other, None) is not None:
             raise ValueError(f"`{other}` is that of the saved model: it cannot be given with `model_name_or_path`.")
     kwargs = {

@@ -77,7 +77,8 @@ class Run:
         words = [self.base.label] if self.base else [str(self.settings.get("pos_embedding_type", "linear_cpb"))]
         words += ["augmented"] if self.settings.get("position_start_augmentation") else []
         words += [f"{sampling} positions"] if (sampling := self.settings.get("position_sampling")) else []
-        names = {"model_size": "{}", "block_size": "at {}"} | ({"max_steps": "{} steps"} if self.base else {})
+        names = {"layer_types": "{}", "sliding_window": "window {}", "model_size": "{}", "block_size": "at {}"}
+        names |= {"max_steps": "{} steps"} if self.base else {}
         words += [text.format(self.settings[name]) for name, text in names.items() if name in self.settings]
         return " ".join(words) + ("" if self.base else f" seed {self.settings.get('seed', 42)}")
 

@@ -8,7 +8,9 @@ from transformers import AutoConfig, DynamicCache, MistralConfig, MistralForCaus
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM
+from hf_relpos.comparing import VARIED
 from hf_relpos.positions import layer_kinds
+from hf_relpos.saved_models import ModelArguments, new_config
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -213,3 +215,15 @@ BAD = {
 def test_refusals(fields, message):
     with pytest.raises(ValueError, match=message):
         RelPosConfig(**fields)
+
+
+def test_flags_of_layers():
+    flags = dict(pos_embedding_type="rotary/none", layer_types="sliding/sliding/full", sliding_window=32)
+    config = new_config(ModelArguments(model_size="small", **flags), 128)
+    assert config.layer_types == [SLIDING, SLIDING, FULL] * 2 and config.sliding_window == 32
+    config = new_config(ModelArguments(config_overrides="num_hidden_layers=2", **flags), 128)
+    assert config.layer_types == [SLIDING, SLIDING]
+    with pytest.raises(ValueError, match="`layer_types` must be a list of .* got .'wide_attention'"):
+        new_config(ModelArguments(layer_types="wide", sliding_window=3), 128)
+    assert VARIED["layer_types"]([SLIDING, SLIDING, FULL] * 2) == "sliding/sliding/full"
+    assert VARIED["layer_types"](None) == "" and VARIED["sliding_window"](32) == "window 32"
