@@ -78,7 +78,7 @@ def test_channels_are_the_definition_with_gradients(dtype, padding):
 def device_kind(request, monkeypatch):
     """Off CPUs the keys' channels go through torch's own kernels, with a mask where there is one."""
     if request.param == "as on a GPU":
-        monkeypatch.setattr(RelPosPreTrainedModel, "_table_limit", lambda self: -1.0)
+        monkeypatch.setattr(RelPosPreTrainedModel, "_table_limit", lambda self, kind: -1.0)
     return request.param
 
 
