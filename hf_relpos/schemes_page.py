@@ -140,7 +140,7 @@ def _parameters(name: str) -> str:
     shared = POSITION_EMBEDDINGS[name].shared_across_layers
 
     def count(num_heads: int) -> int:
-        scheme = build_position_embeddings(_config(name, num_heads), shared)[name]
+        scheme = build_position_embeddings(_config(name, num_heads), None if shared else 0)[name]
         return sum(parameter.numel() for parameter in scheme.parameters())
 
     four, per_head = count(4), (count(8) - count(4)) // 4
