@@ -152,11 +152,12 @@ class RelPosConfig(PreTrainedConfig):
     def has_distance_table(self) -> bool:
         """Whether the schemes add a bias that is a function of the head and the distance alone."""
         classes = position_embedding_classes(self.pos_embedding_type).values()
-        return any(cls.has_distance_bias() for cls in classes) and not any(cls.has_other_bias() for cls in classes)
+        others = any(cls.has_other_bias() or cls.has_score_bias() for cls in classes)
+        return any(cls.has_distance_bias() for cls in classes) and not others
 
     @property
-    def has_pair_bias(self) -> bool:
-        """Whether the schemes add a bias that goes by the distances or positions of queries and keys."""
+    def reads_distance(self) -> bool:
+        """Whether the schemes add a bias that goes by the positions of queries and keys."""
         classes = position_embedding_classes(self.pos_embedding_type).values()
         return any(cls.has_distance_bias() or cls.has_other_bias() for cls in classes)
 

@@ -106,6 +106,8 @@ class RelPosAttention(nn.Module):
 
         if positions.offset is None:
             bias = self._dense_bias(shared_bias, positions, state)
+            if self.kind.has_score_bias:
+                bias = add_biases((bias, self._score_bias(query, key, bias, positions)))
             output, weights = self._attend_with_mask(query, key, value, bias, attention_mask, **kwargs)
         elif positions.tail is None:
             output, weights = self._attend_with_table(
@@ -153,6 +155,21 @@ class RelPosAttention(nn.Module):
         if shared_bias is not None:
             shared_bias = positions.local_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
         return add_biases((shared_bias, self.position_embeddings.bias(positions), by_keys))
+
+    def _score_bias(
+        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, positions: Positions
+    ) -> torch.Tensor | None:
+        """→ (B, H, Q, K) fp32 or `None`. The kernel computes the scores once more."""
+        if positions.mesh is not None:
+            raise ValueError(
+                f"`tp_plan` must be None for pos_embedding_type {self.config.pos_embedding_type!r}, whose bias by the "
+                f"scores needs all heads in one place, got {positions.mesh.size()} ranks."
+            )
+        key = key.repeat_interleave(self.num_key_value_groups, dim=1)
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.float()
+            scores = query @ key.float().transpose(2, 3) * self.scaling
+            return self.position_embeddings.score_bias(scores, bias, query, positions)
 
     def _table(self, shared_table: torch.Tensor | None, positions: Positions, query: torch.Tensor) -> torch.Tensor:
         """→ (H, span) fp32 (fp64 beside fp64), from distance 0 on."""

@@ -122,7 +122,7 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         is_autocast = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
         query, layer = torch.empty(0, device=self.device, dtype=dtype), self._kinds()[kind][0]
-        table = self.base_model.distance_bias(64)[layer] if kind.has_pair_bias else query.new_zeros(1, 64)
+        table = self.base_model.distance_bias(64)[layer] if kind.has_table else query.new_zeros(1, 64)
         kernel = table_kernel(query, table)
         return "distance_bias:blocks" if kernel == "key_bias" and kind.window else f"distance_bias:{kernel}"
 
@@ -271,7 +271,7 @@ class RelPosModel(RelPosPreTrainedModel):
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
         elif attention_mask is None or attention_mask.ndim == 2:
             documents, cacheable = inspect_positions(
-                position_ids, attention_mask, past_length, past_key_values is not None, config.has_pair_bias
+                position_ids, attention_mask, past_length, past_key_values is not None, config.reads_distance
             )
         if self.training and config.position_sampling is not None and past_key_values is None:
             span, is_counted, cacheable = config.max_position_embeddings, False, False

@@ -171,6 +171,13 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         key is the sum of what the tokens behind the key say, up to the query. Only called on schemes of a layer."""
         return None
 
+    def score_bias(
+        self, scores: torch.Tensor, bias: torch.Tensor | None, query: torch.Tensor, positions: Positions
+    ) -> torch.Tensor | None:
+        """(B, H, Q, K) fp32 scaled scores, all other biases of them or `None`, (B, H, Q, D) query → a further bias,
+        (B, H, Q, K) fp32. Only called on schemes of a layer; takes matrices of pairs in every forward."""
+        return None
+
     @classmethod
     def needs_whole_rows(cls, config: Any) -> bool:
         """Whether it must see each sequence in a row of its own, which servers that lay requests end to end break."""
@@ -195,8 +202,12 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return cls.key_state is not PositionEmbedding.key_state
 
     @classmethod
+    def has_score_bias(cls) -> bool:
+        return cls.score_bias is not PositionEmbedding.score_bias
+
+    @classmethod
     def has_bias(cls) -> bool:
-        return cls.has_distance_bias() or cls.has_other_bias() or cls.has_key_state()
+        return cls.has_distance_bias() or cls.has_other_bias() or cls.has_key_state() or cls.has_score_bias()
 
     def table(self, length: int, device: torch.device) -> torch.Tensor:
         """→ (H, length) fp32: `distance_bias` on 0..length−1, outside of autocast."""

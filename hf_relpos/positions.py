@@ -71,14 +71,18 @@ class LayerKind:
     @property
     def has_table(self) -> bool:
         """Whether the schemes add a bias that is a function of the head and the distance alone."""
-        return any(cls.has_distance_bias() for cls in self.classes) and not any(
-            cls.has_other_bias() for cls in self.classes
-        )
+        others = any(cls.has_other_bias() or cls.has_score_bias() for cls in self.classes)
+        return any(cls.has_distance_bias() for cls in self.classes) and not others
 
     @property
     def has_pair_bias(self) -> bool:
-        """Whether the schemes add a bias that goes by the distances or positions of queries and keys."""
-        return any(cls.has_distance_bias() or cls.has_other_bias() for cls in self.classes)
+        """Whether the schemes add a bias that is more than a number per key."""
+        return self.has_score_bias or any(cls.has_distance_bias() or cls.has_other_bias() for cls in self.classes)
+
+    @property
+    def has_score_bias(self) -> bool:
+        """Whether the schemes add a bias that goes by the scores."""
+        return any(cls.has_score_bias() for cls in self.classes)
 
     @property
     def has_key_state(self) -> bool:
@@ -120,6 +124,12 @@ class PositionEmbeddings(nn.ModuleDict):
     def key_state(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """(B, Q, C) → the sum of the schemes' key states, (B, H, Q) fp32, or `None`."""
         return add_biases(scheme.key_state(hidden_states) for scheme in self.values())
+
+    def score_bias(
+        self, scores: torch.Tensor, bias: torch.Tensor | None, query: torch.Tensor, positions: Positions
+    ) -> torch.Tensor | None:
+        """→ the sum of the schemes' biases by the scores, (B, H, Q, K) fp32, or `None`."""
+        return add_biases(scheme.score_bias(scores, bias, query, positions) for scheme in self.values())
 
     def table(self, length: int, device: torch.device, names: Iterable[str] | None = None) -> torch.Tensor | None:
         """→ the sum of the distance tables of the schemes, or of some by name, (H, length) fp32, or `None`."""

@@ -58,7 +58,11 @@ def schemes_of(pos_embedding_type: str) -> list[str]:
 
 def make_model(pos_embedding_type: str, **overrides) -> RelPosForCausalLM:
     torch.manual_seed(0)
-    return RelPosForCausalLM(make_config(pos_embedding_type, **overrides)).eval()
+    model = RelPosForCausalLM(make_config(pos_embedding_type, **overrides)).eval()
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)  # what starts at 0 must matter too
+    return model
 
 
 def make_tokens(*shape: int, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:

@@ -15,13 +15,15 @@ from hf_relpos import RelPosForCausalLM, list_position_embeddings
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, summed in another order
-KINDS = ["none", "learned", "alibi", "linear_cpb", "fire", "fox", "rotary"]
+KINDS = ["none", "learned", "alibi", "linear_cpb", "fire", "fox", "cope", "dape", "rotary"]
 BIASED = [scheme for scheme in list_position_embeddings() if make_config(scheme).has_position_bias]
 UNBIASED = [scheme for scheme in list_position_embeddings() if scheme not in BIASED]
 
 
 def test_who_has_a_bias():
-    biased = "linear_cpb linear_cpb_large log_cpb fourier_cpb alibi t5 kerple_log kerple_power sandwich fire fox"
+    biased = (
+        "linear_cpb linear_cpb_large log_cpb fourier_cpb alibi t5 kerple_log kerple_power sandwich fire fox cope dape"
+    )
     assert set(BIASED) == set(biased.split())
 
 

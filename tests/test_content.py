@@ -1,12 +1,14 @@
 """Schemes that look at the tokens' content: what is kept beside the keys, and their ways through a kernel."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_model, make_tokens
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from hf_relpos import RelPosPreTrainedModel, layers_relpos
+from hf_relpos import Positions, RelPosPreTrainedModel, layers_relpos
 from hf_relpos.attention_keys import add_key_bias, dense_key_bias, from_channels, to_channels
 
 
@@ -171,3 +173,28 @@ def test_beside_a_table(scheme):
             step = models[0](tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past).logits
             real = mask[:, start:stop].bool()
             assert_close(step[real], outputs[1].logits[:, start:stop][real], **CLOSE)
+
+
+# --- by the scores
+
+
+def test_heads_that_other_ranks_hold_are_missed():
+    """DAPE's MLP sees all heads: with a share of them it would compute something else."""
+    model = make_model("dape")
+    positions = Positions(torch.arange(3)[None], torch.arange(3)[None], None, 3, mesh=SimpleNamespace(size=lambda: 2))
+    query = torch.zeros(1, 3, 3, 8)
+    with pytest.raises(ValueError, match="`tp_plan` must be None for pos_embedding_type 'dape'.*got 2 ranks"):
+        model.model.layers[0].self_attn._score_bias(query, query, None, positions)
+
+
+def test_cope_counts_what_its_row_sees():
+    """Gates of one half: positions of 0.5, 1, .. back from the query, over padding and up to the table's end."""
+    cope = make_model("cope", head_dim=1, pos_embedding_kwargs={"max_position": 3}).model.layers[0]
+    cope = cope.self_attn.position_embeddings["cope"]
+    with torch.no_grad():
+        cope.weight.copy_(torch.tensor([[0.0], [10.0], [30.0]]))
+    visible = torch.tensor([1, 1, 1, 1, 0, 1, 0], dtype=torch.bool)[None, None, None]
+    positions = Positions(torch.tensor([[5]]), torch.arange(7)[None], None, 7, visible=visible)
+    bias = cope.score_bias(torch.zeros(1, 1, 1, 7), None, torch.ones(1, 1, 1, 1), positions)
+    # counts 2.5 (at most 2), 2, 1.5, 1, 0.5 on the keys that are seen
+    assert bias[visible].tolist() == [30.0, 30.0, 20.0, 10.0, 5.0]

@@ -360,6 +360,8 @@ PATHS = {
     ("fire", "flex_attention"): "flex_attention:dense_bias",
     ("fox", "sdpa"): "distance_bias:blocks",
     ("fox", "eager"): "eager:dense_bias",
+    ("cope", "sdpa"): "sdpa:dense_bias",
+    ("dape", "sdpa"): "sdpa:dense_bias",
     ("fox", "flex_attention"): "flex_attention:dense_bias",
 }
 

@@ -11,7 +11,7 @@ from hf_relpos.position_base import POSITION_EMBEDDINGS
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, computed in another order
-KINDS = ["none", "learned", "alibi", "linear_cpb", "fire", "fox", "rotary"]
+KINDS = ["none", "learned", "alibi", "linear_cpb", "fire", "fox", "cope", "dape", "rotary"]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
 
 

@@ -22,7 +22,7 @@ HUB_FILES = {
     "position_absolute": {"position_base"},
     "position_rotary": {"position_base"},
     "position_bias": {"position_base"},
-    "position_content": {"position_base"},
+    "position_content": {"position_base", "position_bias"},
     "position_fire": {"position_base", "position_bias"},
     "positions": {
         "position_base",

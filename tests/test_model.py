@@ -22,7 +22,8 @@ from hf_relpos.position_base import POSITION_EMBEDDINGS
 # fp32 logits of magnitude 1..10 computed by another order of operations
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 RELATIVE = [s for s in SCHEMES if all(POSITION_EMBEDDINGS[part].kind != "absolute" for part in schemes_of(s))]
-PLACELESS = ["none", "fox"]  # order and content alone matter: positions say where documents start, and nothing else
+# order and content alone matter: positions say where documents start, and nothing else
+PLACELESS = ["none", "fox", "cope"]
 ABSOLUTE = [s for s in SCHEMES if s not in RELATIVE]
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -162,7 +163,7 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
         one_by_one.append(output.logits[:, -1])
     whole = model(tokens[:1], position_ids=spread)
     assert_close(whole.logits[0], torch.cat(one_by_one), **CLOSE)
-    if model.config.has_pair_bias:  # whose distances to cached keys are found by counting
+    if model.config.reads_distance:  # whose distances to cached keys are found by counting
         assert whole.past_key_values is None
         with pytest.raises(ValueError, match="`past_key_values` must be None for .* positions that leave numbers out"):
             model(tokens[:1], position_ids=spread, past_key_values=past)
@@ -289,7 +290,7 @@ def test_bf16(scheme, implementation):
 @each_scheme
 def test_autocast_leaves_the_bias_in_fp32(scheme):
     model = make_model(scheme)
-    if model.config.has_pair_bias:
+    if model.config.reads_distance:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(model.model.distance_bias(999), make_model(scheme).model.distance_bias(999))
     with torch.autocast("cpu", torch.bfloat16):
@@ -340,7 +341,20 @@ def test_gradient_checkpointing(scheme, reentrant):
     assert_gradients_close(*gradients)
 
 
-COMPILED = ["none", "learned", "alibi", "linear_cpb", "t5", "kerple_log", "fire", "fox", "rotary", "xpos"]
+COMPILED = [
+    "none",
+    "learned",
+    "alibi",
+    "linear_cpb",
+    "t5",
+    "kerple_log",
+    "fire",
+    "fox",
+    "cope",
+    "dape",
+    "rotary",
+    "xpos",
+]
 
 
 @pytest.mark.parametrize("scheme", COMPILED)
@@ -355,7 +369,7 @@ def test_compiles_without_graph_breaks(scheme):
         assert_close(compiled(padded, attention_mask=mask).logits[1, 4:], expected[1, 4:], **CLOSE)
         packed = torch.cat((torch.arange(6), torch.arange(11)))[None].expand(2, -1)
         assert_close(compiled(tokens, position_ids=packed).logits, model(tokens, position_ids=packed).logits, **CLOSE)
-    if model.config.has_pair_bias:
+    if model.config.reads_distance:
         with pytest.raises(RuntimeError, match="gaps cannot be compiled"):
             compiled(tokens, position_ids=torch.arange(17)[None] * 9)
 

@@ -1,5 +1,6 @@
 """Each scheme against its formula in float64, written here a second time, and against transformers' own code."""
 
+import itertools
 import math
 
 import numpy as np
@@ -113,6 +114,27 @@ def fire_bias(i: int, j: int, state: dict[str, np.ndarray], layer: int, threshol
     return own["out.weight"] @ np.maximum(own["hidden.weight"][:, 0] * x + own["hidden.bias"], 0)
 
 
+def cope_bias(scores: np.ndarray, query: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """(H, i + 1) scores of one query, (H, D), (N, D) → (H, i + 1)."""
+    bias = np.zeros_like(scores)
+    for h, j in np.ndindex(*scores.shape):
+        count = min(sum(1 / (1 + math.exp(-score)) for score in scores[h, j:]), len(table) - 1)
+        below = int(count)
+        above = min(below + 1, len(table) - 1)
+        bias[h, j] = query[h] @ ((1 - count + below) * table[below] + (count - below) * table[above])
+    return bias
+
+
+def dape_bias(scores: np.ndarray, bias: np.ndarray, state: dict[str, np.ndarray], own: str) -> np.ndarray:
+    """(H, i + 1) scores and other biases of one query → KERPLE's and the MLP's, (H, i + 1)."""
+    distance = np.arange(scores.shape[1])[::-1]
+    p, a = (np.maximum(state[f"{own}.{name}"], 0.01)[:, None] for name in "pa")
+    kerple = -p * np.log(1 + a * distance)
+    hidden = state[f"{own}.hidden.weight"] @ np.concatenate((scores, bias + kerple))
+    hidden = hidden + state[f"{own}.hidden.bias"][:, None]
+    return kerple + state[f"{own}.out.weight"] @ np.where(hidden > 0, hidden, 0.01 * hidden)
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
 
@@ -143,28 +165,33 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
         if "fox" in schemes:
             kept = -np.log1p(np.exp(-normed @ state[f"{own}.fox.weight"].T - state[f"{own}.fox.gate_bias"]))
         mixed = np.zeros((len(tokens), heads, dim))
-        for h in range(heads):
-            for i in range(len(tokens)):
-                scores = np.zeros(i + 1)
-                for j in range(i + 1):
-                    query, key = q[i, h], k[j, h // group]
-                    if {"rotary", "xpos"} & set(schemes):
-                        rope = config.rope_parameters
-                        options = (rope["partial_rotary_factor"], rope["rope_theta"])
-                        query, key = turned(query, i, *options), turned(key, j, *options)
-                    if "xpos" in schemes:
-                        key = key * xpos_decay(i - j, config)
-                    if "temperature" in schemes and i >= config.train_length:
-                        query = query * (1 + 0.1 * math.log((i + 1) / config.train_length))
-                    scores[j] = query @ key / math.sqrt(dim) + kept[j + 1 : i + 1, h].sum()
-                    for scheme in set(BIASES) & set(schemes):
-                        scores[j] += reference_bias(scheme, i - j, state, layer, heads)[h]
-                    if "fire" in schemes:
-                        scores[j] += fire_bias(i, j, state, layer, config.pos_embedding_kwargs["threshold"])[h]
-                if slides:
-                    scores[: max(i + 1 - config.sliding_window, 0)] = -np.inf
-                weights = np.exp(scores - scores.max())
-                mixed[i, h] = weights / weights.sum() @ v[: i + 1, h // group]
+        for i in range(len(tokens)):
+            scores, bias = np.zeros((2, heads, i + 1))
+            for h, j in itertools.product(range(heads), range(i + 1)):
+                query, key = q[i, h], k[j, h // group]
+                if {"rotary", "xpos"} & set(schemes):
+                    rope = config.rope_parameters
+                    options = (rope["partial_rotary_factor"], rope["rope_theta"])
+                    query, key = turned(query, i, *options), turned(key, j, *options)
+                if "xpos" in schemes:
+                    key = key * xpos_decay(i - j, config)
+                if "temperature" in schemes and i >= config.train_length:
+                    query = query * (1 + 0.1 * math.log((i + 1) / config.train_length))
+                scores[h, j] = query @ key / math.sqrt(dim)
+                bias[h, j] = kept[j + 1 : i + 1, h].sum()
+                for scheme in set(BIASES) & set(schemes):
+                    bias[h, j] += reference_bias(scheme, i - j, state, layer, heads)[h]
+                if "fire" in schemes:
+                    bias[h, j] += fire_bias(i, j, state, layer, config.pos_embedding_kwargs["threshold"])[h]
+            if "cope" in schemes:
+                bias += cope_bias(scores, q[i], state[f"{own}.cope.weight"])
+            if "dape" in schemes:
+                bias += dape_bias(scores, bias, state, f"{own}.dape")
+            if slides:
+                scores[:, : max(i + 1 - config.sliding_window, 0)] = -np.inf
+            weights = np.exp(scores + bias - (scores + bias).max(-1, keepdims=True))
+            for h in range(heads):
+                mixed[i, h] = weights[h] / weights[h].sum() @ v[: i + 1, h // group]
         x = x + mixed.reshape(len(tokens), -1) @ state[f"{name}.self_attn.o_proj.weight"].T
         hidden = rms_norm(x, state[f"{name}.post_attention_layernorm.weight"]) @ state[f"{name}.mlp.up_proj.weight"].T
         x = x + np.maximum(hidden, 0) ** 2 @ state[f"{name}.mlp.down_proj.weight"].T
@@ -250,11 +277,30 @@ def test_fire_starts_at_the_papers_values():
 
 def test_fox_starts_half_open():
     """The gate's weights have the model's initialisation, its bias is 0, as in the reference code."""
-    model = make_model("fox", hidden_size=96)
+    model = RelPosForCausalLM(make_config("fox", hidden_size=96))
     own = [layer.self_attn.position_embeddings["fox"] for layer in model.model.layers]
     assert own[0].weight.shape == (6, 96) and own[0].weight.std().item() == pytest.approx(0.15, rel=0.1)
     assert not own[0].gate_bias.any() and not torch.equal(own[0].weight, own[1].weight)
     assert torch.equal(own[0].key_state(torch.zeros(1, 2, 96)), torch.full((1, 6, 2), 0.5).log())
+
+
+def test_cope_starts_at_nothing():
+    """Embeddings of 0, as in the paper's code: the first step moves them, and the gates from then on."""
+    model, plain = (RelPosForCausalLM(make_config(scheme)) for scheme in ("cope", "none"))
+    own = model.model.layers[0].self_attn.position_embeddings["cope"]
+    assert own.weight.shape == (64, 8) and not own.weight.any()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    tokens = make_tokens(2, 9)
+    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_dape_starts_as_kerple_and_torch_linear():
+    own = [layer.self_attn.position_embeddings["dape"] for layer in make_model("dape").model.layers]
+    assert own[0].hidden.weight.shape == (32, 12) and own[0].out.weight.shape == (6, 32) and own[0].out.bias is None
+    for linear, bound in ((own[0].hidden, 12**-0.5), (own[0].out, 32**-0.5)):
+        assert all(0.8 * bound < parameter.abs().max() <= bound for parameter in linear.parameters())
+    p, a = (torch.cat([getattr(each, name) for each in own]) for name in "pa")
+    assert 0 <= p.min() and 1 < p.max() <= 2 and 0 <= a.min() and 0.5 < a.max() <= 1 and len(p.unique()) == 12
 
 
 def test_learned_table_has_the_models_initialisation():

@@ -5,6 +5,7 @@ import torch
 from conftest import make_config
 from torch.testing import assert_close
 
+from hf_relpos import Positions
 from hf_relpos.attention_keys import dense_key_bias
 from hf_relpos.position_base import POSITION_EMBEDDINGS
 
@@ -67,3 +68,17 @@ def test_fox():
     visible = torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()
     expected = reference(x).where(visible, 0.0)
     assert_close(dense_key_bias(ours.key_state(x), visible).where(visible, 0.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cope():
+    """Their causal mask is in the scores, ours beside them."""
+    ours = make_scheme("cope", pos_embedding_kwargs={"max_position": 20})
+    reference = theirs.CoPE(dim=8, heads=6, max_pos=20)
+    torch.nn.init.normal_(ours.weight)
+    reference.pos_emb = ours.weight
+    query, key = torch.randn(2, 2, 6, 50, 8, generator=torch.Generator().manual_seed(0))
+    scores, visible = query @ key.mT, torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()
+    positions = Positions(torch.arange(50)[None], torch.arange(50)[None], None, 50, visible=visible)
+    expected = reference(query, scores.masked_fill(~visible, -torch.inf))
+    actual = ours.score_bias(scores, None, query, positions)
+    assert_close(actual.where(visible, 0.0), expected.where(visible, 0.0), rtol=1e-4, atol=1e-4)
