@@ -164,6 +164,8 @@ def _cost(cls: type[PositionEmbedding]) -> str:
         costs.append(f"heads × queries × keys numbers, computed {once}" + " elsewhere" * cls.has_distance_bias())
     if cls.has_key_state():
         costs.append("a number per head and token, computed in each layer and cached with the keys")
+    if cls.has_score_bias():
+        costs.append("heads × queries × keys numbers, several times, from the scores, in each layer")
     return "; ".join(costs) or "nothing"
 
 
@@ -203,6 +205,7 @@ def curves(name: str, model: RelPosForCausalLM) -> tuple[str, str, dict[str, tor
         bias = _bias(scheme, model.config)
         if bias is not None:
             what = "bias, random tokens" if cls.has_key_state() else "bias"
+            what += ", without the scores' part" * cls.has_score_bias()
             return "distance", what, {f"head {head + 1}": line for head, line in enumerate(bias)}
         if cls.rotate is not PositionEmbedding.rotate:
             rotation = scheme.rotation(positions, torch.float32)
@@ -224,13 +227,12 @@ def _bias(scheme: PositionEmbedding, config: RelPosConfig) -> torch.Tensor | Non
         hidden = torch.randn(1, LONGEST + 1, config.hidden_size)
         says = scheme.key_state(hidden)[0].flip(-1)
         return says.cumsum(-1) - says
-    if not scheme.has_bias():
-        return None
     key = torch.arange(LONGEST + 1)[None]
     distance = (LONGEST - key)[:, None]
     visible = torch.ones(1, 1, 1, LONGEST + 1, dtype=torch.bool)
     positions = Positions(key[:, -1:], key, distance, LONGEST + 1, visible=visible)
-    return scheme.bias(positions)[0, :, 0].flip(-1)
+    bias = scheme.bias(positions)
+    return None if bias is None else bias[0, :, 0].flip(-1)
 
 
 def draw_scheme(name: str, path: Path) -> Path | None:
