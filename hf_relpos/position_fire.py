@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.import_utils import is_tracing
 
 from .position_base import PositionEmbedding, Positions, register_position_embedding
 from .position_bias import Float32Linear
@@ -67,6 +68,7 @@ class FIRE(PositionEmbedding):
             limit = self.multiplier.float().abs() * self.threshold
             reach = torch.where(index > limit, index, limit)  # `maximum` would halve the gradient where they are equal
             x = self.log(positions.distance.float()) / (self.log(reach) + 1e-6)  # (B or 1, Q, K)
-            # a few queries at a time: a pair has 32 hidden units
-            pieces = [self.mlp(piece).permute(0, 3, 1, 2) for piece in x.split(64, dim=1)]
+            # a few queries at a time: a pair has 32 hidden units; a graph is for any number of queries
+            pieces = (x,) if is_tracing(x) else x.split(64, dim=1)
+            pieces = [self.mlp(piece).permute(0, 3, 1, 2) for piece in pieces]
         return positions.local_heads(torch.cat(pieces, dim=2).transpose(0, 1)).transpose(0, 1)

@@ -275,7 +275,7 @@ def test_export(backend, scheme, tmp_path, monkeypatch):
             assert_close(theirs, ours, **CLOSE)
 
 
-@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("scheme", [*KINDS, "fire", "fox", "cope"])
 def test_export_of_a_forward(scheme):
     """One graph without a cache, traced without a mask, so also without padding."""
     exporters = import_exporters()

@@ -22,6 +22,7 @@ WINDOWS = {
     "learned+log_cpb/learned": [SLIDING, SLIDING, FULL, FULL],
     "alibi": [SLIDING] * 4,
     "fox+rotary/fox": [SLIDING, SLIDING, FULL, FULL],
+    "cope/dape": [SLIDING, SLIDING, FULL, FULL],
 }
 each_mix = pytest.mark.parametrize("scheme", WINDOWS)
 
