@@ -25,6 +25,7 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "train_length": lambda value: f"trained at {value}",
     "shape": lambda value: f"{value['num_hidden_layers']}×{value['hidden_size']}" if value else "",
     "num_steps": lambda value: f"{value} steps",
+    "changes": lambda value: _before(value) if value else "",
     "base_train_length": lambda value: f"from {value}" if value else "",
 }
 ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
@@ -237,6 +238,12 @@ def _pattern(layer_types: Sequence[str]) -> str:
         if all(name == names[index % length] for index, name in enumerate(names)):
             break
     return "/".join(names[:length])
+
+
+def _before(changes: dict[str, Any]) -> str:
+    """The scheme of the model that a finetuned one goes on from, if it was another."""
+    scheme = changes["fields"].get("pos_embedding_type")
+    return f"from {scheme[0]}" if scheme else ""
 
 
 def _pairs(options: dict[str, Any] | None, defaults: dict[str, Any]) -> str:

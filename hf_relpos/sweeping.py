@@ -20,12 +20,14 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from .changing_schemes import ChangeArguments, changed_config
 from .cli import parse_values
+from .configuration_relpos import RelPosConfig
 from .data import DataArguments
 from .evaluating import EvaluationArguments, evaluate_model
 from .recording import COSMETIC, TRAINING_RECORD
 from .results import versions, write_json
-from .saved_models import ModelArguments, SavedModelArguments, new_config
+from .saved_models import ModelArguments, new_config
 from .synthetic import check_task
 from .training import FinetuningArguments, RelPosTrainingArguments, finetune, train
 
@@ -34,7 +36,7 @@ from .training import FinetuningArguments, RelPosTrainingArguments, finetune, tr
 MAX_RETRIES = 3
 PROGRESS, FAILURE, LOG, RESULT = "progress.json", "failure.txt", "log.txt", "results.json"
 TRAIN_TYPES = (ModelArguments, DataArguments, RelPosTrainingArguments)
-FINETUNE_TYPES = (SavedModelArguments, DataArguments, FinetuningArguments)
+FINETUNE_TYPES = (ChangeArguments, DataArguments, FinetuningArguments)
 EVALUATE_TYPES = (EvaluationArguments, DataArguments)
 SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
 # set by the sweep itself, or by nobody there
@@ -75,6 +77,9 @@ class Run:
     def label(self) -> str:
         """A few words for a person."""
         words = [self.base.label] if self.base else [str(self.settings.get("pos_embedding_type", "linear_cpb"))]
+        if self.base:
+            changes = (self.settings.get(name) for name in ("pos_embedding_type", "rope_parameters"))
+            words += [f"then {change}" for change in changes if change is not None]
         words += ["augmented"] if self.settings.get("position_start_augmentation") else []
         words += [f"{sampling} positions"] if (sampling := self.settings.get("position_sampling")) else []
         names = {"layer_types": "{}", "sliding_window": "window {}", "model_size": "{}", "block_size": "at {}"}
@@ -151,8 +156,8 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
     if content.get("finetune"):
         section = _section(path, "finetune", content["finetune"])
         section = {name: value if isinstance(value, list) else [value] for name, value in section.items()}
-        inherited = {name: value for name, value in train.items() if name in _names(DataArguments)}
         for run, choice in itertools.product(list(runs), list(_multiply(path, "finetune", section))):
+            inherited = {name: value for name, value in run.settings.items() if name in _names(DataArguments)}
             settings = _scaled({**inherited, "seed": run.settings.get("seed", 42), **choice}, scale)
             place = f"{path}: finetune {choice} of {run.place.partition(': ')[2]}"
             runs.append(Run(place, settings, run.evaluation, run))
@@ -203,6 +208,7 @@ def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
 def _check(runs: list[Run], drop_repeats: bool) -> None:
     """Parses all flags and makes sure that no two runs are the same; scaling alone may make some of them equal."""
     places: dict[str, Run] = {}
+    configs: dict[Run, RelPosConfig] = {}
     for run in list(runs):
         try:
             types = FINETUNE_TYPES if run.base else TRAIN_TYPES
@@ -210,7 +216,9 @@ def _check(runs: list[Run], drop_repeats: bool) -> None:
             if data_args.task is not None:
                 check_task(data_args.task)
             if run.base is None:
-                new_config(model_args, args.block_size)
+                configs[run] = new_config(model_args, args.block_size)
+            elif run.base in configs:
+                changed_config(configs[run.base], model_args, args.block_size)
             parse_values(EVALUATE_TYPES, {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"})
             key = run.key
         except (ValueError, OSError) as error:

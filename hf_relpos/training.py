@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from .attention_cpu import cpu_has_fast_bf16
+from .changing_schemes import ChangeArguments, describe_changes, load_changed
 from .configuration_relpos import RelPosConfig
 from .data import Corpus, DataArguments, check_at_least_1, load_corpus
 from .modeling_relpos import RelPosForCausalLM
@@ -55,6 +56,7 @@ class RelPosTrainingArguments(TrainingArguments):
 
     script: ClassVar[str] = "train"
     default_steps: ClassVar[int] = 10_000
+    fewest_steps: ClassVar[int] = 1
 
     block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
     learning_rate: float = 2e-4
@@ -92,7 +94,9 @@ class RelPosTrainingArguments(TrainingArguments):
             raise ValueError("--output_dir is required.")
         if self.block_size < 2:
             raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
-        for name in ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if self.max_steps != self.fewest_steps:
+            check_at_least_1("max_steps", self.max_steps)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             check_at_least_1(name, getattr(self, name))
         check_at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
         if self.max_steps is None:
@@ -115,10 +119,12 @@ class RelPosTrainingArguments(TrainingArguments):
 
 @dataclass
 class FinetuningArguments(RelPosTrainingArguments):
-    """The recipe for going on at a longer context, 1000 steps by default; --block_size is the new length."""
+    """The recipe for going on at another length or with another scheme, 1000 steps by default; --block_size is the new
+    length. --max_steps 0 trains nothing: the model is saved with what changes in its configuration."""
 
     script: ClassVar[str] = "finetune"
     default_steps: ClassVar[int] = 1000
+    fewest_steps: ClassVar[int] = 0
     extend_learned_positions: bool = field(
         default=False,
         metadata={
@@ -208,17 +214,17 @@ def train(
 
 
 def finetune(
-    model_args: SavedModelArguments,
+    model_args: ChangeArguments,
     data_args: DataArguments,
     args: FinetuningArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Goes on with a saved model at `args.block_size`; otherwise as `train`."""
+    """Goes on with a saved model at `args.block_size`, with the changes that are asked for; otherwise as `train`."""
     _check_processes(args)
     checkpoint = find_checkpoint(args)
     if not model_args.model_name_or_path:
         raise ValueError("--model_name_or_path is required.")
-    model, tokenizer = load_saved(model_args, data_args)
+    model, tokenizer, changes = load_changed(model_args, data_args, args.block_size, args.seed)
     limit = model.config.max_positions
     if args.extend_learned_positions:
         if limit is None:
@@ -227,7 +233,9 @@ def finetune(
                 f"got {model.config.pos_embedding_type!r}."
             )
         extend_learned_positions(model, max(limit, args.block_size))
-    return _go_on(model, tokenizer, model_args, data_args, args, checkpoint, callbacks)
+    if changes and args.process_index == 0:
+        print(describe_changes(changes))
+    return _go_on(model, tokenizer, model_args, data_args, args, checkpoint, callbacks, changes)
 
 
 def _go_on(
@@ -238,11 +246,12 @@ def _go_on(
     args: RelPosTrainingArguments,
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback],
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     _check_length(model.config, args.block_size)
     with args.main_process_first(desc="corpus"):
         corpus, _ = _load_data(data_args, args, tokenizer=tokenizer)
-    return _fit(model, tokenizer, corpus, model_args, data_args, args, checkpoint, callbacks)
+    return _fit(model, tokenizer, corpus, model_args, data_args, args, checkpoint, callbacks, changes)
 
 
 def _load_data(
@@ -268,12 +277,14 @@ def _fit(
     args: RelPosTrainingArguments,
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback],
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     with args.main_process_first(desc="tokenising"):
         blocks = _blocks(corpus, tokenizer, data_args, args.block_size)
     _check_batch(blocks["train"], args)
     base_length = model.config.train_length
-    model.config.train_length = args.block_size
+    if args.max_steps != 0:
+        model.config.train_length = args.block_size
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, args.block_size)
     if checkpoint:
         _check_checkpoint(checkpoint, model.config)
@@ -294,7 +305,8 @@ def _fit(
             raise ValueError(f"`report_to` {args.report_to} cannot be served: {error}") from error
         raise
     start = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    # the Trainer takes no steps for a number of epochs
+    training_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss if args.max_steps else None
     if interrupt.requested:
         if trainer.is_world_process_zero():
             print(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint last")
@@ -304,7 +316,8 @@ def _fit(
     record = training_record(trainer, args, corpus, seconds, first_step, (model_args, data_args))
     if _last_evaluation(trainer) is None:
         trainer.evaluate()
-    record |= {"train_loss": output.training_loss, "validation_loss": _last_evaluation(trainer)}
+    record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer)}
+    record |= {"train_length": model.config.train_length, "changes": changes or None}
     if model_args.model_name_or_path:
         record |= base_facts(model_args.model_name_or_path, base_length)
     model.config.use_cache = True  # the Trainer switched it off

@@ -448,7 +448,7 @@ def test_resuming_with_another_scheme_is_refused(trained, data_flags, tmp_path, 
     flags = training_flags(data_flags, trained / "none", resume_from_checkpoint="last", pos_embedding_type="alibi")
     assert "`pos_embedding_type` of the checkpoint" in refusal(run_script, capsys, "train", flags)
     flags = finetuning_flags(data_flags, trained / "none", tmp_path / "x", pos_embedding_type="alibi")
-    assert "`pos_embedding_type` of the checkpoint" in refusal(run_script, capsys, "finetune", flags)
+    assert "`pos_embedding_type` of the checkpoint" in refusal(run_script, capsys, "train", flags)
 
 
 def test_finetuning_refuses_what_is_no_model(data_flags, tmp_path, run_script, capsys):

@@ -102,6 +102,39 @@ def test_finetuning_goes_on_from_each_run(write):
     assert len({run.key for run in runs}) == 10
 
 
+def test_finetuning_takes_the_data_of_its_run(write):
+    """Also where the grid varies them, and the task."""
+    path = write(
+        train={"max_steps": 100, "validation_split_percentage": 7},
+        grid=[{"train_file": [str(ROOT / "README.md"), str(ROOT / "CONTRIBUTING.md")]}, {"task": ["passkey"]}],
+        finetune={"max_steps": [25]},
+    )
+    runs = load_experiment(path)
+    assert len(runs) == 6
+    for run in runs[3:]:
+        for name in ("train_file", "task", "validation_split_percentage"):
+            assert run.settings.get(name) == run.base.settings.get(name)
+    assert [run.settings.get("task") for run in runs[3:]] == [None, None, "passkey"]
+
+
+def test_finetuning_with_another_scheme(write):
+    path = write(
+        train={"max_steps": 100},
+        grid={"pos_embedding_type": ["rotary"]},
+        finetune={"pos_embedding_type": ["none", "temperature"], "max_steps": 25},
+    )
+    assert [run.label for run in load_experiment(path)[1:]] == [
+        f"rotary seed 42 then {scheme} 25 steps" for scheme in ("none", "temperature")
+    ]
+    path = write(
+        train={"max_steps": 100},
+        grid={"pos_embedding_type": ["alibi"]},
+        finetune={"rope_parameters": [{"rope_type": "yarn", "factor": 2.0}]},
+    )
+    with pytest.raises(ValueError, match="finetune .* of grid, entry 1: `rope_parameters` is for"):
+        load_experiment(path)
+
+
 def test_scale_keeps_the_shape(write):
     path = write(
         train={"max_steps": 1000, "warmup_steps": 50, "block_size": 64},
