@@ -118,7 +118,7 @@ def read_scheme(cls: type[PositionEmbedding]) -> dict[str, Any]:
 def _section(name: str, cls: type[PositionEmbedding], model: RelPosForCausalLM) -> str:
     read = read_scheme(cls)
     shown = curves(name, model)
-    picture = f"![{name}](schemes/{name}.png)" if shown else "There is nothing to draw."
+    picture = f"![{name}](schemes/{name}.png)" if shown else "There is nothing to draw without tokens."
     options = ", ".join(f"`{option}` {value}" for option, value in cls.defaults.items()) or "none"
     says = read.get("Parameters", read.get("Parameters per layer", "none"))
     lines = [f"## {name}", read["title"], f"```text\n{read['equation']}\n```", picture, *read["text"]]

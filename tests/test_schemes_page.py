@@ -60,7 +60,7 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
         assert "```text\nb[h, i, j] = 1 if i − j < width 3, else 0\n```" in recent and "\n\nMore words.\n\n" in recent
         assert "- **Options**: `width` 3." in recent and "with a matrix of pairs: `eager`, `sdpa`" in recent
         assert "- **Paper**: an invention." in recent and "(schemes/test_recent.png)" in recent
-        assert "There is nothing to draw." in page.partition("## test_unseen")[2]
+        assert "There is nothing to draw without tokens." in page.partition("## test_unseen")[2]
         assert draw_scheme("test_recent", tmp_path / "recent.png").stat().st_size > 1000
         assert draw_scheme("test_unseen", tmp_path / "unseen.png") is None
     finally:
