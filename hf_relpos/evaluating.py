@@ -1,6 +1,7 @@
 """The evaluation of a saved model: its arguments, and the result file with its plots."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,10 @@ def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
     """
     if not getattr(model.config, "has_distance_table", False):
         return None
+    schemes = (layer.self_attn.position_embeddings.values() for layer in model.base_model.layers)
+    limits = [scheme.table_limit() for scheme in chain(*schemes)]
+    # past them the bias is more than a curve by distance
+    length = min([length, *(int(limit) + 1 for limit in limits if limit is not None)])
     steps = range(8 * length.bit_length() + 1)
     distances = sorted({distance for step in steps if (distance := round(2 ** (step / 8)) - 1) < length})
     with evaluation_mode(model):

@@ -21,6 +21,7 @@ from hf_relpos import (
     register_position_embedding,
 )
 from hf_relpos.attention_relpos import _attend, _attend_backward, distance_bias_attention
+from hf_relpos.evaluating import bias_curves
 from hf_relpos.position_base import POSITION_EMBEDDINGS
 from hf_relpos.position_fire import FIRE
 from hf_relpos.position_ids import _REVERSED_TABLES
@@ -596,3 +597,8 @@ def test_a_long_sequence_needs_no_matrix_of_pairs():
     with torch.no_grad(), LargestTensor() as mode:
         model(make_tokens(1, 6000, vocab_size=64))
     assert mode.largest < 6000 * 1024 * 2
+
+
+def test_curves_end_where_the_bias_is_no_curve():
+    assert 20 < bias_curves(fire(), 200)["distances"][-1] <= 24
+    assert bias_curves(make_model("alibi"), 200)["distances"][-1] > 150
