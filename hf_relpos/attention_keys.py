@@ -8,10 +8,20 @@ Shape letters: B batch, H query heads, G key and value heads, N or Q, K tokens, 
 
 import torch
 import torch.nn.functional as F
+from transformers import Cache, PreTrainedConfig, QuantizedCache
 
 
 NUM_TERMS = 3  # of 8 bits each: together the 24 of fp32, whatever the dtype of the keys
 FACTOR = 64.0  # of the queries' constant: keeps the keys' channels within the range of fp16
+
+
+def check_cache(config: PreTrainedConfig, past_key_values: Cache | None) -> None:
+    """Raises `ValueError` for a cache that would round what the keys carry."""
+    if config.has_key_state and isinstance(past_key_values, QuantizedCache):
+        raise ValueError(
+            f"`past_key_values` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, whose sums "
+            "over the keys would carry the rounding of each: got a QuantizedCache."
+        )
 
 
 def to_channels(state: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:

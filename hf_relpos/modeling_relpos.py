@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_keys import check_cache
 from .attention_relpos import check_implementation, table_kernel
 from .configuration_relpos import RelPosConfig
 from .layers_relpos import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
@@ -254,11 +255,7 @@ class RelPosModel(RelPosPreTrainedModel):
     ) -> tuple[dict[LayerKind, Positions], bool]:
         """→ where queries and keys stand in each kind of layers, and whether a cache may hold these tokens."""
         config, (batch_size, query_length, _), ready = self.config, inputs_embeds.shape, attention_mask
-        if config.has_key_state and isinstance(past_key_values, QuantizedCache):
-            raise ValueError(
-                f"`past_key_values` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, "
-                "whose sums over the keys would carry the rounding of each: got a QuantizedCache."
-            )
+        check_cache(config, past_key_values)
         if isinstance(attention_mask, dict):  # ready masks of several kinds, which say nothing about positions
             attention_mask = next(iter(attention_mask.values()))
         elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and config.sliding_window:

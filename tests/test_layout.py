@@ -44,6 +44,7 @@ HUB_FILES = {
     "sharing_relpos": {"configuration_relpos", "positions"},
     "layers_relpos": {"attention_keys", "attention_relpos", "configuration_relpos", "position_base", "positions"},
     "modeling_relpos": {
+        "attention_keys",
         "attention_relpos",
         "configuration_relpos",
         "layers_relpos",
