@@ -1,6 +1,5 @@
 """Another position scheme for a saved model: what is taken over, what starts anew, and why."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,7 @@ from .data import DataArguments
 from .modeling_relpos import RelPosForCausalLM
 from .position_rotary import ROPE_TYPES
 from .positions import position_embedding_classes
-from .saved_models import SavedModelArguments, load_saved, new_model, repeat_layer_types
+from .saved_models import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
 
 
 @dataclass
@@ -79,8 +78,8 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
     old, new = (position_embedding_classes(name) for name in (saved.pos_embedding_type, scheme))
     kept = {option for name, cls in new.items() if name in old for option in cls.defaults}
     options = {name: value for name, value in (saved.pos_embedding_kwargs or {}).items() if name in kept}
-    fields["pos_embedding_kwargs"] = options | _json("pos_embedding_kwargs", changes.pos_embedding_kwargs)
-    given = _json("rope_parameters", changes.rope_parameters)
+    fields["pos_embedding_kwargs"] = options | parse_json("pos_embedding_kwargs", changes.pos_embedding_kwargs)
+    given = parse_json("rope_parameters", changes.rope_parameters)
     if any(cls.uses_rope_parameters for cls in new.values()) and (rope or given):
         fields["rope_parameters"] = _rotation(rope or {}, given, saved.train_length)
     elif given:
@@ -88,16 +87,6 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
     _change_layers(fields, changes)
     _change_positions(fields, changes, block_size, any(cls.has_position_limit for cls in old.values()))
     return RelPosConfig.from_dict(fields)
-
-
-def _json(name: str, text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text) if text is not None else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be JSON, got {text!r}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a dictionary, got {text!r}.")
-    return value
 
 
 def _rotation(saved: dict[str, Any], given: dict[str, Any], train_length: int | None) -> dict[str, Any]:

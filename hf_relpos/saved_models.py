@@ -50,6 +50,10 @@ class ModelArguments(SavedModelArguments):
     pos_embedding_kwargs: str | None = field(
         default=None, metadata={"help": "Options of the scheme as JSON: '{\"partial_rotary_factor\": 0.5}'."}
     )
+    rope_parameters: str | None = field(
+        default=None,
+        metadata={"help": 'The rotation as JSON: \'{"rope_type": "proportional", "partial_rotary_factor": 0.5}\'.'},
+    )
     position_start_augmentation: bool = field(
         default=False, metadata={"help": "Start the positions of each training sequence at random."}
     )
@@ -85,13 +89,9 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
     for name in ("pos_embedding_type", "vocab_size", "max_position_embeddings", "sliding_window"):
         if getattr(model_args, name) is not None:
             fields[name] = getattr(model_args, name)
-    if model_args.pos_embedding_kwargs is not None:
-        try:
-            fields["pos_embedding_kwargs"] = json.loads(model_args.pos_embedding_kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"`pos_embedding_kwargs` must be JSON, got {model_args.pos_embedding_kwargs!r}."
-            ) from error
+    for name in ("pos_embedding_kwargs", "rope_parameters"):
+        if getattr(model_args, name) is not None:
+            fields[name] = parse_json(name, getattr(model_args, name))
     if model_args.position_start_augmentation:
         fields["position_start_augmentation"] = True
     if model_args.position_sampling is not None:
@@ -106,6 +106,17 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
     elif not draws_positions(config) and "max_position_embeddings" not in fields:
         config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
     return config
+
+
+def parse_json(name: str, text: str | None) -> dict[str, Any]:
+    """The dictionary that a flag holds as JSON, empty without the flag; raises `ValueError` if it holds none."""
+    try:
+        value = json.loads(text) if text is not None else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON, got {text!r}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a dictionary, got {text!r}.")
+    return value
 
 
 def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
@@ -157,7 +168,7 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     """
     name = model_args.model_name_or_path
     others = ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides")
-    for other in (*others, "layer_types", "sliding_window"):
+    for other in (*others, "layer_types", "sliding_window", "rope_parameters"):
         if getattr(model_args, other, None) is not None:
             raise ValueError(f"`{other}` is that of the saved model: it cannot be given with `model_name_or_path`.")
     kwargs = {

@@ -397,6 +397,7 @@ BAD_TRAINING = {
     "unknown scheme": (dict(pos_embedding_type="alibii"), "`pos_embedding_type` must be one of"),
     "unknown option": (dict(pos_embedding_kwargs='{"width": 1}'), "`pos_embedding_kwargs` of 'linear_cpb' may hold"),
     "options that are no JSON": (dict(pos_embedding_kwargs="{width}"), "`pos_embedding_kwargs` must be JSON"),
+    "a rotation that is no dictionary": (dict(rope_parameters="[1]"), "`rope_parameters` must be a dictionary"),
     "unknown size": (dict(model_size="tiny"), "`model_size` must be one of"),
     "unknown field": (dict(config_overrides="hidden=3"), "`config_overrides` must be"),
     "field of the tokenizer": (dict(config_overrides="vocab_size=555"), "`config_overrides` must be 'field=value,..'"),
