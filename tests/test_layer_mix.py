@@ -21,6 +21,7 @@ WINDOWS = {
     "alibi+rotary/none": [FULL, SLIDING, FULL, SLIDING],
     "learned+log_cpb/learned": [SLIDING, SLIDING, FULL, FULL],
     "alibi": [SLIDING] * 4,
+    "cope/dape+alibi": [SLIDING, SLIDING, FULL, FULL],
     "fox+rotary/fox": [SLIDING, SLIDING, FULL, FULL],
     "cope/dape": [SLIDING, SLIDING, FULL, FULL],
 }
