@@ -268,6 +268,8 @@ class RelPosConfig(PreTrainedConfig):
                 f"`layer_types` must be a list of `num_hidden_layers`={num_layers} of {list(allowed)}, "
                 f"got {layer_types!r}."
             )
+        if self.sliding_window == 1:  # a query would see itself alone, and caches of transformers keep no keys then
+            raise ValueError("`sliding_window` must be at least 2, got 1.")
         if ("sliding_attention" in layer_types) != (self.sliding_window is not None):
             raise ValueError(
                 "`sliding_window` must be given if, and only if, `layer_types` has 'sliding_attention', "

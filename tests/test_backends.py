@@ -91,13 +91,15 @@ def test_attention_is_switched_at_run_time():
 # --- flash attention, by a double of its kernel: none of these machines can run the real one
 
 
-def varlen_reference(query, key, value, cu_seq_lens, scaling):
+def varlen_reference(query, key, value, cu_seq_lens, scaling, window=None):
     """What flash attention computes from (N, H, D) and the bounds of the sequences in it."""
     pieces = []
     for start, end in zip(cu_seq_lens[:-1].tolist(), cu_seq_lens[1:].tolist()):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
-        pieces.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if window is None else seen.triu(1 - window)
+        pieces.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling))
     return torch.cat(pieces, dim=1).transpose(0, 1)
 
 
@@ -110,7 +112,8 @@ def flash_double(module, query, key, value, attention_mask, scaling, cu_seq_lens
     else:
         assert cu_seq_lens_q.dtype == torch.int32 and int(kwargs["max_length_q"]) == int(cu_seq_lens_q.diff().max())
     flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    return varlen_reference(*flat, cu_seq_lens_q, scaling).unflatten(0, (batch_size, length)), None
+    out = varlen_reference(*flat, cu_seq_lens_q, scaling, kwargs.get("sliding_window"))
+    return out.unflatten(0, (batch_size, length)), None
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def flash(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("scheme", ["none", "learned", "sinusoidal", "rotary"])
+@pytest.mark.parametrize("scheme", ["none", "learned", "sinusoidal", "rotary", "rotary/none"])
 def test_flash_attention_keeps_to_the_documents_of_every_row(scheme, flash):
     """Its masks say nothing of documents: without the bounds, rows beyond the first would leak silently."""
     model, expected, tokens = flash(scheme), make_model(scheme), make_tokens(3, 14)
@@ -179,7 +182,7 @@ def test_what_a_model_says_that_it_supports(scheme):
             assert model.supports_context_parallel == (scheme in UNBIASED)
 
 
-@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("scheme", [*KINDS, "rotary/none"])
 def test_continuous_batching_is_generate_or_refused(scheme):
     model = make_model(scheme)
     prompts = [make_tokens(length, seed=length).tolist() for length in (5, 11, 8)]

@@ -206,6 +206,7 @@ BAD = {
     "no window": (dict(layer_types=[SLIDING] * 4), "`sliding_window` must be given if, and only if"),
     "window for nobody": (dict(layer_types=[FULL] * 4, sliding_window=9), "`sliding_window` must be given if, and"),
     "window of 0": (dict(sliding_window=0), "`sliding_window` must be an integer of at least 1"),
+    "window of 1": (dict(sliding_window=1), "`sliding_window` must be at least 2, got 1"),
     "window over fire": (
         dict(pos_embedding_type="fire", sliding_window=9),
         "`layer_types` must be 'full_attention' where `pos_embedding_type` is 'fire'",
