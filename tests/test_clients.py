@@ -275,7 +275,7 @@ def test_export(backend, scheme, tmp_path, monkeypatch):
             assert_close(theirs, ours, **CLOSE)
 
 
-@pytest.mark.parametrize("scheme", [*KINDS, "fire", "fox", "cope"])
+@pytest.mark.parametrize("scheme", [*KINDS, "fire", "fox", "cope", "rotary/none", "linear_cpb/log_cpb"])
 def test_export_of_a_forward(scheme):
     """One graph without a cache, traced without a mask, so also without padding."""
     exporters = import_exporters()
