@@ -409,7 +409,7 @@ def test_plain_padded_packed_and_cached_rows_go_by_the_table(scheme, positions, 
 def test_a_bias_for_each_pair_is_never_silent(monkeypatch):
     model, tokens = make_model("alibi"), make_tokens(2, 9)
     told = []
-    monkeypatch.setattr("hf_relpos.modeling_relpos.logger.warning_once", told.append)
+    monkeypatch.setattr("hf_relpos.kinds_relpos.logger.warning_once", told.append)
     model(tokens)
     model(tokens, attention_mask=pads(make_tokens(3, 9))[:2])
     assert not told

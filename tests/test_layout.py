@@ -43,15 +43,22 @@ HUB_FILES = {
     "configuration_relpos": {"position_base", "position_sampling", "positions"},
     "sharing_relpos": {"configuration_relpos", "positions"},
     "layers_relpos": {"attention_keys", "attention_relpos", "configuration_relpos", "position_base", "positions"},
-    "modeling_relpos": {
+    "kinds_relpos": {
         "attention_keys",
         "attention_relpos",
+        "position_base",
+        "position_ids",
+        "position_sampling",
+        "positions",
+    },
+    "modeling_relpos": {
+        "attention_relpos",
         "configuration_relpos",
+        "kinds_relpos",
         "layers_relpos",
         "loss_relpos",
         "position_base",
         "position_ids",
-        "position_sampling",
         "positions",
         "sharing_relpos",
     },
@@ -179,7 +186,15 @@ def test_library_files_import_one_way(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["modeling_relpos", "layers_relpos", "sharing_relpos", "attention_relpos", "configuration_relpos", "position_ids"],
+    [
+        "modeling_relpos",
+        "kinds_relpos",
+        "layers_relpos",
+        "sharing_relpos",
+        "attention_relpos",
+        "configuration_relpos",
+        "position_ids",
+    ],
 )
 def test_no_scheme_is_named_where_schemes_are_used(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
