@@ -389,7 +389,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:
     saved = RelPosConfig.from_pretrained(checkpoint)
-    for name in (*RelPosConfig.__annotations__, "rope_parameters"):
+    for name in (*RelPosConfig.__annotations__, "rope_parameters", "layer_types"):
         theirs, ours = getattr(saved, name, None), getattr(config, name, None)
         if theirs != ours and name != "use_cache":
             raise ValueError(f"`{name}` of the checkpoint {checkpoint!r} is {theirs!r}, got {ours!r}.")
