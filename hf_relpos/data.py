@@ -46,7 +46,10 @@ class DataArguments:
     )
     task: str | None = field(
         default=None,
-        metadata={"help": "A synthetic task in place of text: string_copy, flip_flop, passkey or passkey_text."},
+        metadata={
+            "help": "A synthetic task in place of text: string_copy, string_copy_words, string_copy_tokens, flip_flop, "
+            "passkey or passkey_text."
+        },
     )
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
     tokenizer_name: str | None = field(

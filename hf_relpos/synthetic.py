@@ -135,8 +135,24 @@ class StringCopy(Task):
         return self._row(rng, (length - 3) // 2)
 
     def _row(self, rng: np.random.Generator, size: int) -> tuple[list[int], list[bool]]:
-        letters = [self.ids[self.words[index]] for index in rng.integers(0, 26, size)]
-        return [self.end, *letters, self.ids["="], *letters, self.end], [False] * (size + 2) + [True] * (size + 1)
+        string = [self.ids[self.words[index]] for index in rng.integers(0, len(self.words) - 1, size)]
+        return [self.end, *string, self.ids["="], *string, self.end], [False] * (size + 2) + [True] * (size + 1)
+
+
+@register_task("string_copy_words")
+class WordCopy(StringCopy):
+    """String copy with 512 words in place of 26 letters, closer to the paper's, which draws from a model's whole
+    vocabulary: few words come twice in a string, so that what was just copied says what comes next."""
+
+    words = (*(f"w{index}" for index in range(512)), "=")
+
+
+@register_task("string_copy_tokens")
+class WordCopyByToken(WordCopy):
+    """The same rows, each token scored by itself: how far a copy goes that is not whole."""
+
+    score_name = "accuracy of copied tokens"
+    whole_answers = False
 
 
 @register_task("flip_flop")
