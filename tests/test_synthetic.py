@@ -41,13 +41,16 @@ def rows(task, length, kind, count=50):
     return [task.make_row(task.rng(0, TEST, kind, index), length, kind) for index in range(count)]
 
 
-def test_string_copy_repeats_the_string_and_ends(make):
-    task = make("string_copy")
+@pytest.mark.parametrize("name", ["string_copy", "string_copy_words", "string_copy_tokens"])
+def test_string_copy_repeats_the_string_and_ends(name, make):
+    task = make(name)
     found, answer = words(task, task.make_row(task.rng(0, TEST, "", 0), 43, ""))
     assert found[0] == found[-1] == "<|endoftext|>" and found[21] == "=" and len(found) == 43
     assert found[1:21] == found[22:42] and answer == found[22:]
     sizes = {len(task.training_row(task.rng(0, TRAINING, "", index), 43)[0]) for index in range(500)}
     assert sizes == {2 * size + 3 for size in range(1, 21)}
+    drawn = {token for tokens, _ in rows(task, 203, "", 200) for token in tokens[1:101]}
+    assert drawn == {task.ids[word] for word in task.words} - {task.ids["="]}
 
 
 @pytest.mark.parametrize("kind, ignored", [("p=0.8", 0.8), ("sparse", 0.98), ("dense", 0.1)])
@@ -110,7 +113,7 @@ class Oracle(torch.nn.Module):
         self.wrong = wrong
 
     def forward(self, input_ids, attention_mask, use_cache):
-        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 300).float()
+        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 600).float()
         for row, place in self.wrong:
             logits[row, place] = -logits[row, place]
         return SimpleNamespace(logits=logits)
@@ -123,6 +126,11 @@ def test_scores_by_hand(make):
     found = evaluate_task(Oracle([(0, 11), (0, 12), (3, 15), (4, 2)]), copy, [23], 10)["23"]
     assert found["score"] == 0.8 and found["num_rows"] == 10 and "kinds" not in found
     assert found["standard_error"] == pytest.approx((0.8 * 0.2 / 9) ** 0.5)
+    # by token, three of the 11 answers of each of ten rows are wrong
+    by_token, whole = make("string_copy_tokens"), make("string_copy_words")
+    assert rows(by_token, 23, "") == rows(whole, 23, "")
+    found = evaluate_task(Oracle([(0, 11), (0, 12), (3, 15), (4, 2)]), by_token, [23], 10)["23"]
+    assert found["score"] == pytest.approx(1 - 3 / 110)
     dense = evaluate_task(Oracle([(0, 510)]), flip_flop, [512], 3, tokens_per_batch=2**20)["512"]["kinds"]["dense"]
     reads = sum(sum(answers) for _, answers in rows(flip_flop, 512, "dense", 3))
     assert dense["score"] == pytest.approx(1 - 1 / reads)
