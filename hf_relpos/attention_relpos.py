@@ -276,7 +276,7 @@ def row_mask(bias: torch.Tensor, key_mask: torch.Tensor | None, query: torch.Ten
     """The additive mask of one query that sees all keys but padding: (H, K) fp32 bias → (B or 1, H, 1, K)."""
     mask = bias[None, :, None]
     if key_mask is not None:
-        mask = torch.where(key_mask[:, None, None], mask, torch.finfo(query.dtype).min)
+        mask = hide(mask, key_mask[:, None, None], query)
     return _fit(mask, query)
 
 
@@ -290,7 +290,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference: scores, mask, softmax in fp32, weighted sum, one operation after the other.
+    """The reference: scores, mask, softmax in fp32 (fp64 beside fp64), weighted sum, one operation after the other.
 
     Args:
         query: (B, H, Q, D).
@@ -305,12 +305,13 @@ def eager_attention_forward(
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, Q, K)
+    lowest = torch.finfo(scores.dtype).min
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+            scores = scores.masked_fill(~attention_mask, lowest)
+        else:  # rows of -inf give NaN, which spreads from padding to all tokens
+            scores = (scores + attention_mask).clamp(min=lowest)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -327,8 +328,13 @@ def merge_position_bias(position_bias: torch.Tensor, attention_mask: torch.Tenso
         (B or 1, H, Q, K).
     """
     if attention_mask.dtype == torch.bool:
-        return _fit(torch.where(attention_mask, position_bias, torch.finfo(query.dtype).min), query)
+        return _fit(hide(position_bias, attention_mask, query), query)
     return _fit(position_bias + attention_mask, query)
+
+
+def hide(bias: torch.Tensor, visible: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """`bias` where `visible`, elsewhere the least number of the dtype of `query`, which fp32 does not hold for fp64."""
+    return torch.where(visible, bias.to(torch.promote_types(bias.dtype, query.dtype)), torch.finfo(query.dtype).min)
 
 
 def _fit(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

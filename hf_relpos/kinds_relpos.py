@@ -24,6 +24,18 @@ from .positions import LayerKind
 logger = logging.get_logger(__name__)
 
 
+class StillCache(Cache):
+    """A view of a cache whose lengths do not change with it: a static cache counts in place, and FlexAttention asks its
+    mask for pairs of tokens only when the layers have moved the counter on."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(layers=cache.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        length = super().get_seq_length(layer_idx)
+        return length.clone() if isinstance(length, torch.Tensor) else length
+
+
 class KindsOfLayers:
     """The part of a model that goes by the kinds of its layers: what a layer sees, and which schemes act in it."""
 
@@ -167,6 +179,9 @@ class KindsOfLayers:
         """→ the mask of a kind of layers, as their attention implementation takes it; `None` where it needs none."""
         if positions.offset is not None and self.config._attn_implementation != "flex_attention":
             return None
+        is_lazy = self.config._attn_implementation == "flex_attention"
+        if is_lazy and past_key_values is not None and past_key_values.is_compileable:
+            past_key_values = StillCache(past_key_values)
         create = create_causal_mask if kind.window is None else create_sliding_window_causal_mask
         return create(
             config=self.config,

@@ -23,6 +23,7 @@ from .attention_relpos import (
     distance_bias_attention,
     eager_attention_forward,
     flex_distance_attention,
+    hide,
     merge_position_bias,
     row_mask,
 )
@@ -268,7 +269,7 @@ class RelPosAttention(nn.Module):
         flex = self.config._attn_implementation == "flex_attention"
         if flex and isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool:
             # it adds a mask that is a tensor to the scores, a boolean one too
-            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            attention_mask = hide(query.new_zeros(()), attention_mask, query)
         if bias is not None and flex:  # indexes the bias by the row, also where all rows share one
             kwargs["position_bias"] = bias.expand(query.shape[0], -1, -1, -1)
         elif bias is not None:

@@ -1,14 +1,16 @@
 """Who computes the attention: every kernel that serves a scheme agrees with the reference, all others are refused."""
 
+import math
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
 from conftest import ROOT, make_config, make_model, make_tokens
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_relpos import RelPosForCausalLM, list_position_embeddings
@@ -70,6 +72,25 @@ def test_flex_attention_is_eager(scheme, interpreted_flex):
         assert_close(flex(tokens, attention_mask=tree[None, None].expand(3, 1, -1, -1)).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("scheme", [*KINDS, "rotary/none"])
+def test_flex_attention_with_a_static_cache(scheme, interpreted_flex):
+    """Its counter moves on between the making of the mask and its use: Llama's later chunks see the future by it."""
+    model = make_model(scheme, attn_implementation="eager", head_dim=16)
+    tokens, mask = make_tokens(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits[mask.bool()]
+        model.set_attn_implementation("flex_attention")
+        past = StaticCache(config=model.config, max_cache_len=24)
+        for _ in range(2):  # a cache that is used again has a counter before its first chunk too
+            past.reset()
+            chunks = [
+                model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=past).logits
+                for start, end in ((0, 9), (9, 14), (14, 15), (15, 17))
+            ]
+            assert_close(torch.cat(chunks, dim=1)[mask.bool()], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("scheme", ["rotary", "linear_cpb"])
 def test_compiled_flex_attention_is_eager(scheme):
     torch._dynamo.reset()
@@ -86,6 +107,50 @@ def test_attention_is_switched_at_run_time():
     model.set_attn_implementation("eager")
     assert model(tokens, output_attentions=True).attentions[0].shape == (2, 6, 9, 9)
     assert_close(model(tokens).logits, expected, **CLOSE)
+
+
+# --- queries that see no key
+
+
+# logits up to 10, and the norm of a parameter's gradient beside its own; tables are fp32 beside fp64 too
+PADDED = {torch.float32: (2e-5, 1e-4), torch.float64: (2e-6, 1e-5), torch.bfloat16: (0.3, 0.2)}
+
+
+@pytest.mark.parametrize("dtype", PADDED, ids=str)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("scheme", KINDS)
+def test_padding_leaves_no_trace(scheme, implementation, dtype, interpreted_flex):
+    """Left padding sees nothing but padding, by any mask: the other row, logits and gradients are as without it."""
+    tokens, real = make_tokens(2, 13), torch.ones(2, 13, dtype=torch.bool)
+    real[1, :5] = False
+    labels = tokens.masked_fill(~real, -100)
+    labels[1, 5] = -100  # no token that counts is predicted by padding
+
+    models = [make_model(scheme, attn_implementation=name, head_dim=16) for name in ("eager", implementation)]
+    for name, parameter in chain(*(model.named_parameters() for model in models)):
+        if name.endswith("dape.a"):  # out of its bounds, the gradient is cut for each forward pass by itself
+            parameter.data.clamp_(min=0.1)
+    reference, model, rows = models[0].double(), models[1].to(dtype), (tokens[:1], tokens[1:, 5:])
+    outputs = [reference(row, labels=row, num_items_in_batch=12 + 7) for row in rows]
+    sum(output.loss for output in outputs).backward()
+    expected = torch.cat([output.logits[0] for output in outputs]).detach()
+
+    hidden = ~(real[:, None, None] & torch.ones(13, 13, dtype=torch.bool).tril())
+    additive = [
+        torch.zeros(2, 1, 13, 13, dtype=dtype).masked_fill(hidden, low) for low in (torch.finfo(dtype).min, -math.inf)
+    ]
+    position_ids, (close, close_gradient) = (real.cumsum(-1) - 1).clamp(min=0), PADDED[dtype]
+    for mask in (real.long(), ~hidden, *additive):
+        model.zero_grad()
+        with torch.set_grad_enabled(implementation != "flex_attention"):  # which has no gradients on CPUs
+            output = model(tokens, attention_mask=mask, position_ids=position_ids, labels=labels)
+        assert_close(output.logits[real].double(), expected, rtol=0, atol=close)
+        if implementation == "flex_attention":
+            continue
+        output.loss.backward()
+        for (name, parameter), other in zip(model.named_parameters(), reference.parameters()):
+            error = (parameter.grad - other.grad).norm() / other.grad.norm().clamp(min=0.1)
+            assert error < close_gradient, f"{name}: relative error {error:.1e}"
 
 
 # --- flash attention, by a double of its kernel: none of these machines can run the real one
