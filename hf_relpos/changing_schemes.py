@@ -61,7 +61,8 @@ def load_changed(
     plain = SavedModelArguments(**{name: getattr(model_args, name) for name in names})
     model, tokenizer = load_saved(plain, data_args)
     config = changed_config(model.config, model_args, block_size)
-    before, after = model.config.to_dict(), config.to_dict()
+    saved, _ = RelPosConfig.get_config_dict(model_args.model_name_or_path)
+    before, after = RelPosConfig.from_dict(saved).to_dict(), config.to_dict()
     names = [name for name in before | after if before.get(name) != after.get(name) and name != "_name_or_path"]
     fields = {name: [before.get(name), after.get(name)] for name in names}
     if not fields:

@@ -178,7 +178,7 @@ def losses_page(entries: Sequence[PageModel], text: str) -> str:
     if len({len(losses) for _, losses in curves}) > 1:
         note += " The tokenizers cut the text differently: perplexities per token cannot be compared."
     plots = [_svg(_draw_losses, size, "Loss by position", curves) for size in ((9, 3.9), (4.6, 3.8)) if curves]
-    columns = ("tokens", "loss (nats per token)", "perplexity", "within the training length", "past it")
+    columns = ("tokens", "loss (nats per token)", "perplexity", "of it within the training length", "of it past that")
     return render(LOSSES, plots=plots, rows=rows, columns=columns, note=note)
 
 

@@ -61,7 +61,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     """
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"`output_dir` {args.output_dir!r} is a file or already holds a result: choose another.")
+        raise ValueError(f"`output_dir` {args.output_dir!r} already holds a result, or is a file: choose another.")
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
     longest = check_lengths(args.eval_lengths)[-1]

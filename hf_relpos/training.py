@@ -83,6 +83,9 @@ class RelPosTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = True
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
+    hub_overwrite: bool = field(
+        default=False, metadata={"help": "Let --push_to_hub replace another model that lies under the name."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "Train in bf16 beside fp32 weights; by default on GPUs and CPUs that are faster with it."},

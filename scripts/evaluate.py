@@ -21,7 +21,7 @@ def main() -> None:
     for length, row in result.get("sliding_window", {}).items():
         tokens = row["num_tokens"]
         print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
-    for path in sorted(Path(args.output_dir).glob("*")):
+    for path in (*sorted(Path(args.output_dir).glob("*_by_*.png")), Path(args.output_dir) / "results.json"):
         print(f"wrote {path}")
 
 

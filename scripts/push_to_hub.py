@@ -7,8 +7,10 @@ python scripts/push_to_hub.py output/alibi alice/relpos-alibi
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
+
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.publishing import publish
+from hf_relpos.publishing import check_token, full_name, publish
 from hf_relpos.repository import check_loads, repository_files, write_files
 
 
@@ -40,6 +42,10 @@ def main() -> None:
     if len(words) != 2:
         raise ValueError(f"two words are needed, the folder and the repository, got {words}.")
     folder, repo_id = words
+    validate_repo_id(repo_id)
+    if not args.dry_run:
+        check_token(None)
+        repo_id = full_name(repo_id)
     files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
     check_loads(folder)
     if args.dry_run:

@@ -243,9 +243,12 @@ def test_pushing_again_changes_and_withdraws(hub, client, saved, name, tmp_path)
     client.check("push_to_hub", folder, name)
     assert "model.safetensors" not in hub.files(name) and len(hub.commits(name)) == 3
 
-    # a card that a person edited stays as it is
+    # a card that a person edited stays as it is, here and there
     (folder / "README.md").write_text("# mine\n", encoding="utf-8")
     client.check("push_to_hub", folder, name)
+    assert hub.files(name)["README.md"] == b"# mine\n"
+    (folder / "README.md").unlink()
+    assert "was edited there: it stays" in client.check("push_to_hub", folder, name)
     assert hub.files(name)["README.md"] == b"# mine\n"
 
 
@@ -307,7 +310,7 @@ def test_what_the_hub_refuses(hub, client, saved, name, kind):
 def test_a_fault_publishes_nothing_and_the_same_command_completes_it(hub, client, saved, name, fault, expected):
     fault(hub)
     line = client.refuse("push_to_hub", saved, name)
-    assert expected in line and "The same command goes on." in line
+    assert expected in line and ("The same command goes on." in line) == ("HTTP 403" not in line)
     assert ("model", name) not in hub.repos or set(hub.files(name)) == {".gitattributes"}
     client.check("push_to_hub", saved, name)
     assert "model.safetensors" in hub.files(name) and len(hub.commits(name)) == 2
@@ -362,6 +365,13 @@ def test_training_refuses_a_hub_that_it_cannot_push_to_before_the_first_step(hub
     assert "`hub_strategy` must be 'end' or 'every_save'" in client.refuse(
         "train", *flags, "--hub_strategy", "checkpoint"
     )
+    assert not (tmp_path / "run").exists()
+
+    # a name that is taken, by the same scheme too
+    config = b'{"model_type": "relpos", "pos_embedding_type": "linear_cpb"}'
+    hub.create("alice/taken", {"config.json": config, "training.json": b'{"seed": 7}'})
+    line = client.refuse("train", *flags, "--hub_model_id", "alice/taken")
+    assert "the name is taken" in line and "`seed` is 7, not 42" in line and "--hub_overwrite true" in line
     assert not (tmp_path / "run").exists()
 
     # a push in the middle that fails does not stop the training, and the last one makes it good
@@ -467,6 +477,23 @@ def test_a_shard_too_few(saved, tmp_path):
     sorted(folder.glob("model-*.safetensors"))[-1].unlink()
     with pytest.raises(ValueError, match="the weights are not whole: 'model-.*' is missing"):
         check_weights(repository_files(folder))
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--license", "My Licence"], "`license` must be one of the Hub's names"),
+        (["--base_model", "/tmp/base"], "Repo id must"),
+    ],
+    ids=["license", "base"],
+)
+def test_what_no_card_may_say(flags, expected, saved, run_script, capsys):
+    assert expected in refusal(run_script, capsys, saved, "alice/m", *flags)
+
+
+def test_a_short_name_is_completed(hub, client, saved):
+    client.check("push_to_hub", saved, "short")
+    assert 'from_pretrained("alice/short"' in hub.files("alice/short")["README.md"].decode()
 
 
 def test_one_word_too_few(run_script, capsys, saved):
