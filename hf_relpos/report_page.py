@@ -228,14 +228,21 @@ def _cell(interval: Interval | None, digits: int = 2, factor: float = 1) -> str:
 # --- figures
 
 
+MANY = 10  # groups, from which on a figure is larger and its legend beside it
+
+
 def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> bytes:
     import matplotlib
+    from cycler import cycler
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(9, 5), layout="constrained")
-    draw(figure, groups)
+    figure = pyplot.figure(figsize=(13, 8) if len(groups) > MANY else (9, 5), layout="constrained")
+    # no two lines alike
+    styles = cycler(linestyle=["-", "--", ":", "-."]) * pyplot.rcParamsDefault["axes.prop_cycle"]
+    with pyplot.rc_context({"axes.prop_cycle": styles}):
+        draw(figure, groups)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
@@ -254,7 +261,14 @@ def _finish(axes: Any, groups: Sequence[Group], marks: bool = True, **labels: st
     for length in sorted({group.train_length for group in groups if marks and group.train_length}):
         axes.axvline(length, color="grey", linestyle=":", linewidth=1)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2 if len(groups) > 8 else 1)
+    if len(groups) > MANY:
+        for band in axes.collections:
+            band.set_alpha(0.06)
+        # in the order in which the lines end
+        lines = sorted(axes.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
+        axes.legend(handles=lines, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        axes.legend(fontsize="small", ncols=2 if len(groups) > 8 else 1)
 
 
 def _loss_by_position(figure: Any, groups: Sequence[Group]) -> None:
