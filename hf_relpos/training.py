@@ -147,7 +147,7 @@ class InterruptCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.stopped = False
         self.request_time = 0.0
         self.previous: dict[int, Any] = {}
 
@@ -167,11 +167,12 @@ class InterruptCallback(TrainerCallback):
             signal.signal(*self.previous.popitem())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped = self.requested
         if args.world_size > 1:  # all processes must stop after the same step
-            flag = torch.tensor(float(self.requested), device=args.device)
+            flag = torch.tensor(float(self.stopped), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.requested = bool(flag)
-        if self.requested:
+            self.stopped = bool(flag)  # a request that came meanwhile waits for the next step
+        if self.stopped:
             control.should_save = True
             control.should_training_stop = True
 
@@ -310,7 +311,7 @@ def _fit(
     start = time.perf_counter()
     # the Trainer takes no steps for a number of epochs
     training_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss if args.max_steps else None
-    if interrupt.requested:
+    if interrupt.stopped:
         if trainer.is_world_process_zero():
             print(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint last")
         raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hf_relpos import RelPosForCausalLM, training
 from hf_relpos.data import DataArguments
 from hf_relpos.results import REQUIRED_KEYS, labels
 from hf_relpos.saved_models import ModelArguments, new_model
-from hf_relpos.training import RelPosTrainingArguments, train
+from hf_relpos.training import InterruptCallback, RelPosTrainingArguments, train
 
 
 TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2"
@@ -184,6 +185,16 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_pat
 
 # with the older torch, a process on "cpu:0" cannot read the optimizer of a checkpoint
 resumes_on_cpus = pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 cannot restore to the device cpu:0")
+
+
+def test_a_request_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    callback, args = InterruptCallback(), SimpleNamespace(world_size=2, device="cpu")
+    controls = [SimpleNamespace(should_training_stop=False) for _ in range(2)]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: callback._request(2, None))
+    callback.world_size = 2
+    for control in controls:
+        callback.on_step_end(args, None, control)
+    assert [control.should_training_stop for control in controls] == [False, True]
 
 
 @resumes_on_cpus
