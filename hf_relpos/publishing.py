@@ -18,7 +18,7 @@ from transformers.utils import PushInProgress
 
 from .model_card import CARD, is_generated
 from .recording import TRAINING_RECORD
-from .repository import FILES, PICKLES, RESULT, WEIGHTS, check_weights, repository_files, write_files
+from .repository import FILES, INDEX, PICKLES, RESULT, WEIGHTS, check_weights, repository_files, write_files
 
 
 logger = logging.getLogger(__name__)
@@ -194,8 +194,8 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        for name in FILES:
-            if (source / name).is_file() and not (folder / name).exists() and name != TRAINING_RECORD:
+        for name in set(FILES) - {TRAINING_RECORD, INDEX}:
+            if (source / name).is_file() and not (folder / name).exists():
                 shutil.copyfile(source / name, folder / name)
         results: list[str] = []
         if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):

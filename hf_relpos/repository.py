@@ -44,12 +44,12 @@ MODELS = {
 }
 
 RESULT = "results.json"
-WEIGHTS = "*.safetensors"
+WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
 # what a repository holds besides the weights, the code, the results and the card
 FILES = (
     "config.json",
     "generation_config.json",
-    "model.safetensors.index.json",
+    INDEX,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -156,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def check_weights(files: dict[str, Path | bytes]) -> None:
     """Raises `ValueError` if the weights of a repository are missing in whole or in part, or cut off."""
-    index = files.get("model.safetensors.index.json")
+    index = files.get(INDEX)
     named = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
     if missing := sorted(named - set(files)):
         raise ValueError(f"the weights are not whole: {missing[0]!r} is missing.")

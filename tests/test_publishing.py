@@ -252,10 +252,13 @@ def test_pushing_again_changes_and_withdraws(hub, client, saved, name, tmp_path)
     assert hub.files(name)["README.md"] == b"# mine\n"
 
 
-def test_a_model_in_memory_takes_along_what_its_folder_tells(hub, client, saved):
+def test_a_model_in_memory_takes_along_what_its_folder_tells(hub, client, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    RelPosForCausalLM.from_pretrained(saved).save_pretrained(folder, max_shard_size="40KB")  # and is saved as one
     code = f"""
 from hf_relpos import RelPosForCausalLM
-model = RelPosForCausalLM.from_pretrained({str(saved)!r})
+model = RelPosForCausalLM.from_pretrained({str(folder)!r})
 print(model.push_to_hub("alice/memory", tags=["tiny"], private=True))
 """
     client.check(code)
