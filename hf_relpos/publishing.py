@@ -18,7 +18,7 @@ from transformers.utils import PushInProgress
 
 from .model_card import CARD, is_generated
 from .recording import TRAINING_RECORD
-from .repository import FILES, INDEX, PICKLES, RESULT, WEIGHTS, check_weights, repository_files, write_files
+from .repository import FILES, INDEX, PICKLES, WEIGHTS, check_weights, own_results, repository_files, write_files
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,9 @@ def _reason(error: BaseException) -> str:
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:
-    """ "name" → "user/name"; raises `ValueError` for what is no name."""
+    """ "name" → "user/name"; raises `ValueError` for what is no name, or without a token."""
     validate_repo_id(repo_id)
+    check_token(token)
     if "/" in repo_id:
         return repo_id
     with hub_errors(repo_id):
@@ -178,7 +179,6 @@ def _check_not_taken(
 def push_folder(folder: str | Path, repo_id: str, *, results: Sequence[str] = (), **kwargs: Any) -> CommitInfo:
     """Publishes a saved folder: `repository_files` and `publish` with their arguments."""
     about = {name: kwargs.pop(name) for name in ("base_model", "license", "tags") if name in kwargs}
-    check_token(kwargs.get("token"))
     repo_id = full_name(repo_id, kwargs.get("token"))
     files = repository_files(folder, repo_id, results, **about)
     check_weights(files)
@@ -200,7 +200,7 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         results: list[str] = []
         if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):
             shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
-            results = [str(path) for path in sorted((*source.glob(RESULT), *source.glob(f"*/{RESULT}")))]
+            results = [str(path) for path in own_results(source)]
         return push_folder(folder, repo_id, results=results, **kwargs)
 
 

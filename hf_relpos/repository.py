@@ -24,7 +24,7 @@ from .modeling_relpos import (
     RelPosForTokenClassification,
     RelPosModel,
 )
-from .recording import TRAINING_RECORD
+from .recording import TRAINING_RECORD, read_record
 from .results import plot_results, plot_scores, read_result
 from .saved_models import load_model
 from .sharing_relpos import AUTO_MAP, code_files, foreign_schemes
@@ -100,7 +100,7 @@ def repository_files(
     files |= {file.name: file for file in code_files()}
     config |= {"auto_map": AUTO_MAP}
     files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    record = json.loads((folder / TRAINING_RECORD).read_text()) if TRAINING_RECORD in files else None
+    record = read_record(str(folder))
     found = _find_results(folder, results, config, record)
     pictures = []
     for place, (path, result) in found.items():
@@ -182,13 +182,18 @@ def check_loads(folder: str | Path) -> None:
         raise ValueError(f"{str(folder)!r} holds no tokenizer: save it there with `save_pretrained`.") from error
 
 
+def own_results(folder: Path) -> list[Path]:
+    """The result files of a saved model's folder, at most one folder down."""
+    return sorted(path for path in (*folder.glob(RESULT), *folder.glob(f"*/{RESULT}")) if path.is_file())
+
+
 def _find_results(
-    folder: Path, others: Sequence[str], config: dict[str, Any], record: dict[str, Any] | None
+    folder: Path, others: Sequence[str], config: dict[str, Any], record: dict[str, Any]
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """→ path in the repository → result file and content: those of the folder, at most one folder down, and others."""
+    """→ path in the repository → result file and content: those of the folder and others."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    own = [path for path in (*folder.glob(RESULT), *folder.glob(f"*/{RESULT}")) if path.is_file()]
-    for path in (*sorted(own), *map(Path, others)):
+    own = own_results(folder)
+    for path in (*own, *map(Path, others)):
         place = str(path.relative_to(folder)) if path in own else f"{path.resolve().parent.name}/{RESULT}"
         if place in found:
             raise ValueError(f"two results would lie at {place!r}: rename the folder of {str(path)!r}.")
@@ -198,10 +203,10 @@ def _find_results(
     return found
 
 
-def _check_result(path: Path, result: dict[str, Any], config: dict[str, Any], record: dict[str, Any] | None) -> None:
+def _check_result(path: Path, result: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> None:
     """Refuses a result of another model than that of the folder, as far as the two tell."""
-    theirs, ours = result.get("training") or {}, record or {}
-    pairs = {name: (theirs[name], ours[name]) for name in theirs if name in ours}
+    theirs = result.get("training") or {}
+    pairs = {name: (theirs[name], record[name]) for name in theirs if name in record}
     for name in ("pos_embedding_type", "train_length"):
         pairs[name] = (result[name], config.get(name))
     for name, (their, our) in pairs.items():

@@ -328,9 +328,10 @@ def _fit(
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / TRAINING_RECORD, record)  # last: what has a record is whole
-        trainer.create_model_card()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # with the card
+    else:
+        trainer.create_model_card()
     return record
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.publishing import check_token, full_name, publish
+from hf_relpos.publishing import full_name, publish
 from hf_relpos.repository import check_loads, repository_files, write_files
 
 
@@ -44,7 +44,6 @@ def main() -> None:
     folder, repo_id = words
     validate_repo_id(repo_id)
     if not args.dry_run:
-        check_token(None)
         repo_id = full_name(repo_id)
     files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
     check_loads(folder)
