@@ -15,11 +15,11 @@ NUM_TERMS = 3  # of 8 bits each: together the 24 of fp32, whatever the dtype of 
 FACTOR = 64.0  # of the queries' constant: keeps the keys' channels within the range of fp16
 
 
-def check_cache(config: PreTrainedConfig, past_key_values: Cache | None) -> None:
+def check_cache(config: PreTrainedConfig, cache: Cache | None) -> None:
     """Raises `ValueError` for a cache that would round what the keys carry."""
-    if config.has_key_state and isinstance(past_key_values, QuantizedCache):
+    if config.has_key_state and isinstance(cache, QuantizedCache):
         raise ValueError(
-            f"`past_key_values` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, whose sums "
+            f"`cache` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, whose sums "
             "over the keys would carry the rounding of each: got a QuantizedCache."
         )
 

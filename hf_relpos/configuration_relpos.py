@@ -64,7 +64,7 @@ class RelPosConfig(PreTrainedConfig):
     """
 
     model_type = "relpos"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

@@ -86,7 +86,7 @@ def sample(
     cache, tokens = DynamicCache(config=model.config), []
     for _ in range(max_new_tokens):
         with torch.no_grad():  # closed before each `yield`: it would hold for whoever asks for the next token
-            logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            logits = model(step, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
             probabilities = warpers(step, logits).softmax(-1)
             step = torch.multinomial(probabilities, 1, generator=generator) if temperature else logits.argmax(-1, True)
         if step.item() in ends:

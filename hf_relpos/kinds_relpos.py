@@ -19,6 +19,7 @@ from .position_base import Positions
 from .position_ids import build_positions, count_positions, inspect_positions, is_exported, same_document
 from .position_sampling import sample_positions
 from .positions import LayerKind
+from .transformers_versions import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -124,12 +125,12 @@ class KindsOfLayers:
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         past_length: int | torch.Tensor,
     ) -> tuple[dict[LayerKind, Positions], bool]:
         """→ where queries and keys stand in each kind of layers, and whether a cache may hold these tokens."""
         config, (batch_size, query_length, _), ready = self.config, inputs_embeds.shape, attention_mask
-        check_cache(config, past_key_values)
+        check_cache(config, cache)
         if isinstance(attention_mask, dict):  # ready masks of several kinds, which say nothing about positions
             attention_mask = next(iter(attention_mask.values()))
         elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and config.sliding_window:
@@ -142,9 +143,9 @@ class KindsOfLayers:
             position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
         elif attention_mask is None or attention_mask.ndim == 2:
             documents, cacheable = inspect_positions(
-                position_ids, attention_mask, past_length, past_key_values is not None, config.reads_distance
+                position_ids, attention_mask, past_length, cache is not None, config.reads_distance
             )
-        if self.training and config.position_sampling is not None and past_key_values is None:
+        if self.training and config.position_sampling is not None and cache is None:
             span, is_counted, cacheable = config.max_position_embeddings, False, False
             drawing = (attention_mask, documents, batch_size, span)
             position_ids = sample_positions(config.position_sampling, position_ids, *drawing)
@@ -155,7 +156,7 @@ class KindsOfLayers:
                 position_ids,
                 ready.get(kind.layer_type) if isinstance(ready, dict) else ready,
                 documents,
-                past_key_values,
+                cache,
                 past_length,
                 needs_pairs=self._needs_pairs(kind, attention_mask),
                 table_limit=-1.0 if is_exported(inputs_embeds) else table_limit,
@@ -174,20 +175,20 @@ class KindsOfLayers:
         positions: Positions,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> Any:
         """→ the mask of a kind of layers, as their attention implementation takes it; `None` where it needs none."""
         if positions.offset is not None and self.config._attn_implementation != "flex_attention":
             return None
         is_lazy = self.config._attn_implementation == "flex_attention"
-        if is_lazy and past_key_values is not None and past_key_values.is_compileable:
-            past_key_values = StillCache(past_key_values)
+        if is_lazy and cache is not None and cache.is_compileable:
+            cache = StillCache(cache)
         create = create_causal_mask if kind.window is None else create_sliding_window_causal_mask
         return create(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask.get(kind.layer_type) if isinstance(attention_mask, dict) else attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             and_mask_function=None if positions.documents is None else same_document(positions.documents),
             allow_is_causal_skip=positions.visible is None,
         )

@@ -30,6 +30,7 @@ from .attention_relpos import (
 from .configuration_relpos import RelPosConfig
 from .position_base import Positions
 from .positions import add_biases, build_position_embeddings, layer_kinds
+from .transformers_versions import add_to_cache, takes_cache
 
 
 class RelPosRMSNorm(nn.Module):
@@ -84,7 +85,7 @@ class RelPosAttention(nn.Module):
         shared_bias: torch.Tensor | None,  # of the schemes that layers share: (H, span), or (B or 1, H, Q, K)
         positions: Positions,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -97,8 +98,8 @@ class RelPosAttention(nn.Module):
         if self.kind.has_bias and query.shape[1] != self.config.num_attention_heads:
             positions = replace(positions, mesh=self._mesh(query))
         state = self._key_state(hidden_states, positions)
-        if past_key_values is not None:
-            key, value, state = self._update(past_key_values, key, value, state)  # (B, G, K, D) twice, (B, H, K)
+        if cache is not None:
+            key, value, state = self._update(cache, key, value, state, kwargs)  # (B, G, K, D) twice, (B, H, K)
         if state is not None and positions.key_mask is not None:
             state = state.masked_fill(~positions.key_mask[:, None], 0.0)
         if state is not None and positions.visible is None:
@@ -124,12 +125,17 @@ class RelPosAttention(nn.Module):
         return None if state is None else positions.local_heads(state.transpose(0, 1)).transpose(0, 1)
 
     def _update(
-        self, past_key_values: Cache, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor | None
+        self,
+        cache: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: torch.Tensor | None,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Adds to the cache and returns what it holds. A state is kept in further channels of the keys."""
         if state is not None:
             key = torch.cat((key, to_channels(state, key.shape[1], key.dtype)), dim=-1)
-        key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = add_to_cache(cache, key, value, self.layer_idx, kwargs)
         if state is not None:
             key, state = key[..., : self.head_dim], from_channels(key[..., self.head_dim :])
         return key, value, state
@@ -298,6 +304,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         self.mlp = RelPosMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -305,7 +312,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         shared_bias: torch.Tensor | None = None,
         positions: Positions | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
@@ -313,7 +320,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
             shared_bias,
             positions,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attended)

@@ -16,7 +16,6 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -39,15 +38,15 @@ from .position_ids import (
 )
 from .positions import add_biases, build_position_embeddings
 from .sharing_relpos import SelfContainedModel
-
-
-try:
-    from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers < 5.19
-
-    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return hidden_states[:, kept]
+from .transformers_versions import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    CausalLMOutput,
+    ModelOutput,
+    check_keywords,
+    slice_logits_to_keep,
+    takes_cache,
+)
 
 
 class RelPosPreTrainedModel(KindsOfLayers, SelfContainedModel, PreTrainedModel):
@@ -55,7 +54,7 @@ class RelPosPreTrainedModel(KindsOfLayers, SelfContainedModel, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RelPosDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
@@ -153,6 +152,7 @@ class RelPosModel(RelPosPreTrainedModel):
         nothing = torch.zeros(self.config.num_attention_heads, length, device=device)
         return torch.stack([nothing if table is None else table for table in tables])
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -160,11 +160,11 @@ class RelPosModel(RelPosPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """Runs the decoder.
 
         Args:
@@ -173,7 +173,7 @@ class RelPosModel(RelPosPreTrainedModel):
                 ready masks by the `layer_types`.
             position_ids: (B, Q); counted over the real tokens of `attention_mask` by default. Where they do not
                 increase from one token to the next, a new document starts: packed rows attend within documents only.
-            past_key_values: keys and values of the tokens before these, or an empty cache.
+            cache: keys and values of the tokens before these, or an empty cache.
                 A position bias needs positions that go on by one from token to token then.
             use_cache: whether to return a cache. A packed row cannot be continued: it returns none, nor do positions
                 that `position_sampling` drew.
@@ -186,19 +186,24 @@ class RelPosModel(RelPosPreTrainedModel):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        past_length = cached_length(past_key_values)
+        paged = None if cache is None or isinstance(cache, Cache) else cache
+        if paged is None:
+            check_keywords(kwargs, position_ids, self.config._attn_implementation)
+        else:  # continuous batching says itself which tokens see which
+            cache = None
+        past_length = cached_length(cache)
         check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
         attention_mask = simplify_mask(attention_mask)
-        placed, cacheable = self._place(inputs_embeds, attention_mask, position_ids, past_key_values, past_length)
+        placed, cacheable = self._place(inputs_embeds, attention_mask, position_ids, cache, past_length)
         masks = {
-            kind: self._mask(kind, positions, inputs_embeds, attention_mask, past_key_values)
+            kind: self._mask(kind, positions, inputs_embeds, attention_mask, cache)
             for kind, positions in placed.items()
         }
         first = next(iter(placed.values()))
         position_ids, documents, batch_size = first.query, first.documents, inputs_embeds.shape[0]
         if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
             kwargs |= flash_lengths(documents, next(iter(masks.values())), batch_size)
-        if self.training and self.config.position_start_augmentation and past_key_values is None:
+        if self.training and self.config.position_start_augmentation and cache is None:
             # distances stay: only what acts on absolute positions sees the shift
             position_ids = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
         rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype)
@@ -208,11 +213,11 @@ class RelPosModel(RelPosPreTrainedModel):
         for kind, positions in placed.items():
             positions.query = position_ids
             positions.rotations = tuple(rotations[name] for name in kind.schemes if name in rotations)
-            if past_key_values is not None and not torch.is_grad_enabled():
-                keep_tables(positions, past_key_values, parameters)
+            if cache is not None and not torch.is_grad_enabled():
+                keep_tables(positions, cache, parameters)
             biases[kind] = self._shared_bias(kind, positions, self._kinds()[kind][0])
-        if use_cache and past_key_values is None and cacheable:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and cacheable:
+            cache = DynamicCache(config=self.config)
 
         hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, position_ids))
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -222,11 +227,11 @@ class RelPosModel(RelPosPreTrainedModel):
                 biases[kind],
                 positions=placed[kind],
                 attention_mask=masks[kind],
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache if paged is None else paged},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
 
 class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
@@ -251,19 +256,22 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    generate = takes_cache(GenerationMixin.generate)
+
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Runs the model; arguments as in `RelPosModel.forward`.
 
         Args:
@@ -277,7 +285,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -290,10 +298,10 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return CausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -26,9 +26,9 @@ def is_exported(tensor: torch.Tensor) -> bool:
     return is_tracing(tensor) and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
 
 
-def cached_length(past_key_values: Cache | None) -> int | torch.Tensor:
+def cached_length(cache: Cache | None) -> int | torch.Tensor:
     """The number of tokens in a cache."""
-    length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    length = cache.get_seq_length() if cache is not None else 0
     if isinstance(length, torch.Tensor):  # a static cache counts in place
         length = length.clone() if is_tracing(length) else int(length)
     return length
@@ -128,7 +128,7 @@ def inspect_positions(
     cacheable = documents is None and not (needs_distance and _has_gaps(position_ids, recent))
     if has_cache and not cacheable:
         raise ValueError(
-            "`past_key_values` must be None for packed sequences (`position_ids` that restart) and, with a "
+            "`cache` must be None for packed sequences (`position_ids` that restart) and, with a "
             "position bias, for positions that leave numbers out."
         )
     return documents, cacheable
@@ -220,7 +220,7 @@ def build_positions(
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     documents: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     past_length: int | torch.Tensor,
     needs_pairs: bool,
     table_limit: float,
@@ -235,7 +235,7 @@ def build_positions(
         position_ids: (B or 1, Q) positions of the queries.
         attention_mask: (B, K), 0 on padding; anything else says nothing about positions, but what is visible.
         documents: (B or 1, Q) or `None`, from `find_documents`.
-        past_key_values: the cache before this forward's update, or `None`.
+        cache: the cache before this forward's update, or `None`.
         past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
         needs_pairs: whether any scheme looks at pairs of a query and a key.
         table_limit: the largest position, from the first token on, of a query that a table of the distances serves,
@@ -247,8 +247,8 @@ def build_positions(
     """
     query_length = position_ids.shape[1]
     key_length, num_dropped = query_length, 0
-    if past_key_values is not None:
-        key_length, num_dropped = past_key_values.get_mask_sizes(query_length, layer_idx)
+    if cache is not None:
+        key_length, num_dropped = cache.get_mask_sizes(query_length, layer_idx)
     padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
     key_mask = padding
     if padding is not None:
@@ -329,20 +329,20 @@ def _visible(
     return visible
 
 
-def keep_tables(positions: Positions, past_key_values: Cache, parameters: Iterable[torch.nn.Parameter]) -> None:
+def keep_tables(positions: Positions, cache: Cache, parameters: Iterable[torch.nn.Parameter]) -> None:
     """Lets the single steps of a generation share their tables.
 
     Args:
         positions: gets its `reversed_tables`, and room for the steps to come in its `span`.
-        past_key_values: the tables live as long as these keys.
+        cache: the tables live as long as these keys.
         parameters: what the tables are computed from: when they change, the tables are computed anew.
     """
     if positions.offset is None or positions.query.shape[1] > 1 or is_tracing(positions.query):
         return
     state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
-    kept = _REVERSED_TABLES.get(past_key_values)
+    kept = _REVERSED_TABLES.get(cache)
     if kept is None or kept[0] != state:
-        kept = _REVERSED_TABLES[past_key_values] = state, {}
+        kept = _REVERSED_TABLES[cache] = state, {}
     positions.reversed_tables = kept[1]
     positions.span = max(64, 2 ** positions.offset.bit_length())
     positions.span = min(positions.span, positions.window or positions.span)

@@ -25,6 +25,8 @@ from transformers import (
     pipeline,
 )
 
+from hf_relpos.transformers_versions import CACHE_NAME
+
 
 KINDS = ["none", "learned", "alibi", "linear_cpb", "rotary"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32 logits of magnitude 1 to 30: sums in another order, other alignment
@@ -225,13 +227,13 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 def greedy_logits(prefill, decode, batch: dict, config, steps: int = 5) -> list[torch.Tensor]:
     """The logits of a prefill and of `steps` decoded tokens, each the best one of the logits before it."""
     mask, outputs = batch["attention_mask"], []
-    inputs = {**batch, "position_ids": positions_of(mask), "past_key_values": DynamicCache(config=config)}
+    inputs = {**batch, "position_ids": positions_of(mask), CACHE_NAME: DynamicCache(config=config)}
     result = prefill(**inputs)
     for _ in range(steps):
         outputs.append(result.logits[:, -1])
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=-1)
         inputs = {"input_ids": outputs[-1].argmax(-1)[:, None], "attention_mask": mask}
-        inputs |= {"position_ids": positions_of(mask)[:, -1:], "past_key_values": result.past_key_values}
+        inputs |= {"position_ids": positions_of(mask)[:, -1:], CACHE_NAME: getattr(result, CACHE_NAME)}
         result = decode(**inputs)
     return [*outputs, result.logits[:, -1]]
 
@@ -266,7 +268,7 @@ def test_export(backend, scheme, tmp_path, monkeypatch):
     exported.save_pretrained(tmp_path)
     # torch warns of the cache it reads with too few arguments for its message, which pytest takes for an error
     monkeypatch.setattr(logging.getLogger("torch._export.serde.serialize"), "disabled", True)
-    runners = exporters.ExportedModel.from_pretrained(tmp_path).runners
+    runners = exporters.ExportedModel.from_pretrained(tmp_path, trust_remote_code=True).runners
     for batch in (make_batch(3, 29, padding=7), make_batch(1, 5, padding=0)):
         with torch.no_grad():
             expected = greedy_logits(model, model, batch, model.config)

@@ -111,7 +111,7 @@ def test_gates_are_not_quantised():
     pytest.importorskip("optimum.quanto", reason="keeps the quantised keys and values")
     model = make_model("fox")
     past = QuantizedCache("quanto", model.config)
-    with pytest.raises(ValueError, match="`past_key_values` must not be quantised for pos_embedding_type 'fox'"):
+    with pytest.raises(ValueError, match="`cache` must not be quantised for pos_embedding_type 'fox'"):
         model(make_tokens(1, 5), past_key_values=past)
 
 

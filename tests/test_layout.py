@@ -38,11 +38,19 @@ HUB_FILES = {
     "attention_blocks": {"attention_cpu"},
     "attention_triton": set(),
     "attention_keys": set(),
+    "transformers_versions": set(),
     "loss_relpos": set(),
     "attention_relpos": {"attention_blocks", "attention_cpu", "attention_triton"},
     "configuration_relpos": {"position_base", "position_sampling", "positions"},
     "sharing_relpos": {"configuration_relpos", "positions"},
-    "layers_relpos": {"attention_keys", "attention_relpos", "configuration_relpos", "position_base", "positions"},
+    "layers_relpos": {
+        "attention_keys",
+        "attention_relpos",
+        "configuration_relpos",
+        "position_base",
+        "positions",
+        "transformers_versions",
+    },
     "kinds_relpos": {
         "attention_keys",
         "attention_relpos",
@@ -50,6 +58,7 @@ HUB_FILES = {
         "position_ids",
         "position_sampling",
         "positions",
+        "transformers_versions",
     },
     "modeling_relpos": {
         "attention_relpos",
@@ -61,6 +70,7 @@ HUB_FILES = {
         "position_ids",
         "positions",
         "sharing_relpos",
+        "transformers_versions",
     },
 }
 # library files → those of them that each may import, besides what the package makes public

@@ -142,7 +142,7 @@ def test_packed_rows_refuse_a_cache():
     padded = torch.tensor([[1, 1, 1, 1, 1, 0]])
     filled = model(tokens, use_cache=True).past_key_values
     for mask, past in ((None, DynamicCache()), (padded, DynamicCache()), (None, filled)):
-        with pytest.raises(ValueError, match="`past_key_values` must be None for packed sequences"):
+        with pytest.raises(ValueError, match="`cache` must be None for packed sequences"):
             model(tokens, position_ids=position_ids, attention_mask=mask, past_key_values=past)
 
 
@@ -165,7 +165,7 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
     assert_close(whole.logits[0], torch.cat(one_by_one), **CLOSE)
     if model.config.reads_distance:  # whose distances to cached keys are found by counting
         assert whole.past_key_values is None
-        with pytest.raises(ValueError, match="`past_key_values` must be None for .* positions that leave numbers out"):
+        with pytest.raises(ValueError, match="`cache` must be None for .* positions that leave numbers out"):
             model(tokens[:1], position_ids=spread, past_key_values=past)
     else:
         model(tokens[:1, :8], position_ids=spread[:, :8], past_key_values=past)
