@@ -41,8 +41,8 @@ test: $(VENV)/installed-test
 	$(PYTEST)
 
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
-	$(PYTEST) tests/test_clients.py tests/test_serving.py tests/test_generation.py tests/test_triton.py tests/test_sweep.py \
-	    tests/test_x_transformers.py tests/test_demo.py
+	$(PYTEST) tests/test_clients.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
+	    tests/experiments tests/demo
 
 test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized

@@ -18,8 +18,8 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["hf_relpos"]),
-    package_data={"hf_relpos": ["model_card_template.md"]},
+    packages=find_packages(include=["hf_relpos", "hf_relpos.*"]),
+    package_data={"hf_relpos.hub": ["model_card_template.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -37,7 +37,7 @@ setup(
         "scipy>=1.11",
         "tqdm",
     ],
-    entry_points={"console_scripts": ["hf-relpos = hf_relpos.serving:main"]},
+    entry_points={"console_scripts": ["hf-relpos = hf_relpos.inference.serve:main"]},
     extras_require={
         "sample": SAMPLE,
         "serve": SERVE,

@@ -3,10 +3,12 @@
 Importing the package registers the family with the Auto classes of transformers.
 """
 
+from typing import Any
+
 import transformers
 
-from .configuration_relpos import MODEL_SIZES, RelPosConfig
-from .modeling_relpos import (
+from .model.configuration_relpos import MODEL_SIZES, RelPosConfig
+from .model.modeling_relpos import (
     RelPosForCausalLM,
     RelPosForQuestionAnswering,
     RelPosForSequenceClassification,
@@ -14,9 +16,9 @@ from .modeling_relpos import (
     RelPosModel,
     RelPosPreTrainedModel,
 )
-from .position_base import PositionEmbedding, Positions, register_position_embedding
-from .positions import list_position_embeddings
-from .sharing_relpos import AUTO_MAP
+from .model.saved_code import AUTO_MAP
+from .model.scheme_base import PositionEmbedding, Positions, register_position_embedding
+from .model.scheme_registry import list_position_embeddings
 
 
 __version__ = "0.1.0"
@@ -33,8 +35,16 @@ __all__ = [
     "RelPosModel",
     "RelPosPreTrainedModel",
     "list_position_embeddings",
+    "push_model",
     "register_position_embedding",
 ]
+
+
+def push_model(model: RelPosPreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
+    """What `model.push_to_hub` does: `hf_relpos.hub.push.push_model`, loaded when it is needed."""
+    from .hub.push import push_model as push
+
+    return push(model, repo_id, **kwargs)
 
 
 def _register() -> None:

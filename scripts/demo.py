@@ -7,7 +7,7 @@ python scripts/demo.py output/alibi output/rotary
 from dataclasses import dataclass, field
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.demo import serve_page
+from hf_relpos.demo.app import serve_page
 
 
 @dataclass

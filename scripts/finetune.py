@@ -4,10 +4,10 @@
 python scripts/finetune.py --model_name_or_path output/alibi --block_size 512 --output_dir output/512
 """
 
-from hf_relpos.changing_schemes import ChangeArguments
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.data import DataArguments
-from hf_relpos.training import FinetuningArguments, finetune
+from hf_relpos.data.corpus import DataArguments
+from hf_relpos.training.scheme_change import ChangeArguments
+from hf_relpos.training.train import FinetuningArguments, finetune
 
 
 @command

@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.publishing import full_name, publish
-from hf_relpos.repository import check_loads, repository_files, write_files
+from hf_relpos.hub.push import full_name, publish
+from hf_relpos.hub.repository import check_loads, repository_files, write_files
 
 
 @dataclass

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.report_page import write_report
-from hf_relpos.results import markdown_table, plot_results, plot_scores, read_result
+from hf_relpos.results.report import write_report
+from hf_relpos.results.result_file import markdown_table, plot_results, plot_scores, read_result
 
 
 @dataclass

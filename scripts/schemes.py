@@ -7,7 +7,7 @@ python scripts/schemes.py
 from pathlib import Path
 
 from hf_relpos.cli import command
-from hf_relpos.schemes_page import write_schemes_page
+from hf_relpos.scheme_docs import write_schemes_page
 
 
 @command

@@ -5,9 +5,9 @@ python scripts/train.py --pos_embedding_type alibi --output_dir output/alibi
 """
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.data import DataArguments
-from hf_relpos.saved_models import ModelArguments
-from hf_relpos.training import RelPosTrainingArguments, train
+from hf_relpos.data.corpus import DataArguments
+from hf_relpos.training.model_setup import ModelArguments
+from hf_relpos.training.train import RelPosTrainingArguments, train
 
 
 @command

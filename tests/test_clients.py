@@ -25,7 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_relpos.transformers_versions import CACHE_NAME
+from hf_relpos.model.transformers_versions import CACHE_NAME
 
 
 KINDS = ["none", "learned", "alibi", "linear_cpb", "rotary"]

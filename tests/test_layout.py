@@ -10,204 +10,80 @@ import pytest
 from conftest import ROOT
 
 from hf_relpos import list_position_embeddings
-from hf_relpos.position_base import POSITION_EMBEDDINGS
-from hf_relpos.report_page import write_report
-from hf_relpos.results import markdown_table, read_result
+from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
+from hf_relpos.results.report import write_report
+from hf_relpos.results.result_file import markdown_table, read_result
 
 
 PACKAGE = ROOT / "hf_relpos"
-# files that go to the Hub with a model → those of them that each may import
-HUB_FILES = {
-    "position_base": set(),
-    "position_absolute": {"position_base"},
-    "position_rotary": {"position_base"},
-    "position_bias": {"position_base"},
-    "position_content": {"position_base", "position_bias"},
-    "position_fire": {"position_base", "position_bias"},
-    "positions": {
-        "position_base",
-        "position_absolute",
-        "position_rotary",
-        "position_bias",
-        "position_content",
-        "position_fire",
-    },
-    "position_ids": {"position_base"},
-    "position_sampling": set(),
-    "attention_cpu": set(),
-    "attention_blocks": {"attention_cpu"},
-    "attention_triton": set(),
-    "attention_keys": set(),
-    "transformers_versions": set(),
-    "loss_relpos": set(),
-    "attention_relpos": {"attention_blocks", "attention_cpu", "attention_triton"},
-    "configuration_relpos": {"position_base", "position_sampling", "positions"},
-    "sharing_relpos": {"configuration_relpos", "positions"},
-    "layers_relpos": {
-        "attention_keys",
-        "attention_relpos",
-        "configuration_relpos",
-        "position_base",
-        "positions",
-        "transformers_versions",
-    },
-    "kinds_relpos": {
-        "attention_keys",
-        "attention_relpos",
-        "position_base",
-        "position_ids",
-        "position_sampling",
-        "positions",
-        "transformers_versions",
-    },
-    "modeling_relpos": {
-        "attention_relpos",
-        "configuration_relpos",
-        "kinds_relpos",
-        "layers_relpos",
-        "loss_relpos",
-        "position_base",
-        "position_ids",
-        "positions",
-        "sharing_relpos",
-        "transformers_versions",
-    },
-}
-# library files → those of them that each may import, besides what the package makes public
-LIBRARY_FILES = {
-    "cli": set(),
-    "benchmark_cases": {
-        "attention_relpos",
-        "attention_triton",
-        "configuration_relpos",
-        "evaluation",
-        "modeling_relpos",
-        "position_bias",
-        "positions",
-    },
-    "benchmarking": {"benchmark_cases"},
-    "benchmark_report": set(),
-    "data": set(),
-    "packing": {"data"},
-    "evaluation": set(),
-    "generation": set(),
-    "results": set(),
-    "recording": {"data", "results"},
-    "model_card": {"positions", "recording", "results", "schemes_page", "sharing_relpos"},
-    "repository": {
-        "configuration_relpos",
-        "model_card",
-        "modeling_relpos",
-        "recording",
-        "results",
-        "saved_models",
-        "sharing_relpos",
-    },
-    "publishing": {"model_card", "recording", "repository"},
-    "saved_models": {"data", "packing", "configuration_relpos", "modeling_relpos", "position_sampling"},
-    "changing_schemes": {
-        "configuration_relpos",
-        "data",
-        "modeling_relpos",
-        "position_rotary",
-        "positions",
-        "saved_models",
-    },
-    "training": {
-        "changing_schemes",
-        "data",
-        "packing",
-        "publishing",
-        "recording",
-        "results",
-        "saved_models",
-        "synthetic",
-        "attention_cpu",
-        "configuration_relpos",
-        "modeling_relpos",
-    },
-    "perplexity_by_length": {"evaluation"},
-    "synthetic": {"data", "evaluation"},
-    "evaluating": {"data", "evaluation", "packing", "recording", "results", "saved_models", "synthetic"},
-    "comparing": {"results"},
-    "schemes_page": {
-        "attention_relpos",
-        "configuration_relpos",
-        "modeling_relpos",
-        "position_base",
-        "positions",
-        "results",
-    },
-    "report_page": {"comparing", "results"},
-    "sweeping": {
-        "changing_schemes",
-        "cli",
-        "configuration_relpos",
-        "data",
-        "evaluating",
-        "recording",
-        "results",
-        "saved_models",
-        "synthetic",
-        "training",
-    },
-    "demo": {"demo_parts", "modeling_relpos", "saved_models"},
-    "demo_parts": {"evaluation", "generation", "modeling_relpos", "results"},
-    "serving": {"attention_relpos", "cli", "configuration_relpos", "modeling_relpos"},
+# place → the places that it may import, those of this list before it at most; imports inside functions count
+CONTRACT = {
+    "model": "",
+    "environment": "",
+    "model_loading": "model",
+    "data": "model model_loading environment",
+    "inference": "model model_loading cli",
+    "results": "environment model",
+    "scheme_docs": "model results",
+    "cli": "model",
+    "evaluation": "model model_loading data results inference environment tasks training",
+    "tasks": "model data evaluation",
+    "hub": "model model_loading results scheme_docs training environment",
+    "training": "model model_loading data results tasks hub environment",
+    "demo": "model model_loading evaluation inference results training",
+    "experiments": "model data tasks training evaluation results environment cli",
 }
 
 
-def imports(name):
-    """→ the package's own modules that a file imports, and the others, without those that it only tries to import."""
-    own, others = set(), set()
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    tried = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
-    for node in set(ast.walk(tree)) - tried:
-        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("hf_relpos")):
-            assert node.level <= 1 and node.module, f"{name}: flat imports of the form `from .name import x` only"
-            own.add(node.module.removeprefix("hf_relpos."))
+def place_of(module: str) -> str:
+    """ "hf_relpos.model.scheme_base" → "model"."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported(path):
+    """→ (module, line) of every import in a file, those in functions and in `try` among them; full names."""
+    package = [*path.relative_to(ROOT).with_suffix("").parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            others.add(node.module.partition(".")[0])
-        elif isinstance(node, ast.Import):
-            others |= {alias.name.partition(".")[0] for alias in node.names}
-    return own, others
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            yield ".".join([*start, *filter(None, [node.module])]), node.lineno
 
 
-def test_every_file_is_accounted_for():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*HUB_FILES, *LIBRARY_FILES, "__init__"}
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        here = place_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module, line in imported(path):
+            if module.partition(".")[0] == "hf_relpos" and here != "__init__":
+                allowed = {here, *CONTRACT[here].split()}
+                assert place_of(module) in allowed, f"{path.relative_to(ROOT)}:{line} imports {module}"
 
 
-@pytest.mark.parametrize("name", HUB_FILES)
-def test_hub_files_need_torch_and_transformers_only(name):
-    own, others = imports(name)
-    assert own <= HUB_FILES[name]
-    assert others - set(sys.stdlib_module_names) <= {"torch", "transformers"}
-    # the Hub's loader follows these lines wherever they stand, in a docstring too
-    for line in (PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines():
-        followed = re.match(r"\s*from\s+\.(\S*)\s+import", line)
-        assert not followed or (followed[1] in HUB_FILES and line.startswith("from "))
-
-
-@pytest.mark.parametrize("name", LIBRARY_FILES)
-def test_library_files_import_one_way(name):
-    own, _ = imports(name)
-    assert own <= LIBRARY_FILES[name]
+def test_a_saved_folder_needs_torch_and_transformers_only():
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", "triton", "hf_relpos"}
+    for path in (PACKAGE / "model").glob("*.py"):
+        assert {module.partition(".")[0] for module, _ in imported(path)} <= allowed, path.name
+        # the Hub's loader follows these lines wherever they stand, in a docstring too
+        for line in path.read_text(encoding="utf-8").splitlines():
+            followed = re.match(r"\s*from\s+\.(\S*)\s+import", line)
+            assert not followed or ((PACKAGE / "model" / f"{followed[1]}.py").is_file() and line.startswith("from "))
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "modeling_relpos",
-        "kinds_relpos",
-        "layers_relpos",
-        "sharing_relpos",
-        "attention_relpos",
+        "attention_plan",
+        "decoder_layer",
+        "saved_code",
+        "attention_distance_bias",
         "configuration_relpos",
-        "position_ids",
+        "token_positions",
     ],
 )
 def test_no_scheme_is_named_where_schemes_are_used(name):
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "model" / f"{name}.py").read_text(encoding="utf-8"))
     docstrings = {
         node.body[0].value
         for node in ast.walk(tree)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
-from hf_relpos.transformers_versions import CACHE_NAME, CACHE_NAMES, FORWARD_KEYWORDS, takes_cache
+from hf_relpos.model.transformers_versions import CACHE_NAME, CACHE_NAMES, FORWARD_KEYWORDS, takes_cache
 
 
 @pytest.fixture(scope="module", params=["rotary", "linear_cpb", "fox"])

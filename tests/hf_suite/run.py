@@ -23,7 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hf_relpos.results import hardware, write_json
+from hf_relpos.results.result_file import hardware, write_json
 
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ EXCEPTIONS = {
     r"test_model_rope_scaling_frequencies": (
         ("rotary",),
         "looks for a module of transformers' form; the rotation is a hook of the scheme here, and "
-        "`tests/test_schemes.py` checks the angles of each `rope_type` against transformers' own.",
+        "`tests/model/test_schemes.py` checks the angles of each `rope_type` against transformers' own.",
     ),
 }
 

@@ -1,0 +1,306 @@
+"""What the benchmark runs: attention kernels, training steps and cached steps of this family and of others.
+
+Shape letters: B batch, H heads, N tokens of a row, D head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, LlamaConfig, MptConfig, PreTrainedModel
+
+from hf_relpos.evaluation.loss_by_length import evaluation_mode, token_losses
+from hf_relpos.model.attention_distance_bias import distance_bias_attention, table_kernel
+from hf_relpos.model.attention_triton import triton_backward, triton_forward
+from hf_relpos.model.configuration_relpos import RelPosConfig
+from hf_relpos.model.modeling_relpos import RelPosForCausalLM
+from hf_relpos.model.scheme_distance_bias import AlibiBias
+from hf_relpos.model.scheme_registry import list_position_embeddings
+
+
+NUM_HEADS, HEAD_DIM, VOCAB_SIZE = 4, 64, 8192
+# the largest (H, N, N) tensor that a kernel with a dense bias is tried with
+MAX_DENSE_MIB = 256
+
+
+class NotServed(Exception):
+    """A case that cannot run here, with the reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        part: "attention", "step", "decode" or "evaluate".
+        name: of the kernel or the model.
+        length: N; of a cached step, the number of cached tokens.
+        batch_size: B.
+        mode: "forward" or "forward_backward", of an attention kernel.
+        device, dtype: where and in what the inputs are.
+    """
+
+    part: str
+    name: str
+    length: int
+    batch_size: int
+    mode: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def build(self) -> Callable[[], None]:
+        """→ a function that runs the case once.
+
+        Raises:
+            NotServed: if it cannot run here.
+        """
+        builders = {
+            "attention": _build_attention,
+            "step": _build_step,
+            "decode": _build_decode,
+            "evaluate": _build_evaluation,
+        }
+        return builders[self.part](self)
+
+
+# --- attention kernels: (B, H, N, D) query, key and value and (H, N) table → (B, H, N, D)
+
+
+def sdpa_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def rotary_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    angle = torch.arange(query.shape[2], device=query.device)[:, None] * 10000.0 ** -torch.linspace(
+        0, 1, query.shape[3] // 2, device=query.device
+    )
+    cos, sin = (torch.cat((x, x), dim=-1).to(query.dtype) for x in (angle.cos(), angle.sin()))
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return sdpa_causal(turn(query), turn(key), value, table)
+
+
+def sdpa_dense_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    length = query.shape[2]
+    if NUM_HEADS * length**2 * 4 > MAX_DENSE_MIB * 2**20:
+        raise NotServed(f"the bias alone would take {NUM_HEADS * length**2 * 4 // 2**20} MiB")
+    slots = torch.arange(length, device=query.device)
+    distance = slots[:, None] - slots
+    bias = table[:, distance.clamp(min=0)].masked_fill(distance < 0, torch.finfo(table.dtype).min)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None].to(query.dtype))
+
+
+def distance_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return distance_bias_attention(query, key, value, table)
+
+
+class _FastTriton(torch.autograd.Function):
+    """The kernels for GPUs with the table's gradient by atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> Any:
+        arguments = (table, query.shape[3] ** -0.5, True, 0)
+        out, lse = triton_forward(query, key, value, *arguments)
+        ctx.save_for_backward(query, key, value, out, lse, table)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
+        *tensors, table = ctx.saved_tensors
+        arguments = (table, tensors[0].shape[3] ** -0.5, True, 0)
+        return triton_backward(grad_out, *tensors, *arguments, is_deterministic=False)
+
+
+def distance_bias_fast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    if table_kernel(query, table) != "triton":
+        raise NotServed("needs a GPU and Triton")
+    return _FastTriton.apply(query, key, value, table)
+
+
+def alibi_key_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """ALiBi as a value per key, −m · (N − 1 − j): the same row after the softmax."""
+    if query.device.type != "cpu":
+        raise NotServed("the kernel that takes a mask beside is_causal is the CPU's")
+    mask = table.flip(1)[None, :, None].expand(-1, -1, query.shape[2], -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, attn_mask=mask)[0]
+
+
+def flex_table(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if query.device.type == "cpu" and query.requires_grad:
+        raise NotServed("FlexAttention has no backward pass on CPUs")
+    length = query.shape[2]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=query.device.type)
+
+    def add_bias(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return score + table[h, (i - j).clamp(min=0)]
+
+    return _compiled(flex_attention)(query, key, value, score_mod=add_bias, block_mask=mask)
+
+
+def _compiled(function: Callable, cache: dict[Callable, Callable] = {}) -> Callable:  # noqa: B006
+    return cache.setdefault(function, torch.compile(function, dynamic=False))
+
+
+def flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise NotServed("flash-attn is not installed") from error
+    return flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True).transpose(1, 2)
+
+
+# name → kernel, and whether its table is "learned", "alibi" or None
+KERNELS: dict[str, tuple[Callable, str | None]] = {
+    "sdpa_causal": (sdpa_causal, None),
+    "rotary_sdpa": (rotary_sdpa, None),
+    "distance_bias": (distance_bias, "learned"),
+    "distance_bias_fast": (distance_bias_fast, "learned"),
+    "distance_bias_alibi": (distance_bias, "alibi"),
+    "alibi_key_mask": (alibi_key_mask, "alibi"),
+    "sdpa_dense_bias": (sdpa_dense_bias, "learned"),
+    "sdpa_dense_alibi": (sdpa_dense_bias, "alibi"),
+    "flex_table": (flex_table, "learned"),
+    "flash_attn": (flash_attn, None),
+}
+
+
+def _build_attention(case: Case) -> Callable[[], None]:
+    kernel, kind = KERNELS[case.name]
+    shape = (case.batch_size, case.length, NUM_HEADS, HEAD_DIM)
+    options = {"device": case.device, "dtype": getattr(torch, case.dtype)}
+    # as the layers lay them out
+    inputs = [torch.randn(shape, **options).transpose(1, 2) for _ in range(3)]
+    grad_out = torch.randn(shape, **options).transpose(1, 2)
+    with torch.device(case.device):
+        scheme = AlibiBias(RelPosConfig.from_size("xsmall", pos_embedding_type="alibi"))
+        # a learned table that has come to look like ALiBi's, where most weights underflow
+        table = scheme.table(case.length, torch.device(case.device))
+    has_gradient = case.mode == "forward_backward"
+    for x in inputs:
+        x.requires_grad_(has_gradient)
+    table.requires_grad_(has_gradient and kind == "learned")
+    differentiated = [x for x in (*inputs, table) if x.requires_grad]
+
+    def run() -> None:
+        with torch.set_grad_enabled(has_gradient):
+            out = kernel(*inputs, table)
+        if has_gradient:
+            torch.autograd.grad(out, differentiated, grad_out)
+
+    return run
+
+
+# --- whole models
+
+
+def _relpos(name: str, attn_implementation: str = "sdpa") -> RelPosForCausalLM:
+    config = RelPosConfig.from_size("xsmall", vocab_size=VOCAB_SIZE, pos_embedding_type=name, hidden_dropout=0.0)
+    model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    model.skip_logits = True
+    return model
+
+
+def _peer(config: Any, attn_implementation: str = "sdpa") -> Any:
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+
+
+class _XTransformers(torch.nn.Module):
+    """A decoder of x-transformers whose bias is an MLP of the distance, as `linear_cpb` is, with its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from x_transformers import Decoder, TransformerWrapper
+        except ImportError as error:
+            raise NotServed("x-transformers is not installed") from error
+        layers = Decoder(dim=256, depth=4, heads=4, attn_dim_head=HEAD_DIM, dynamic_pos_bias=True)
+        options = {"max_seq_len": 8192, "use_abs_pos_emb": False}
+        self.model = TransformerWrapper(num_tokens=VOCAB_SIZE, attn_layers=layers, **options)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool = False) -> Any:
+        logits = self.model(input_ids)[:, :-1]
+        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+
+
+# of the same width, depth, heads and floating point operations, the output embedding apart from the input's
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+PEERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: _peer(LlamaConfig(**SIZES, intermediate_size=688, max_position_embeddings=8192)),
+    "gpt_neox": lambda: _peer(GPTNeoXConfig(**SIZES, intermediate_size=1024, max_position_embeddings=8192)),
+    "bloom": lambda: _peer(
+        BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=256, n_layer=4, n_head=4, tie_word_embeddings=False), "eager"
+    ),
+    "mpt": lambda: _peer(
+        MptConfig(
+            d_model=256, n_heads=4, n_layers=4, vocab_size=VOCAB_SIZE, max_seq_len=8192, tie_word_embeddings=False
+        ),
+        "eager",
+    ),
+    "x-transformers with dynamic_pos_bias": _XTransformers,
+    "linear_cpb with a dense bias": lambda: _relpos("linear_cpb", "eager"),
+}
+
+
+def model_names() -> list[str]:
+    """Every scheme, then the models of others."""
+    return [*list_position_embeddings(), *PEERS]
+
+
+def _model(case: Case) -> Any:
+    torch.manual_seed(0)
+    model = PEERS[case.name]() if case.name in PEERS else _relpos(case.name)
+    return model.to(case.device, getattr(torch, case.dtype))
+
+
+def _build_step(case: Case) -> Callable[[], None]:
+    model = _model(case).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
+
+    def run() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _build_decode(case: Case) -> Callable[[], None]:
+    model = _model(case).eval()
+    tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
+    step = tokens[:, -1:]
+    if not isinstance(model, PreTrainedModel):
+        raise NotServed("its cache has another interface")
+    with torch.no_grad():
+        cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return run
+
+
+def _build_evaluation(case: Case) -> Callable[[], None]:
+    """The loss of each token of a row, as evaluate.py computes it."""
+    model = _model(case)
+    if not isinstance(model, PreTrainedModel):
+        raise NotServed("it gives its loss alone")
+    tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
+
+    def run() -> None:
+        with evaluation_mode(model):
+            token_losses(model, tokens)
+
+    return run

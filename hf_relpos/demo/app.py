@@ -1,0 +1,159 @@
+"""A page in the browser: saved models side by side, by their text, their loss by position and their learned bias.
+
+The page has no picture, script or font from elsewhere, and nothing is sent anywhere: it works offline.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model.modeling_relpos import RelPosForCausalLM
+from ..training.model_setup import load_model, load_model_tokenizer
+from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, losses_page, render
+
+
+FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+EXAMPLE = (  # Lincoln at Gettysburg, 1863
+    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in "
+    "Liberty, and dedicated to the proposition that all men are created equal.\n\n"
+    "Now we are engaged in a great civil war, testing whether that nation, or any nation so conceived and so "
+    "dedicated, can long endure. We are met on a great battle-field of that war. We have come to dedicate a "
+    "portion of that field, as a final resting place for those who here gave their lives that that nation might "
+    "live. It is altogether fitting and proper that we should do this.\n\n"
+    "But, in a larger sense, we can not dedicate -- we can not consecrate -- we can not hallow -- this ground. "
+    "The brave men, living and dead, who struggled here, have consecrated it, far above our poor power to add or "
+    "detract. The world will little note, nor long remember what we say here, but it can never forget what they "
+    "did here. It is for us the living, rather, to be dedicated here to the unfinished work which they who fought "
+    "here have thus far so nobly advanced. It is rather for us to be here dedicated to the great task remaining "
+    "before us -- that from these honored dead we take increased devotion to that cause for which they gave the "
+    "last full measure of devotion -- that we here highly resolve that these dead shall not have died in vain -- "
+    "that this nation, under God, shall have a new birth of freedom -- and that government of the people, by the "
+    "people, for the people, shall not perish from the earth."
+)
+
+
+def load_models(names: Sequence[str]) -> list[PageModel]:
+    """Loads models of the family.
+
+    Args:
+        names: folders, or names on the Hub.
+
+    Raises:
+        ValueError: for one that is no language model of the family, or has no tokenizer.
+    """
+    # of a folder the last part alone: where it lies is nobody's business on a page
+    shown = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
+    entries = []
+    for index, name in enumerate(names):
+        model = load_model(name, RelPosForCausalLM).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        label = shown[index]
+        if shown.count(label) > 1:
+            label += f" ({shown[: index + 1].count(label)})"
+        color = COLORS[index % len(COLORS)]
+        entries.append(PageModel(label, model, load_model_tokenizer(name, model), color))
+    return entries
+
+
+def import_gradio() -> Any:
+    """The library, told to send nothing; raises `ValueError` if it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError('the page needs gradio: pip install -e ".[demo]"') from error
+    return gradio
+
+
+def build_page(gradio: Any, entries: Sequence[PageModel]) -> Any:
+    """→ the page, a `gradio.Blocks`."""
+    with gradio.Blocks(title="hf_relpos", analytics_enabled=False) as page:
+        gradio.Markdown("# Position embeddings side by side")
+        with gradio.Tab("Text"):
+            gradio.Markdown("Each model goes on with the prompt. Temperature 0 takes the likeliest token each time.")
+            _text_tab(gradio, entries)
+        with gradio.Tab("Loss"):
+            gradio.Markdown("How well each model predicts each token of a text, by the number of tokens before it.")
+            text = gradio.Textbox(EXAMPLE, label="Text to read", lines=6, max_lines=12, elem_id="text")
+            read = gradio.Button("Compute the loss", variant="primary", elem_id="read")
+            losses = gradio.HTML(elem_id="losses", apply_default_css=False)
+            _connect(read, lambda given: losses_page(entries, given), text, losses)
+        with gradio.Tab("Bias"):
+            gradio.Markdown("What attention adds to the score of a key, by its distance and by head.")
+            _bias_tab(gradio, entries)
+    return page
+
+
+def _connect(button: Any, function: Callable[..., Any], inputs: Any, output: Any, event: str = "click") -> Any:
+    # one at a time for the whole page: the models share one machine
+    return getattr(button, event)(
+        function, inputs, output, concurrency_id="models", concurrency_limit=1, show_progress="minimal"
+    )
+
+
+def _text_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
+    prompt = gradio.Textbox("The state of the Union is", label="Prompt", lines=2, elem_id="prompt")
+    with gradio.Row():
+        options = [
+            gradio.Slider(1, 1024, 100, step=1, label="max_new_tokens", elem_id="max_new_tokens"),
+            gradio.Slider(0, 2, 0.8, step=0.05, label="temperature"),
+            gradio.Slider(0.05, 1, 0.95, step=0.05, label="top_p"),
+            gradio.Number(42, precision=0, minimum=0, maximum=2**32 - 1, label="seed"),
+        ]
+    with gradio.Row():
+        start = gradio.Button("Generate", variant="primary", scale=3, elem_id="generate")
+        stop = gradio.Button("Stop", scale=1)
+    texts = gradio.HTML(
+        render(CARDS, rows=[(entry, "", "", "", "") for entry in entries]), elem_id="texts", apply_default_css=False
+    )
+
+    def generate(*given: Any) -> Iterator[str]:
+        if given[-1] is None:
+            raise gradio.Error("The seed must be a whole number.")
+        yield from generate_cards(entries, *given)
+
+    inputs = [prompt, *options]
+    running = [_connect(start, generate, inputs, texts), _connect(prompt, generate, inputs, texts, "submit")]
+    stop.click(None, cancels=running)
+
+
+def _bias_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
+    configs = [entry.model.config for entry in entries]
+    curved = [config for config in configs if config.has_distance_table]
+    first = 0, min(8192, max(256, *(4 * (config.train_length or 0) for config in configs))), "linear"
+    with gradio.Row(visible=bool(curved)):
+        layers = range(max((config.num_hidden_layers for config in curved), default=1))
+        inputs = [
+            gradio.Dropdown([(f"layer {layer}", layer) for layer in layers], value=0, label="Layer", elem_id="layer"),
+            gradio.Slider(16, 8192, first[1], step=16, label="Length (distances)"),
+            gradio.Radio(["linear", "logarithmic"], value="linear", label="Axis of distances"),
+        ]
+    biases = gradio.HTML(bias_page(entries, *first), elem_id="biases", apply_default_css=False)
+    for field, event in zip(inputs, ("change", "release", "change")):
+        _connect(field, lambda *given: bias_page(entries, *given), inputs, biases, event)
+
+
+def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:
+    """Loads the models and serves the page until it is interrupted.
+
+    Raises:
+        ValueError: without gradio, for what is no model of the family, or if the port is taken.
+    """
+    gradio = import_gradio()
+    page = build_page(gradio, load_models(names))
+    theme = gradio.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS[0], font_mono=FONTS[1])
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            theme=theme,
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+        )
+    except OSError as error:
+        raise ValueError(f"`port` {port} of `host` {host!r} is taken, or not free to use.") from error

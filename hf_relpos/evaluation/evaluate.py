@@ -1,0 +1,152 @@
+"""The evaluation of a saved model: its arguments, and the result file with its plots."""
+
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..data.blocks import evaluation_documents
+from ..data.corpus import DataArguments, check_at_least_1, load_corpus
+from ..results.result_file import hardware, peak_memory_mib, plot_results, plot_scores, versions, write_json
+from ..tasks.base import evaluate_task, make_task
+from ..training.model_setup import load_model, load_model_tokenizer
+from ..training.record import given_flags, read_record
+from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, and how."""
+
+    model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
+    output_dir: str = field(metadata={"help": "Folder for results.json and the plots."})
+    eval_lengths: list[int] = field(
+        default_factory=lambda: [128, 256, 512, 1024], metadata={"help": "Evaluation lengths in tokens."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; by default test if there is one, else validation."}
+    )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Also compute the sliding-window perplexity of the whole split, at each length above this stride."
+        },
+    )
+    train_length: int | None = field(
+        default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
+    )
+    tokens_per_batch: int = field(default=8192, metadata={"help": "Tokens of one forward."})
+    max_windows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Windows of the longest length to read, spread evenly; all by default. Of a task, rows of each "
+            "length and kind; 100 by default."
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or another of the model's."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+
+
+def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
+    """Evaluates a model and writes `results.json` and the plots to `args.output_dir`.
+
+    Returns:
+        the result, as in `results.json`.
+
+    Raises:
+        ValueError: for anything that the user can mend; nothing is written then.
+    """
+    folder = Path(args.output_dir)
+    if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"`output_dir` {args.output_dir!r} already holds a result, or is a file: choose another.")
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
+    longest = check_lengths(args.eval_lengths)[-1]
+    if args.stride is not None:
+        check_stride(args.stride, longest)
+    for name in ("max_windows", "tokens_per_batch", "train_length"):
+        check_at_least_1(name, getattr(args, name))
+    kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = load_model(args.model_name_or_path, AutoModelForCausalLM, dtype=getattr(torch, args.dtype), **kwargs)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
+    check_lengths(args.eval_lengths, model)
+    record = read_record(args.model_name_or_path)
+    train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
+    measure = _measure_text if data_args.task is None else _measure_task
+    measured = measure(model, tokenizer, args, data_args, train_length)
+    result = {
+        "model": Path(args.model_name_or_path).name,
+        "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
+        "seed": record.get("seed"),
+        "train_length": train_length,
+        **measured,
+        "flags": given_flags(args, data_args),
+        "distance_bias": bias_curves(model, longest),
+        "attn_implementation": model.config._attn_implementation,
+        "dtype": args.dtype,
+        "training": {key: value for key, value in record.items() if key not in ("versions", "hardware")} or None,
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(folder / "results.json", result)
+    (plot_results if data_args.task is None else plot_scores)([result], folder)
+    return result
+
+
+def _measure_text(
+    model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
+) -> dict[str, Any]:
+    """Losses by length and by position on the documents of a corpus."""
+    corpus = load_corpus(data_args)
+    split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
+    found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
+    numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
+    if args.stride is not None:
+        found["sliding_window"] = {
+            str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)
+            for length in sorted(set(args.eval_lengths))
+            if length > args.stride
+        }
+    corpus_facts = {"name": corpus.name, "split": split, "fingerprint": corpus.fingerprint, **numbers}
+    return {**found, "corpus": corpus_facts}
+
+
+def _measure_task(
+    model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
+) -> dict[str, Any]:
+    """Scores by length on rows of a synthetic task."""
+    if args.stride is not None:
+        raise ValueError("`stride` is for text: a task has rows of its own.")
+    task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
+    scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
+    corpus_facts = {"name": f"task {task.name}", "split": "test", "fingerprint": task.fingerprint}
+    return {
+        "task": task.name,
+        "score_name": task.score_name,
+        "lengths": scores,
+        "corpus": {**corpus_facts, "num_windows": num_rows},
+    }
+
+
+def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
+    """The bias by distance that a model of this family has learned, or `None` for one that has none.
+
+    Returns:
+        `distances`: from 0 to `length` − 1, ever sparser; `layers`: for each layer and head the biases there.
+    """
+    if not getattr(model.config, "has_distance_table", False):
+        return None
+    schemes = (layer.self_attn.position_embeddings.values() for layer in model.base_model.layers)
+    limits = [scheme.table_limit() for scheme in chain(*schemes)]
+    # past them the bias is more than a curve by distance
+    length = min([length, *(int(limit) + 1 for limit in limits if limit is not None)])
+    steps = range(8 * length.bit_length() + 1)
+    distances = sorted({distance for step in steps if (distance := round(2 ** (step / 8)) - 1) < length})
+    with evaluation_mode(model):
+        tables = model.base_model.distance_bias(length)
+    return {"distances": distances, "layers": tables[..., distances].cpu().tolist()}

@@ -1,0 +1,310 @@
+"""Publishing: a saved model, or one in training, goes to the Hub whole, in one commit."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers import Trainer
+from transformers.utils import PushInProgress
+
+from ..training.record import TRAINING_RECORD
+from .model_card import CARD, is_generated
+from .repository import FILES, INDEX, PICKLES, WEIGHTS, check_weights, own_results, repository_files, write_files
+
+
+logger = logging.getLogger(__name__)
+
+# what a push takes out of a repository where it does not bring it
+OURS = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "attention_*.py", *PICKLES)
+REASONS = {
+    401: "the token is not valid; `hf auth login` stores one",
+    403: "the token has no right to write there",
+    404: "there is no such repository, or the token may not see it",
+    409: "the name is taken",
+    412: "somebody else wrote to it in the meantime",
+    413: "a file is too large",
+    429: "too many requests",
+    507: "there is no space left",
+}
+PASSING = (408, 412, 429)
+# what tells one run from another, of its record
+IDENTITY = ("seed", "data_seed", "shape", "corpus", "base_model", "position_start_augmentation", "position_sampling")
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turns whatever the Hub or the way to it can do into a `ValueError` of one line, without signed addresses."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)  # its warnings hold such addresses
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise ValueError(f"{repo_id!r} cannot be reached: HF_HUB_OFFLINE is set.") from error
+    except (HTTPError, ConnectionError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        raise ValueError(f"the push to {repo_id!r} was not completed: {_reason(cause)}") from error
+    finally:
+        hub_logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return f"the connection failed ({type(error).__name__}). The same command goes on."
+    status = error.response.status_code
+    said = f": {error.server_message}" if error.server_message else ""
+    reason = REASONS.get(status, "the Hub failed" if status >= 500 else "the Hub refused") + f" (HTTP {status}{said})"
+    return reason + (". The same command goes on." if status in PASSING or status >= 500 else ".")
+
+
+def full_name(repo_id: str, token: str | bool | None = None) -> str:
+    """ "name" → "user/name"; raises `ValueError` for what is no name, or without a token."""
+    validate_repo_id(repo_id)
+    check_token(token)
+    if "/" in repo_id:
+        return repo_id
+    with hub_errors(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def check_token(token: str | bool | None) -> None:
+    """Raises `ValueError` if there is none, given or stored."""
+    if token in (None, True) and get_token() is None:
+        raise ValueError("there is no token of the Hub: `hf auth login` stores one, or set HF_TOKEN.")
+
+
+def publish(
+    files: dict[str, Path | bytes],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    overwrite: bool = False,
+) -> CommitInfo:
+    """Puts the files into a repository of the Hub in one commit; what lies there already is not sent again.
+
+    Weights and code that an earlier push left there and this one does not bring are taken out in the same commit.
+
+    Args:
+        files: as `repository_files` gives them.
+        repo_id: "name" or "namespace/name"; made if it is not there.
+        private: whether to make it private; refused for one that is public.
+        revision: a branch, made if it is not there; main by default.
+        create_pr: open a pull request in place of a commit to main.
+        token: in place of the stored one.
+        commit_message, commit_description: of the commit.
+        overwrite: whether to replace a model of another kind or scheme that lies there.
+
+    Raises:
+        ValueError: if there is no token, no right to write, another model under that name, or if the Hub or the
+            connection fails; nothing is committed then, and the same call completes it.
+    """
+    if create_pr and revision:
+        raise ValueError("`create_pr` and `revision` exclude each other, got both.")
+    check_token(token)
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(f"{repo_id!r} exists and is public: make it private in its settings, or leave --private.")
+        if revision and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.repo_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=head)
+        if not overwrite:
+            record = files.get(TRAINING_RECORD)
+            record = json.loads(record.read_text(encoding="utf-8")) if record else {}
+            _check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
+        if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
+            print(f"the card of {repo_id} was edited there: it stays")
+            files = {name: content for name, content in files.items() if name != CARD}
+        stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in OURS)]
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=None if create_pr else head,  # what was looked at is what is written to
+        )
+        there = api.list_repo_files(repo_id, revision=commit.oid)
+    if missing := sorted(set(files) - set(there)):
+        raise ValueError(f"{repo_id!r} lacks {missing} after the push.")
+    if commit.oid == head:
+        print(f"{repo_id} holds all of this already: nothing was sent")
+    return commit
+
+
+def _read(api: HfApi, repo_id: str, name: str, revision: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
+        return Path(path).read_text(encoding="utf-8")
+
+
+def _check_not_taken(
+    api: HfApi, repo_id: str, revision: str, there: Sequence[str], config: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Refuses a repository that holds something else than a model of the family, scheme and run that comes."""
+    if set(there) <= {".gitattributes", CARD}:
+        return
+    theirs = json.loads(_read(api, repo_id, "config.json", revision)) if "config.json" in there else {}
+    pairs = {name: (theirs.get(name), config[name]) for name in ("model_type", "pos_embedding_type")}
+    if TRAINING_RECORD in there:
+        theirs = json.loads(_read(api, repo_id, TRAINING_RECORD, revision))
+        pairs |= {name: (theirs[name], record[name]) for name in IDENTITY if name in theirs and name in record}
+    for name, (their, our) in pairs.items():
+        if their != our:
+            raise ValueError(
+                f"the name is taken: {repo_id!r} holds another model (`{name}` is {their!r}, not {our!r}); choose "
+                "another name, or give --overwrite true (--hub_overwrite true in training)."
+            )
+
+
+def push_folder(folder: str | Path, repo_id: str, *, results: Sequence[str] = (), **kwargs: Any) -> CommitInfo:
+    """Publishes a saved folder: `repository_files` and `publish` with their arguments."""
+    about = {name: kwargs.pop(name) for name in ("base_model", "license", "tags") if name in kwargs}
+    repo_id = full_name(repo_id, kwargs.get("token"))
+    files = repository_files(folder, repo_id, results, **about)
+    check_weights(files)
+    return publish(files, repo_id, **kwargs)
+
+
+def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> CommitInfo:
+    """Publishes a model in memory, with the tokenizer of the folder that it was loaded from, if there is one.
+
+    The result files and the record of that folder go along if its weights are those of the model.
+    """
+    source = Path(model.name_or_path or "/nowhere")
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / repo_id.rpartition("/")[2]
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for name in set(FILES) - {TRAINING_RECORD, INDEX}:
+            if (source / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        results: list[str] = []
+        if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):
+            shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
+            results = [str(path) for path in own_results(source)]
+        return push_folder(folder, repo_id, results=results, **kwargs)
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same weight files, byte for byte."""
+    names = {path.name for folder in (first, second) for path in folder.glob(WEIGHTS)}
+    return all(
+        (first / name).is_file()
+        and (second / name).is_file()
+        and (first / name).read_bytes() == (second / name).read_bytes()
+        for name in names
+    )
+
+
+class RelPosTrainer(Trainer):
+    """The Trainer of transformers, whose pushes are those of this module: one commit, whole, with the card.
+
+    `hub_strategy` is "end" or "every_save", which pushes each checkpoint's model in the background. The optimizer's
+    state and the pickled arguments stay where they are.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if self.args.hub_strategy.value not in ("end", "every_save"):
+            raise ValueError(
+                f"`hub_strategy` must be 'end' or 'every_save', got {self.args.hub_strategy.value!r}: the state of an "
+                "optimizer is pickled."
+            )
+        token = token or self.args.hub_token
+        check_token(token)
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(token=token, private=private)
+            if self.hub_model_id is None or getattr(self.args, "hub_overwrite", False):
+                return
+            api = HfApi(token=token)
+            head = api.repo_info(self.hub_model_id).sha
+            record = {"seed": self.args.seed, "data_seed": self.args.data_seed}
+            there, config = api.list_repo_files(self.hub_model_id, revision=head), self.model.config.to_dict()
+            _check_not_taken(api, self.hub_model_id, head, there, config, record)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card of what lies in the output folder; arguments of transformers' draft are not needed."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        try:
+            card = repository_files(folder, self.hub_model_id)[CARD]
+        except ValueError as error:  # what is trained is saved all the same
+            logger.warning(f"No card was written: {error}")
+        else:
+            if isinstance(card, bytes):
+                (folder / CARD).write_bytes(card)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """As in transformers, and always blocking; the output folder also gets the card."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        self._finish_current_push()
+        return self._push(self.args.output_dir, commit_message, token, revision)
+
+    def _push(
+        self, folder: str, message: str | None, token: str | None = None, revision: str | None = None
+    ) -> CommitInfo:
+        return push_folder(
+            folder,
+            self.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+            commit_message=message,
+            overwrite=getattr(self.args, "hub_overwrite", False),
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy.value == "end":
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        staged = Path(tempfile.mkdtemp())  # the checkpoint may be gone before it is sent
+        step = self.state.global_step
+
+        def push() -> None:
+            try:
+                self._push(str(staged / "model"), f"Training in progress, step {step}")
+            except ValueError as error:
+                logger.warning(f"The model of step {step} was not pushed: {error}")
+            finally:
+                shutil.rmtree(staged)
+
+        try:
+            write_files(repository_files(checkpoint_folder, self.hub_model_id), staged / "model")
+        except (OSError, ValueError) as error:  # training goes on
+            logger.warning(f"The model of step {step} was not pushed: {error}")
+            shutil.rmtree(staged)
+        else:
+            self.push_in_progress = PushInProgress([HfApi().run_as_future(push)])

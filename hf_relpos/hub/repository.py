@@ -1,0 +1,244 @@
+"""The repository of a saved model: which files it holds, that they are whole, and that they tell no secret."""
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+
+from ..model.configuration_relpos import RelPosConfig
+from ..model.modeling_relpos import (
+    RelPosForCausalLM,
+    RelPosForQuestionAnswering,
+    RelPosForSequenceClassification,
+    RelPosForTokenClassification,
+    RelPosModel,
+)
+from ..model.saved_code import AUTO_MAP, code_files, foreign_schemes
+from ..results.result_file import plot_results, plot_scores, read_result
+from ..training.model_setup import load_model
+from ..training.record import TRAINING_RECORD, read_record
+from .model_card import CARD, is_generated, model_card, signed
+
+
+logger = logging.getLogger(__name__)
+
+MODELS = {
+    cls.__name__: cls
+    for cls in (
+        RelPosModel,
+        RelPosForCausalLM,
+        RelPosForSequenceClassification,
+        RelPosForTokenClassification,
+        RelPosForQuestionAnswering,
+    )
+}
+
+RESULT = "results.json"
+WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
+# what a repository holds besides the weights, the code, the results and the card
+FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    TRAINING_RECORD,
+)
+# weights that run code when they are read
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# the Trainer's own, which never leave
+TRAINER_STATE = ("training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}")
+
+
+def repository_files(
+    folder: str | Path,
+    repo_id: str | None = None,
+    results: Sequence[str] = (),
+    base_model: str | None = None,
+    license: str = "apache-2.0",
+    tags: Sequence[str] | None = None,
+) -> dict[str, Path | bytes]:
+    """All files of the repository that a saved model makes.
+
+    Args:
+        folder: of a saved model of the family.
+        repo_id: what it will be called; the folder's name by default.
+        results: result files of scripts/evaluate.py besides those in the folder.
+        base_model, license, tags: as in `model_card`.
+
+    Returns:
+        path in the repository → file, or content; the same for the same folder.
+
+    Raises:
+        ValueError: if the folder holds no model of the family or pickled weights; if a result is of another model; if a
+            text file holds a token of the Hub or tells where the folder lies.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if base_model:
+        validate_repo_id(base_model)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"`license` must be one of the Hub's names, such as 'apache-2.0', got {license!r}.")
+    files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob(WEIGHTS))}
+    files |= {name: folder / name for name in FILES if (folder / name).is_file()}
+    files |= {file.name: file for file in code_files()}
+    config |= {"auto_map": AUTO_MAP}
+    files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    record = read_record(str(folder))
+    found = _find_results(folder, results, config, record)
+    pictures = []
+    for place, (path, result) in found.items():
+        files[place] = path
+        picture, content = draw_result(result)
+        pictures.append(str(Path(place).with_name(picture)))
+        files[pictures[-1]] = content
+    card = folder / CARD
+    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
+        files[CARD] = card
+        logger.warning(f"{CARD} was edited: it goes as it is, whatever has been evaluated since.")
+    else:
+        name = repo_id.rpartition("/")[2] if repo_id else folder.resolve().name
+        read = [result for _, result in found.values()]
+        written = model_card(config, name, record, read, pictures, repo_id, base_model, license, tags)
+        files[CARD] = signed(written).encode()
+    _check_texts(files, folder)
+    return files
+
+
+def draw_result(result: dict[str, Any]) -> tuple[str, bytes]:
+    """→ name and content of the picture of a result: loss by position or, of a task, score by length."""
+    with tempfile.TemporaryDirectory() as drawn:
+        path = (plot_scores if "task" in result else plot_results)([result], Path(drawn))[0]
+        with Image.open(path) as image:
+            image.quantize(64).save(path, optimize=True)  # a quarter of the bytes
+        return path.name, path.read_bytes()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """→ the configuration of a folder that holds safe weights of the family."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is no saved model: it holds no config.json.")
+    for pattern in PICKLES:
+        for path in folder.glob(pattern):
+            if not any(path.match(state) for state in TRAINER_STATE):
+                raise ValueError(
+                    f"{path.name!r} is pickled, which runs code when it is read: save the weights as safetensors."
+                )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture, *_ = config.get("architectures") or [None]
+    if config.get("model_type") != RelPosConfig.model_type or architecture not in MODELS:
+        raise ValueError(
+            f"{str(folder)!r} must hold a model of the family ('relpos'), got model_type {config.get('model_type')!r}."
+        )
+    if foreign := foreign_schemes(config["pos_embedding_type"]):
+        name, module = next(iter(foreign.items()))
+        raise ValueError(
+            f"nobody could load it: the position embedding {name!r} is defined in {module!r}, outside of it."
+        )
+    return config
+
+
+def check_weights(files: dict[str, Path | bytes]) -> None:
+    """Raises `ValueError` if the weights of a repository are missing in whole or in part, or cut off."""
+    index = files.get(INDEX)
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    if missing := sorted(named - set(files)):
+        raise ValueError(f"the weights are not whole: {missing[0]!r} is missing.")
+    for name in named:
+        try:
+            with safe_open(files[name], "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"the weights are not whole: {name!r} cannot be read: {error}") from error
+
+
+def check_loads(folder: str | Path) -> None:
+    """Loads the model and the tokenizer of a folder, to see that others can.
+
+    Raises:
+        ValueError: if weights are missing, spoilt or too many, or if there is no tokenizer.
+    """
+    architecture, *_ = _read_config(Path(folder))["architectures"]
+    load_model(str(folder), MODELS[architecture])
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{str(folder)!r} holds no tokenizer: save it there with `save_pretrained`.") from error
+
+
+def own_results(folder: Path) -> list[Path]:
+    """The result files of a saved model's folder, at most one folder down."""
+    return sorted(path for path in (*folder.glob(RESULT), *folder.glob(f"*/{RESULT}")) if path.is_file())
+
+
+def _find_results(
+    folder: Path, others: Sequence[str], config: dict[str, Any], record: dict[str, Any]
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """→ path in the repository → result file and content: those of the folder and others."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    own = own_results(folder)
+    for path in (*own, *map(Path, others)):
+        place = str(path.relative_to(folder)) if path in own else f"{path.resolve().parent.name}/{RESULT}"
+        if place in found:
+            raise ValueError(f"two results would lie at {place!r}: rename the folder of {str(path)!r}.")
+        result = read_result(path)
+        _check_result(path, result, config, record)
+        found[place] = (path, result)
+    return found
+
+
+def _check_result(path: Path, result: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> None:
+    """Refuses a result of another model than that of the folder, as far as the two tell."""
+    theirs = result.get("training") or {}
+    pairs = {name: (theirs[name], record[name]) for name in theirs if name in record}
+    for name in ("pos_embedding_type", "train_length"):
+        pairs[name] = (result[name], config.get(name))
+    for name, (their, our) in pairs.items():
+        if their != our:
+            raise ValueError(f"{str(path)!r} is the result of another model: its `{name}` is {their!r}, not {our!r}.")
+
+
+def _check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
+    """Refuses a text file that holds a token of the Hub or says where the folder lies."""
+    token, places = get_token(), {str(folder.resolve()), str(Path.home())} - {"/"}
+    for name, content in files.items():
+        if not name.endswith((".json", ".md", ".jinja")) or name in ("tokenizer.json", "vocab.json"):
+            continue
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
+        if SECRET.search(text) or (token and token in text):
+            raise ValueError(f"{name!r} holds a token of the Hub: take it out, and revoke it.")
+        if any(f"{place}/" in text or f'{place}"' in text for place in places):
+            raise ValueError(f"{name!r} holds a path of this machine: take it out.")
+
+
+def write_files(files: dict[str, Path | bytes], folder: str | Path) -> None:
+    """Writes them to a folder, whole or not at all; raises `ValueError` if there is one."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"`output_dir` {str(folder)!r} exists: choose another.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+        part = Path(parent) / folder.name
+        for name, content in files.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                (part / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, part / name)
+        part.rename(folder)

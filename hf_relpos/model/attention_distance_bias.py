@@ -1,0 +1,344 @@
+"""Attention over tensors: with a bias that depends on the distance alone, the eager reference, and masks that carry a
+position bias into the kernels of others.
+
+Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, L length of a
+table.
+"""
+
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.integrations import flex_attention
+from transformers.utils.import_utils import is_tracing
+
+from .attention_cpu import is_fast_on_cpu, is_line, key_bias_attention
+from .attention_torch import block_backward, block_forward
+from .attention_triton import triton_available, triton_backward, triton_forward
+
+
+# the implementations that take a position bias; all others would drop it
+BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+
+
+def check_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
+    """Raises `ValueError` for an attention implementation that would serve the scheme wrongly."""
+    allowed, reason = BIAS_IMPLEMENTATIONS, "it would drop the position bias"
+    if not config.has_position_bias:
+        allowed += ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+        reason = "its rows hold several sequences, and the angles of the rope_type follow the length of the row"
+        if not config.needs_whole_rows:
+            return
+    if attn_implementation not in (None, *allowed):
+        raise ValueError(
+            f"`attn_implementation` must be one of {list(allowed)} for pos_embedding_type "
+            f"{config.pos_embedding_type!r}, got {attn_implementation!r}: {reason}."
+        )
+
+
+# --- attention with a table
+
+
+def distance_bias_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    is_causal: bool = True,
+    offset: int | None = None,
+    key_mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Exact softmax attention with a bias that depends on the head and the distance alone.
+
+    out[i] = Σ_j softmax_j(scaling · q_i · k_j + bias_table[h, d(i, j)]) v_j over the keys j that query i sees, where
+    d(i, j) = offset + i − j, without its sign if the attention is not causal. Memory is linear in the lengths, forward
+    and backward; sums are taken in fp32 and in an order that the shapes and the number of threads fix. Differentiable
+    once, in query, key, value and `bias_table`.
+
+    Args:
+        query: (B, H, Q, D), fp32, bf16, fp16 or fp64.
+        key, value: (B, G, K, D) in the dtype of `query`; H is a multiple of G.
+        bias_table: (H, L) fp32 (fp64 with fp64), finite; the bias at the distances 0..L−1, as many as are seen.
+        scaling: factor of q · k, D^(−1/2) by default.
+        is_causal: whether keys behind the query are hidden.
+        offset: key slot of the first query, K − Q by default; the keys of a preallocated cache may go on behind the
+            last query.
+        key_mask: (B, K) boolean, False on padding.
+        documents: (B or 1, K) integers: a query sees the keys of its own document only.
+        window: a query sees the keys at distances below it only (sliding window); causal attention only.
+
+    Returns:
+        (B, H, Q, D) in the dtype of `query`; 0 for a query that sees no key.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, a table that is too short or not finite.
+    """
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as for the kernels of torch
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    offset = key.shape[2] - query.shape[2] if offset is None else offset
+    _check_arguments(query, key, value, bias_table, is_causal, offset, key_mask, documents, window)
+    if window is not None and window >= offset + query.shape[2]:
+        window = None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    is_plain = is_causal and documents is None and window is None
+    is_square = is_plain and query.shape[2] == key.shape[2]  # and so begins at slot 0
+    if is_square and table_kernel(query, bias_table) == "key_bias":
+        return key_bias_attention(query, key, value, bias_table, scaling, key_mask)
+    return _attend(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window)[0]
+
+
+def _check_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    is_causal: bool,
+    offset: int,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    window: int | None,
+) -> None:
+    def refuse(what: str) -> None:
+        tensors = {"query": query, "key": key, "value": value, "bias_table": bias_table}
+        shapes = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors.items())
+        raise ValueError(f"{what}; got {shapes}, offset {offset}.")
+
+    if any(x.ndim != 4 for x in (query, key, value)) or bias_table.ndim != 2:
+        refuse("`query`, `key` and `value` must have 4 dimensions and `bias_table` 2")
+    if query.dtype != key.dtype or query.dtype != value.dtype or not query.is_floating_point():
+        refuse("`query`, `key` and `value` must have one floating point dtype")
+    if bias_table.dtype != torch.promote_types(query.dtype, torch.float32):
+        refuse("`bias_table` must be in float32, in float64 beside float64")
+    (batch_size, num_heads, query_length, _), num_keys = query.shape, key.shape[2]
+    if key.shape != value.shape or batch_size != key.shape[0] or query.shape[3] != key.shape[3]:
+        refuse("`key` and `value` must have one shape, with the batch and head size of `query`")
+    if num_heads % key.shape[1] or bias_table.shape[0] != num_heads:
+        refuse("the heads of `query` must be those of `bias_table` and a multiple of those of `key`")
+    if min(query_length, num_keys) < 1 or offset < 0 or (is_causal and num_keys < offset + query_length):
+        refuse("`key` must hold the slots of all queries, from `offset` on")
+    if window is not None and (window < 1 or not is_causal):
+        refuse(f"`window` must be at least 1, and `is_causal` be true beside it, got {window}, {is_causal}")
+    longest = offset + query_length if is_causal else max(offset + query_length, num_keys - offset)
+    longest = longest if window is None else min(longest, window)
+    if bias_table.shape[1] < longest:
+        refuse(f"`bias_table` must hold the distances 0..{longest - 1}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch_size, num_keys)):
+        refuse(f"`key_mask` must be ({batch_size}, {num_keys}) torch.bool, not {(*key_mask.shape,)} {key_mask.dtype}")
+    if documents is not None and (
+        documents.ndim != 2 or documents.shape not in ((batch_size, num_keys), (1, num_keys))
+    ):
+        refuse(f"`documents` must be ({batch_size}, {num_keys}), not {(*documents.shape,)}")
+    if is_tracing(bias_table):
+        return
+    if bias_table.is_cuda:
+        torch._assert_async(bias_table.isfinite().all(), "`bias_table` must be finite")  # without a wait for the device
+    elif not bool(bias_table.isfinite().all()):
+        refuse("`bias_table` must be finite")
+
+
+# The same code may be loaded from several saved folders beside the package: each copy has operators of its own
+_NAMESPACE = f"relpos_{zlib.crc32(__name__.encode()):08x}"
+
+
+def table_kernel(query: torch.Tensor, bias_table: torch.Tensor) -> str:
+    """Who computes `distance_bias_attention` of whole rows, by the device and dtype of `query`.
+
+    Returns:
+        "triton" on a GPU where Triton is installed; "key_bias" for a fixed line in bf16 on a CPU that is fast in it;
+        else "blocks".
+    """
+    if _uses_triton(query):
+        return "triton"
+    return "key_bias" if is_fast_on_cpu(query) and not is_tracing(query) and is_line(bias_table) else "blocks"
+
+
+def _uses_triton(query: torch.Tensor) -> bool:
+    return query.is_cuda and triton_available() and query.dtype != torch.float64
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::distance_bias_attention", mutates_args=())
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+    offset: int,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    forward = triton_forward if _uses_triton(query) else block_forward
+    return forward(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window)
+
+
+@_attend.register_fake
+def _(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window=None):
+    return _like_layers(query), query.new_empty(query.shape[:3], dtype=bias_table.dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::distance_bias_attention_backward", mutates_args=())
+def _attend_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias_table: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+    offset: int,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    backward = triton_backward if _uses_triton(query) else block_backward
+    masks = (key_mask, documents, window)
+    return backward(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, *masks)
+
+
+@_attend_backward.register_fake
+def _(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window=None):
+    return *(_like_layers(x) for x in (query, key, value)), bias_table.new_empty(bias_table.shape)
+
+
+def _like_layers(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) laid out as the layers do, the heads of a token beside each other."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window = inputs
+    ctx.save_for_backward(*tensors, key_mask, documents, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple:
+    query, key, value, bias_table, key_mask, documents, out, lse = ctx.saved_tensors
+    arguments = (ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window)
+    gradients = _attend_backward(grad_out, query, key, value, out, lse, bias_table, *arguments)
+    return *gradients, None, None, None, None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def flex_distance_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    attention_mask: Any,
+    offset: int,
+    scaling: float,
+) -> torch.Tensor:
+    """As `distance_bias_attention`, by FlexAttention, which reads the table for each score.
+
+    Args:
+        attention_mask: the `BlockMask` of transformers, which hides the future, padding, other documents and what lies
+            outside of a window.
+
+    Returns:
+        (B, H, Q, D).
+    """
+    last = bias_table.shape[1] - 1
+
+    def add_bias(score, batch, head, query_index, key_index):
+        return score + bias_table[head, (query_index + offset - key_index).clamp(0, last)]
+
+    return flex_attention.compile_friendly_flex_attention(
+        query,
+        key,
+        value,
+        score_mod=add_bias,
+        block_mask=attention_mask,
+        enable_gqa=module.num_key_value_groups > 1,
+        scale=scaling,
+        training=module.training,
+    )
+
+
+# --- attention with a mask
+
+
+def row_mask(bias: torch.Tensor, key_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
+    """The additive mask of one query that sees all keys but padding: (H, K) fp32 bias → (B or 1, H, 1, K)."""
+    mask = bias[None, :, None]
+    if key_mask is not None:
+        mask = hide(mask, key_mask[:, None, None], query)
+    return _fit(mask, query)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference: scores, mask, softmax in fp32 (fp64 beside fp64), weighted sum, one operation after the other.
+
+    Args:
+        query: (B, H, Q, D).
+        key, value: (B, G, K, D).
+        attention_mask: (B or 1, H or 1, Q, K), boolean (True attends) or additive; `None` for no mask.
+        scaling: factor of the scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, Q, H, D) output and (B, H, Q, K) attention weights.
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, Q, K)
+    lowest = torch.finfo(scores.dtype).min
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, lowest)
+        else:  # rows of -inf give NaN, which spreads from padding to all tokens
+            scores = (scores + attention_mask).clamp(min=lowest)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def merge_position_bias(position_bias: torch.Tensor, attention_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Makes one additive mask of a position bias and a mask that hides the future, for any kernel that takes a mask.
+
+    Args:
+        position_bias: (B or 1, H, Q, K) fp32.
+        attention_mask: (B or 1, 1 or H, Q, K), boolean (True attends) or additive.
+        query: (B, H, Q, D); gives the dtype: CUDA kernels want the mask in that of the query, the CPU takes fp32.
+
+    Returns:
+        (B or 1, H, Q, K).
+    """
+    if attention_mask.dtype == torch.bool:
+        return _fit(hide(position_bias, attention_mask, query), query)
+    return _fit(position_bias + attention_mask, query)
+
+
+def hide(bias: torch.Tensor, visible: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """`bias` where `visible`, elsewhere the least number of the dtype of `query`, which fp32 does not hold for fp64."""
+    return torch.where(visible, bias.to(torch.promote_types(bias.dtype, query.dtype)), torch.finfo(query.dtype).min)
+
+
+def _fit(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """An additive mask in the dtype and the range that the kernels want beside `query`."""
+    # a large negative bias must not carry a masked score past the range of the query's dtype: -inf rows give NaN
+    mask = mask.clamp(min=torch.finfo(query.dtype).min)
+    return mask.to(query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32))

@@ -1,0 +1,289 @@
+"""The configuration of the RelPos family."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .position_augmentation import SAMPLINGS
+from .scheme_base import POSITION_EMBEDDINGS
+from .scheme_registry import layer_kinds, position_embedding_classes
+
+
+MODEL_SIZES = {
+    # name: layers, width, heads (3.1M, 10.6M, 25.2M, 84.9M and 201.3M weights besides the embeddings)
+    "xsmall": (4, 256, 4),
+    "small": (6, 384, 6),
+    "medium": (8, 512, 8),
+    "large": (12, 768, 12),
+    "xlarge": (16, 1024, 16),
+}
+
+
+class RelPosConfig(PreTrainedConfig):
+    r"""Configuration of a RelPos model: a pre-norm decoder whose position scheme is one field.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width C.
+        intermediate_size: width of the MLP; 4 · hidden_size by default.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of query heads H.
+        num_key_value_heads: number of key and value heads, a divisor of H (grouped-query attention); H by default.
+        head_dim: width of a head, D; hidden_size / num_attention_heads by default.
+        hidden_act: activation of the MLP, a key of `transformers.activations.ACT2FN`.
+        max_position_embeddings: rows of a learned table, range of position-start augmentation and of position sampling,
+            and what tools take as the model's window. Only a learned table refuses longer input.
+        train_length: the length in tokens that the model was trained at; written by training, read by evaluation
+            and by schemes that go by it.
+        pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+"; joined
+            by "/", the schemes of successive layers, from the first again behind the last, as often as there are
+            layers.
+        layer_types: for each layer "full_attention" or "sliding_attention", as in transformers; all full by default,
+            all sliding if only `sliding_window` is given.
+        sliding_window: how many keys a query sees at most in layers that slide, its own among them.
+        pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
+        rope_parameters: for schemes that rotate, as in transformers: `rope_type` ("default", "linear", "dynamic",
+            "yarn", "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type
+            takes.
+        position_start_augmentation: in training, the positions of each sequence start at
+            k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
+        position_sampling: in training, the positions of each document leave numbers out, below
+            `max_position_embeddings`: "randomized" (as many distinct ones as it has tokens, arXiv 2305.16843), "pose"
+            (two parts with a skip between them, arXiv 2309.10400) or `None`. Distances change too.
+        hidden_dropout: dropout of the embeddings and of each residual branch.
+        attention_dropout: dropout of the attention weights; above 0 it rules out the fused kernels.
+        initializer_range: standard deviation of the initial weights.
+        rms_norm_eps: epsilon of the RMSNorms.
+        use_cache: whether the model returns its keys and values.
+        tie_word_embeddings: whether input and output embeddings are one matrix.
+        pad_token_id, bos_token_id, eos_token_id: ids of the tokenizer's special tokens.
+
+    Raises:
+        ValueError: for an unknown scheme or option, for heads that do not divide the width, for sizes below 1.
+    """
+
+    model_type = "relpos"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 2048
+    train_length: int | None = None
+    pos_embedding_type: str = "linear_cpb"
+    pos_embedding_kwargs: dict | None = None
+    sliding_window: int | None = None
+    position_start_augmentation: bool = False
+    position_sampling: str | None = None
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(
+        self, rope_parameters: dict | None = None, layer_types: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._check_sizes()
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_heads()
+        self._check_ranges()
+        self._configure_positions(rope_parameters)
+        self._configure_layers(layer_types)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, model_size: str, **overrides: Any) -> "RelPosConfig":
+        """The configuration of a named size: "xsmall", "small", "medium", "large" or "xlarge".
+
+        Args:
+            model_size: the name.
+            **overrides: any field of the configuration.
+
+        Raises:
+            ValueError: for an unknown size or an invalid field.
+        """
+        if model_size not in MODEL_SIZES:
+            raise ValueError(f"`model_size` must be one of {list(MODEL_SIZES)}, got {model_size!r}.")
+        fields = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), MODEL_SIZES[model_size])
+        return cls(**{**dict(fields), **overrides})
+
+    @property
+    def max_positions(self) -> int | None:
+        """The number of positions that the model can serve; `None` for no limit."""
+        classes = position_embedding_classes(self.pos_embedding_type).values()
+        return self.max_position_embeddings if any(cls.has_position_limit for cls in classes) else None
+
+    @property
+    def has_position_bias(self) -> bool:
+        """Whether any of the schemes adds a bias to the attention scores."""
+        return any(cls.has_bias() for cls in position_embedding_classes(self.pos_embedding_type).values())
+
+    @property
+    def has_distance_table(self) -> bool:
+        """Whether the schemes add a bias that is a function of the head and the distance alone."""
+        classes = position_embedding_classes(self.pos_embedding_type).values()
+        others = any(cls.has_other_bias() or cls.has_score_bias() for cls in classes)
+        return any(cls.has_distance_bias() for cls in classes) and not others
+
+    @property
+    def reads_distance(self) -> bool:
+        """Whether the schemes add a bias that goes by the positions of queries and keys."""
+        classes = position_embedding_classes(self.pos_embedding_type).values()
+        return any(cls.has_distance_bias() or cls.has_other_bias() for cls in classes)
+
+    @property
+    def has_key_state(self) -> bool:
+        """Whether the schemes keep numbers beside the cached keys."""
+        return any(cls.has_key_state() for cls in position_embedding_classes(self.pos_embedding_type).values())
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether any of the schemes must see each sequence in a row of its own."""
+        return any(cls.needs_whole_rows(self) for cls in position_embedding_classes(self.pos_embedding_type).values())
+
+    def _check_sizes(self) -> None:
+        optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length", "sliding_window")
+        required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        for name in required + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+    def _check_heads(self) -> None:
+        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` {self.hidden_size}, got {self.num_attention_heads}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, "
+                f"got {self.num_key_value_heads}."
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"`pad_token_id` must be below `vocab_size` {self.vocab_size}, got {self.pad_token_id}.")
+        for name in ("initializer_range", "rms_norm_eps"):
+            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
+        for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        if self.position_sampling not in (None, *SAMPLINGS):
+            raise ValueError(
+                f"`position_sampling` must be None or one of {list(SAMPLINGS)}, got {self.position_sampling!r}."
+            )
+        if self.position_sampling and self.position_start_augmentation:
+            raise ValueError(
+                "`position_sampling` must be None with `position_start_augmentation`, which has starts of its own, "
+                f"got {self.position_sampling!r}."
+            )
+
+    def _configure_positions(self, rope_parameters: dict | None) -> None:
+        """Checks the scheme and its options and lets each scheme put them where they belong."""
+        given = self.pos_embedding_kwargs if self.pos_embedding_kwargs is not None else {}
+        if not isinstance(given, dict):
+            raise ValueError(f"`pos_embedding_kwargs` must be a dictionary, got {given!r}.")
+        classes = position_embedding_classes(self.pos_embedding_type)
+        allowed = {name: value for cls in classes.values() for name, value in cls.defaults.items()}
+        for name, value in given.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"`pos_embedding_kwargs` of {self.pos_embedding_type!r} may hold {sorted(allowed)}, got {name!r}."
+                )
+            number = int if isinstance(allowed[name], int) else (int, float)
+            if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
+                raise ValueError(
+                    f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
+                )
+        if rope_parameters is not None:
+            if not isinstance(rope_parameters, dict):
+                raise ValueError(f"`rope_parameters` must be a dictionary, got {rope_parameters!r}.")
+            if not any(cls.uses_rope_parameters for cls in classes.values()):
+                users = [name for name, cls in POSITION_EMBEDDINGS.items() if cls.uses_rope_parameters]
+                raise ValueError(
+                    f"`rope_parameters` is for pos_embedding_type {users}, got it with {self.pos_embedding_type!r}."
+                )
+        kept = {}
+        self.rope_parameters = rope_parameters
+        for cls in classes.values():
+            kept |= cls.configure(self, {name: value for name, value in given.items() if name in cls.defaults})
+        if self.rope_parameters is None:
+            # transformers completes and saves the field of any config that has it
+            del self.rope_parameters
+        self.pos_embedding_kwargs = kept
+
+    def _configure_layers(self, layer_types: list[str] | None) -> None:
+        num_layers, allowed = self.num_hidden_layers, ("full_attention", "sliding_attention")
+        num_parts = self.pos_embedding_type.count("/") + 1
+        if num_parts > num_layers:
+            raise ValueError(
+                f"`pos_embedding_type` must have at most `num_hidden_layers`={num_layers} parts between '/', "
+                f"got {self.pos_embedding_type!r}."
+            )
+        if layer_types is None and self.sliding_window is not None:
+            layer_types = ["sliding_attention"] * num_layers
+        if layer_types is None:
+            return  # transformers takes a field that is there for a list
+        fits = isinstance(layer_types, (list, tuple)) and len(layer_types) == num_layers
+        if not fits or any(layer_type not in allowed for layer_type in layer_types):
+            raise ValueError(
+                f"`layer_types` must be a list of `num_hidden_layers`={num_layers} of {list(allowed)}, "
+                f"got {layer_types!r}."
+            )
+        if self.sliding_window == 1:  # a query would see itself alone, and caches of transformers keep no keys then
+            raise ValueError("`sliding_window` must be at least 2, got 1.")
+        if ("sliding_attention" in layer_types) != (self.sliding_window is not None):
+            raise ValueError(
+                "`sliding_window` must be given if, and only if, `layer_types` has 'sliding_attention', "
+                f"got {self.sliding_window} with {layer_types}."
+            )
+        self.layer_types = list(layer_types)
+        for kind in layer_kinds(self):
+            refused = [name for name, cls in zip(kind.schemes, kind.classes) if not cls.serves_windows()]
+            if kind.window is not None and refused:
+                raise ValueError(
+                    f"`layer_types` must be 'full_attention' where `pos_embedding_type` is {refused[0]!r}, whose bias "
+                    "is no function of the distance alone, got 'sliding_attention'."
+                )
+
+
+# a configuration that is saved alone carries its code too
+RelPosConfig.register_for_auto_class()

@@ -1,0 +1,351 @@
+"""The RelPos models: a pre-norm decoder in which the position scheme is the one thing that changes.
+
+Shape letters: B batch, H query heads, Q query length, K key length, C hidden size, V vocabulary. No scheme is named in
+this file: `scheme_base.py` has the interface, `scheme_registry.py` the choice.
+"""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_distance_bias import check_implementation
+from .attention_plan import KindsOfLayers
+from .chunked_loss import linear_cross_entropy
+from .configuration_relpos import RelPosConfig
+from .decoder_layer import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
+from .saved_code import SelfContainedModel
+from .scheme_base import SelfInitialized
+from .scheme_registry import add_biases, build_position_embeddings
+from .token_positions import (
+    augment_starts,
+    cached_length,
+    check_mask,
+    flash_lengths,
+    keep_tables,
+    simplify_mask,
+)
+from .transformers_versions import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    CausalLMOutput,
+    ModelOutput,
+    check_keywords,
+    slice_logits_to_keep,
+    takes_cache,
+)
+
+
+class RelPosPreTrainedModel(KindsOfLayers, SelfContainedModel, PreTrainedModel):
+    config_class = RelPosConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RelPosDecoderLayer"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": RelPosDecoderLayer, "attentions": RelPosAttention}
+
+    def __init__(self, config: RelPosConfig, *args: Any, **kwargs: Any) -> None:
+        if config.has_position_bias:  # these keep nothing of a mask but causality and padding
+            self._supports_flash_attn = False
+            self._supports_attention_backend = False
+            self._supports_context_parallel = False
+        super().__init__(config, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        known = attn_implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
+        if known or any(mark in str(attn_implementation) for mark in ("paged", "/")):  # "/": a kernel from the Hub
+            check_implementation(self.config, attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; its paged attention has no place for a position bias, so bias schemes are refused."""
+        check_implementation(self.config, f"paged|{self.config._attn_implementation}")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SelfInitialized):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "RelPosPreTrainedModel":
+        """As in transformers, from safetensors alone, and under the scheme that the checkpoint was trained with.
+
+        Raises:
+            ValueError: if the requested `pos_embedding_type` is not that of the checkpoint, or for pickled weights.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors` must be True, got False: pickled weights run code when they are read.")
+        config = kwargs.get("config")
+        wanted = getattr(config, "pos_embedding_type", kwargs.get("pos_embedding_type"))
+        if wanted is not None and pretrained_model_name_or_path is not None:
+            hub_names = "cache_dir force_download local_files_only proxies revision subfolder token".split()
+            hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+            try:
+                saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            except OSError:  # weights alone, beside a configuration from elsewhere
+                saved = {}
+            saved_type = saved.get("pos_embedding_type", wanted)
+            if saved_type != wanted:
+                raise ValueError(
+                    f"`pos_embedding_type` of the checkpoint {str(pretrained_model_name_or_path)!r} is {saved_type!r}, "
+                    f"got {wanted!r}."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+class RelPosModel(RelPosPreTrainedModel):
+    """The decoder without a head: token ids → hidden states."""
+
+    def __init__(self, config: RelPosConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.position_embeddings = build_position_embeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def distance_bias(self, length: int) -> torch.Tensor:
+        """What the attention adds to the scaled scores at each distance.
+
+        Args:
+            length: number of distances, 0..length−1, in tokens.
+
+        Returns:
+            (layers, heads, length) fp32; 0 in layers without such a bias.
+
+        Raises:
+            ValueError: if `length` is below 1, or if no scheme of the model is a function of the distance.
+        """
+        if length < 1:
+            raise ValueError(f"`length` must be at least 1, got {length}.")
+        device, tables = self.embed_tokens.weight.device, []
+        for attention in (layer.self_attn for layer in self.layers):
+            shared = self.position_embeddings.table(length, device, attention.kind.schemes)
+            tables.append(add_biases((shared, attention.position_embeddings.table(length, device))))
+        if all(table is None for table in tables):
+            raise ValueError(
+                f"`pos_embedding_type` must have a bias that is a function of the distance, "
+                f"got {self.config.pos_embedding_type!r}."
+            )
+        nothing = torch.zeros(self.config.num_attention_heads, length, device=device)
+        return torch.stack([nothing if table is None else table for table in tables])
+
+    @takes_cache
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        """Runs the decoder.
+
+        Args:
+            input_ids: (B, Q) token ids; or `inputs_embeds`, (B, Q, C).
+            attention_mask: (B, K), 0 on padding, or a ready (B, 1, Q, K) mask; with a `sliding_window`, a dictionary of
+                ready masks by the `layer_types`.
+            position_ids: (B, Q); counted over the real tokens of `attention_mask` by default. Where they do not
+                increase from one token to the next, a new document starts: packed rows attend within documents only.
+            cache: keys and values of the tokens before these, or an empty cache.
+                A position bias needs positions that go on by one from token to token then.
+            use_cache: whether to return a cache. A packed row cannot be continued: it returns none, nor do positions
+                that `position_sampling` drew.
+
+        Raises:
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if packed rows come with a
+                cache, or if a position lies past a learned table.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        paged = None if cache is None or isinstance(cache, Cache) else cache
+        if paged is None:
+            check_keywords(kwargs, position_ids, self.config._attn_implementation)
+        else:  # continuous batching says itself which tokens see which
+            cache = None
+        past_length = cached_length(cache)
+        check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
+        attention_mask = simplify_mask(attention_mask)
+        placed, cacheable = self._place(inputs_embeds, attention_mask, position_ids, cache, past_length)
+        masks = {
+            kind: self._mask(kind, positions, inputs_embeds, attention_mask, cache)
+            for kind, positions in placed.items()
+        }
+        first = next(iter(placed.values()))
+        position_ids, documents, batch_size = first.query, first.documents, inputs_embeds.shape[0]
+        if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
+            kwargs |= flash_lengths(documents, next(iter(masks.values())), batch_size)
+        if self.training and self.config.position_start_augmentation and cache is None:
+            # distances stay: only what acts on absolute positions sees the shift
+            position_ids = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
+        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype)
+        own = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)
+        parameters = [*self.position_embeddings.parameters(), *chain(*own)]
+        biases = {}
+        for kind, positions in placed.items():
+            positions.query = position_ids
+            positions.rotations = tuple(rotations[name] for name in kind.schemes if name in rotations)
+            if cache is not None and not torch.is_grad_enabled():
+                keep_tables(positions, cache, parameters)
+            biases[kind] = self._shared_bias(kind, positions, self._kinds()[kind][0])
+        if use_cache and cache is None and cacheable:
+            cache = DynamicCache(config=self.config)
+
+        hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, position_ids))
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            kind = layer.self_attn.kind
+            hidden_states = layer(
+                hidden_states,
+                biases[kind],
+                positions=placed[kind],
+                attention_mask=masks[kind],
+                use_cache=use_cache,
+                **{CACHE_NAME: cache if paged is None else paged},
+                **kwargs,
+            )
+        return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+
+
+class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
+    """The decoder with a language modelling head.
+
+    Attributes:
+        skip_logits: whether a forward with labels computes the loss a few rows at a time and returns no logits: the
+            (B·N, V) matrix takes most of the memory of a small model's step and a good part of its time. Off by
+            default, for callers that read the logits beside the loss; the training scripts set it.
+    """
+
+    skip_logits = False
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RelPosConfig) -> None:
+        super().__init__(config)
+        self.model = RelPosModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    generate = takes_cache(GenerationMixin.generate)
+
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutput:
+        """Runs the model; arguments as in `RelPosModel.forward`.
+
+        Args:
+            labels: (B, Q) token ids, −100 where there is no target; shifted here, as everywhere in transformers.
+            logits_to_keep: compute the logits of the last n tokens only, or of the given indices; 0 for all.
+
+        Returns:
+            the mean loss in nats, if there are labels, and (B, Q, V) logits, unless `skip_logits` leaves them out.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        loss, logits = None, None
+        if labels is not None and self.skip_logits and self._has_plain_head(outputs.last_hidden_state):
+            given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
+            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, **given)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: outputs.cache},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _has_plain_head(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the head is a plain matrix that lies here whole, of no adapter or quantiser, with the usual loss."""
+        head = self.lm_head
+        plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor) and head.bias is None
+        whole = plain and head.weight.shape == (self.config.vocab_size, hidden_states.shape[-1])
+        return whole and head.weight.device == hidden_states.device and self.loss_function is ForCausalLMLoss
+
+
+# The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this
+# file was loaded from the Hub. So their `forward` is inherited and their `__init__` is written here
+
+
+class RelPosForSequenceClassification(GenericForSequenceClassification, RelPosPreTrainedModel):
+    """The decoder with a classifier on the last real token."""
+
+    def __init__(self, config: RelPosConfig) -> None:
+        RelPosPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RelPosModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class RelPosForTokenClassification(GenericForTokenClassification, RelPosPreTrainedModel):
+    """The decoder with a classifier on each token."""
+
+    def __init__(self, config: RelPosConfig) -> None:
+        RelPosPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RelPosModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class RelPosForQuestionAnswering(GenericForQuestionAnswering, RelPosPreTrainedModel):
+    """The decoder with a score for each token to be the start or the end of the answer."""
+
+    def __init__(self, config: RelPosConfig) -> None:
+        RelPosPreTrainedModel.__init__(self, config)
+        self.model = RelPosModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()

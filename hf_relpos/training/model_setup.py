@@ -1,0 +1,248 @@
+"""The model of a run: a new one from flags, or a saved one."""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, set_seed
+
+from ..data.blocks import check_vocab_size
+from ..data.corpus import DataArguments
+from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
+from ..model.modeling_relpos import RelPosForCausalLM
+from ..model.position_augmentation import SAMPLINGS
+
+
+@dataclass
+class SavedModelArguments:
+    """A saved model of the family to go on with."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model of the family."})
+    pos_embedding_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its own."
+        },
+    )
+    position_sampling: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Positions of training sequences: {', '.join(SAMPLINGS)}, drawn below max_position_embeddings, or "
+            "none; none by default, and as saved for a saved model."
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager or sdpa; sdpa by default."})
+
+
+@dataclass
+class ModelArguments(SavedModelArguments):
+    """A new model of a named size, or a saved one to start from."""
+
+    model_size: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(MODEL_SIZES)}; xsmall by default."}
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "Entries of the tokenizer; 8192 by default."})
+    pos_embedding_kwargs: str | None = field(
+        default=None, metadata={"help": "Options of the scheme as JSON: '{\"partial_rotary_factor\": 0.5}'."}
+    )
+    rope_parameters: str | None = field(
+        default=None,
+        metadata={"help": 'The rotation as JSON: \'{"rope_type": "proportional", "partial_rotary_factor": 0.5}\'.'},
+    )
+    position_start_augmentation: bool = field(
+        default=False, metadata={"help": "Start the positions of each training sequence at random."}
+    )
+    layer_types: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which layers see --sliding_window keys only, repeated over the layers: 'sliding/sliding/full'."
+        },
+    )
+    sliding_window: int | None = field(
+        default=None, metadata={"help": "Keys that layers which slide see; all layers slide without --layer_types."}
+    )
+    max_position_embeddings: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a learned table and range of augmentation and sampling. 2048 by default; a learned table "
+            "that is trained without them gets as many rows as a block has tokens."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Further fields of the configuration: 'num_key_value_heads=2,hidden_dropout=0'."},
+    )
+
+
+def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
+    """The configuration of a new model.
+
+    Raises:
+        ValueError: for a field that is unknown, unreadable or out of range.
+    """
+    fields = _parse_overrides(model_args.config_overrides)
+    for name in ("pos_embedding_type", "vocab_size", "max_position_embeddings", "sliding_window"):
+        if getattr(model_args, name) is not None:
+            fields[name] = getattr(model_args, name)
+    for name in ("pos_embedding_kwargs", "rope_parameters"):
+        if getattr(model_args, name) is not None:
+            fields[name] = parse_json(name, getattr(model_args, name))
+    if model_args.position_start_augmentation:
+        fields["position_start_augmentation"] = True
+    if model_args.position_sampling is not None:
+        fields["position_sampling"] = _sampling(model_args)
+    size = model_args.model_size or "xsmall"
+    if model_args.layer_types is not None:
+        num_layers = fields.get("num_hidden_layers", MODEL_SIZES.get(size, (0,))[0])
+        fields["layer_types"] = repeat_layer_types(model_args.layer_types, num_layers)
+    config = RelPosConfig.from_size(size, train_length=block_size, **fields)
+    if config.max_positions is None:
+        config.max_position_embeddings = max(config.max_position_embeddings, block_size)
+    elif not draws_positions(config) and "max_position_embeddings" not in fields:
+        config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
+    return config
+
+
+def parse_json(name: str, text: str | None) -> dict[str, Any]:
+    """The dictionary that a flag holds as JSON, empty without the flag; raises `ValueError` if it holds none."""
+    try:
+        value = json.loads(text) if text is not None else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON, got {text!r}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a dictionary, got {text!r}.")
+    return value
+
+
+def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
+    """'sliding/full' → `layer_types` of a configuration, the first again behind the last."""
+    parts = [f"{part.removesuffix('_attention')}_attention" for part in pattern.split("/")]
+    return [parts[index % len(parts)] for index in range(num_layers)]
+
+
+def draws_positions(config: RelPosConfig) -> bool:
+    """Whether training gives out positions past the length of a sequence, up to `max_position_embeddings`."""
+    return config.position_start_augmentation or config.position_sampling is not None
+
+
+def _sampling(model_args: SavedModelArguments) -> str | None:
+    return None if model_args.position_sampling == "none" else model_args.position_sampling
+
+
+def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None = None) -> RelPosForCausalLM:
+    """A model with fresh weights. Whatever the scheme, those that all schemes have start the same for the same seed."""
+    set_seed(seed)
+    model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    fields = {name: value for name, value in config.to_dict().items() if name != "rope_parameters"}
+    plain = RelPosConfig.from_dict({**fields, "pos_embedding_type": "none", "pos_embedding_kwargs": None})
+    set_seed(seed)
+    model.load_state_dict(RelPosForCausalLM(plain).state_dict(), strict=False)
+    return model
+
+
+def _parse_overrides(overrides: str | None) -> dict[str, Any]:
+    elsewhere = {"train_length", "pad_token_id", "bos_token_id", "eos_token_id"}  # the run and the tokenizer say
+    allowed = set(RelPosConfig.__annotations__) - elsewhere - set(ModelArguments.__dataclass_fields__)
+    fields = {}
+    for item in overrides.split(",") if overrides else []:
+        name, equals, value = item.partition("=")
+        if not equals or name not in allowed:
+            raise ValueError(f"`config_overrides` must be 'field=value,..' of {sorted(allowed)}, got {item!r}.")
+        fields[name] = yaml.safe_load(value)
+        if isinstance(fields[name], str):
+            with suppress(ValueError):  # YAML takes 1e-3 for text
+                fields[name] = float(fields[name])
+    return fields
+
+
+def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tuple[RelPosForCausalLM, Any]:
+    """The model and tokenizer of `model_name_or_path`.
+
+    Raises:
+        ValueError: if it is no model of the family, or of another scheme or vocabulary than asked for.
+    """
+    name = model_args.model_name_or_path
+    others = ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides")
+    for other in (*others, "layer_types", "sliding_window", "rope_parameters"):
+        if getattr(model_args, other, None) is not None:
+            raise ValueError(f"`{other}` is that of the saved model: it cannot be given with `model_name_or_path`.")
+    kwargs = {
+        "pos_embedding_type": model_args.pos_embedding_type,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if getattr(model_args, "position_start_augmentation", False):
+        kwargs["position_start_augmentation"] = True
+    if model_args.position_sampling is not None:
+        kwargs["position_sampling"] = _sampling(model_args)
+    model = load_model(name, RelPosForCausalLM, **kwargs)
+    RelPosConfig.from_dict(model.config.to_dict())  # what is set on a saved configuration is not checked otherwise
+    tokenizer = load_model_tokenizer(data_args.tokenizer_name or name, model)
+    check_vocab_size(tokenizer, model.config.vocab_size)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to part documents.")
+    return model, tokenizer
+
+
+def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
+    """`model_class.from_pretrained(name)`, with one clear error for what is no model.
+
+    Raises:
+        ValueError: if the folder or repository is missing, holds no model, or one that does not fit.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"`model_name_or_path` {name!r} is no model: it holds no config.json.")
+    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"`model_name_or_path` {name!r} is no folder.")
+    if model_class is RelPosForCausalLM:
+        try:
+            saved, _ = RelPosConfig.get_config_dict(name)
+        except OSError as error:
+            raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {error}") from error
+        if saved.get("model_type") != RelPosConfig.model_type:
+            raise ValueError(
+                f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
+                f"got model_type {saved.get('model_type')!r}."
+            )
+    try:
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    wrong = sorted(report["missing_keys"])
+    if isinstance(model, RelPosForCausalLM):
+        wrong += sorted(report["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"`model_name_or_path` {name!r} holds other weights than its configuration says: {wrong[0]}.")
+    return model
+
+
+def load_model_tokenizer(name: str, model: Any) -> Any:
+    """The tokenizer of `model`, by its name; raises `ValueError` if there is none or it has more entries."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {name!r}.") from error
+    if len(tokenizer) > model.config.vocab_size:
+        check_vocab_size(tokenizer, model.config.vocab_size)
+    return tokenizer
+
+
+def extend_learned_positions(model: RelPosForCausalLM, length: int) -> None:
+    """Lengthens the learned tables of `model` to `length` rows, in place: new row p is old row p mod the old length.
+
+    Copies of the trained rows keep neighbouring positions apart from the first step on, which fresh rows do not
+    (Beltagy et al. 2020, arXiv 2004.05150, section 5).
+    """
+    for module in list(model.model.position_embeddings.values()):
+        table = getattr(module, "embedding", None)
+        if table is not None and table.num_embeddings < length:
+            rows = torch.arange(length, device=table.weight.device) % table.num_embeddings
+            table.weight = torch.nn.Parameter(table.weight.detach()[rows])
+            table.num_embeddings = length
+    model.config.max_position_embeddings = length

@@ -1,0 +1,164 @@
+"""Another position scheme for a saved model: what is taken over, what starts anew, and why."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.corpus import DataArguments
+from ..model.configuration_relpos import RelPosConfig
+from ..model.modeling_relpos import RelPosForCausalLM
+from ..model.scheme_registry import position_embedding_classes
+from ..model.scheme_rotary import ROPE_TYPES
+from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
+
+
+@dataclass
+class ChangeArguments(SavedModelArguments):
+    """A saved model of the family to go on with, and what changes in its position scheme."""
+
+    pos_embedding_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another position scheme than that of the saved model: its own parameters start anew, all others "
+            "are taken over. 'none' for a rotary model is DroPE."
+        },
+    )
+    pos_embedding_kwargs: str | None = field(default=None, metadata={"help": "Options of the scheme as JSON."})
+    rope_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Another rotation as JSON: \'{"rope_type": "yarn", "factor": 4}\'; linear is interpolation. '
+            "The original length is the training length, unless given."
+        },
+    )
+    layer_types: str | None = field(
+        default=None,
+        metadata={"help": "Layers that see --sliding_window keys only, repeated: 'sliding/sliding/full'; or 'full'."},
+    )
+    sliding_window: int | None = field(default=None, metadata={"help": "Keys that layers which slide see."})
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "Range of --position_sampling: the length that PoSE prepares for."}
+    )
+
+
+def load_changed(
+    model_args: ChangeArguments, data_args: DataArguments, block_size: int, seed: int
+) -> tuple[RelPosForCausalLM, Any, dict[str, Any]]:
+    """The saved model with the changes that are asked for.
+
+    Args:
+        model_args, data_args: what scripts/finetune.py takes.
+        block_size: tokens of a block, the rows of a new learned table.
+        seed: of parameters that start anew.
+
+    Returns:
+        the model, its tokenizer, and what was changed: `fields` name → [before, after], `taken_over` in words, `anew`
+        and `dropped` parameter → why; empty if nothing was.
+
+    Raises:
+        ValueError: for changes that make no sense.
+    """
+    names = ("model_name_or_path", "attn_implementation", "position_sampling")
+    plain = SavedModelArguments(**{name: getattr(model_args, name) for name in names})
+    model, tokenizer = load_saved(plain, data_args)
+    config = changed_config(model.config, model_args, block_size)
+    saved, _ = RelPosConfig.get_config_dict(model_args.model_name_or_path)
+    before, after = RelPosConfig.from_dict(saved).to_dict(), config.to_dict()
+    names = [name for name in before | after if before.get(name) != after.get(name) and name != "_name_or_path"]
+    fields = {name: [before.get(name), after.get(name)] for name in names}
+    if not fields:
+        return model, tokenizer, {}
+    changed = new_model(config, seed, model_args.attn_implementation)
+    return changed, tokenizer, {"fields": fields, **take_over(model, changed)}
+
+
+def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: int) -> RelPosConfig:
+    """The configuration of `saved` after `changes`; raises `ValueError` for those that make no sense."""
+    fields = saved.to_dict()
+    rope = fields.pop("rope_parameters", None)
+    scheme = fields["pos_embedding_type"] = changes.pos_embedding_type or saved.pos_embedding_type
+    old, new = (position_embedding_classes(name) for name in (saved.pos_embedding_type, scheme))
+    kept = {option for name, cls in new.items() if name in old for option in cls.defaults}
+    options = {name: value for name, value in (saved.pos_embedding_kwargs or {}).items() if name in kept}
+    fields["pos_embedding_kwargs"] = options | parse_json("pos_embedding_kwargs", changes.pos_embedding_kwargs)
+    given = parse_json("rope_parameters", changes.rope_parameters)
+    if any(cls.uses_rope_parameters for cls in new.values()) and (rope or given):
+        fields["rope_parameters"] = _rotation(rope or {}, given, saved.train_length)
+    elif given:
+        fields["rope_parameters"] = given  # refused by the configuration
+    _change_layers(fields, changes)
+    _change_positions(fields, changes, block_size, any(cls.has_position_limit for cls in old.values()))
+    return RelPosConfig.from_dict(fields)
+
+
+def _rotation(saved: dict[str, Any], given: dict[str, Any], train_length: int | None) -> dict[str, Any]:
+    """The old rotation with what is given; of another type, it keeps its base and its part of the channels alone."""
+    if not given:
+        return saved
+    rope_type = given.get("rope_type", saved.get("rope_type", "default"))
+    if rope_type != saved.get("rope_type"):
+        saved = {name: saved[name] for name in ("rope_theta", "partial_rotary_factor") if name in saved}
+    rotation = {"rope_type": rope_type, **saved, **given}
+    if train_length and "original_max_position_embeddings" in ROPE_TYPES.get(rope_type, ((), ()))[1]:
+        rotation.setdefault("original_max_position_embeddings", train_length)
+    return rotation
+
+
+def _change_layers(fields: dict[str, Any], changes: ChangeArguments) -> None:
+    if changes.sliding_window is not None:
+        fields["sliding_window"] = changes.sliding_window
+    if changes.layer_types is not None:
+        fields["layer_types"] = repeat_layer_types(changes.layer_types, fields["num_hidden_layers"])
+        if "sliding_attention" not in fields["layer_types"] and changes.sliding_window is None:
+            fields["sliding_window"] = None
+    if fields.get("sliding_window") is None and set(fields.get("layer_types") or ()) <= {"full_attention"}:
+        fields.pop("layer_types", None)
+
+
+def _change_positions(fields: dict[str, Any], changes: ChangeArguments, block_size: int, had_table: bool) -> None:
+    classes = position_embedding_classes(fields["pos_embedding_type"]).values()
+    has_table = any(cls.has_position_limit for cls in classes)
+    length, rope_type = changes.max_position_embeddings, (fields.get("rope_parameters") or {}).get("rope_type")
+    if length is not None and has_table and had_table:
+        raise ValueError(
+            "`max_position_embeddings` is the number of rows of the saved model's learned table; "
+            f"--extend_learned_positions true lengthens it, got {length}."
+        )
+    if length is not None:
+        fields["max_position_embeddings"] = length
+    elif has_table and not had_table and not (fields["position_sampling"] or fields["position_start_augmentation"]):
+        fields["max_position_embeddings"] = block_size  # rows that no training step would touch are no rows
+    elif rope_type == "dynamic" and changes.rope_parameters is not None and fields["train_length"]:
+        fields["max_position_embeddings"] = fields["train_length"]  # where it has its original length
+    if rope_type == "dynamic" and block_size > fields["max_position_embeddings"]:
+        raise ValueError(
+            "`block_size` must be at most `max_position_embeddings`, the original length of rope_type 'dynamic', "
+            f"{fields['max_position_embeddings']}, got {block_size}."
+        )
+
+
+def take_over(old: RelPosForCausalLM, new: RelPosForCausalLM) -> dict[str, Any]:
+    """Copies the weights that both models have in one shape from `old` to `new`; → what was copied, what not."""
+    theirs, ours = old.state_dict(), new.state_dict()
+    common = [name for name, weight in ours.items() if name in theirs and theirs[name].shape == weight.shape]
+    new.load_state_dict({name: theirs[name] for name in common}, strict=False)
+    anew = {name: _reason(theirs.get(name), "the saved model") for name in ours.keys() - set(common)}
+    dropped = {name: _reason(ours.get(name), "the new scheme") for name in theirs.keys() - set(common)}
+    size = sum(ours[name].numel() for name in common)
+    return {
+        "taken_over": f"{len(common)} tensors of {size:,} numbers",
+        "anew": dict(sorted(anew.items())),
+        "dropped": dict(sorted(dropped.items())),
+    }
+
+
+def _reason(other: Any, where: str) -> str:
+    return f"{where} has none" if other is None else f"{where} has it in shape {tuple(other.shape)}"
+
+
+def describe_changes(changes: dict[str, Any]) -> str:
+    """Lines for a person."""
+    lines = [f"{name}: {before!r} -> {after!r}" for name, (before, after) in changes["fields"].items()]
+    lines.append(f"taken over: {changes['taken_over']}")
+    for kind, word in (("anew", "starts anew"), ("dropped", "dropped")):
+        lines += [f"{word}: {name} ({reason})" for name, reason in changes[kind].items()]
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""`hf-relpos serve` answers as the model does in this process, and says what it cannot serve."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from conftest import ROOT, make_model, make_tokenizer, save_with_tokenizer
+from transformers import LlamaConfig
+
+from hf_relpos.inference import serve as serving
+
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+openai = pytest.importorskip("openai")
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "the state of the union"}]
+PROMPT = "congress and the people"
+NEW_TOKENS = 12
+# no update check, no look at a hub; the proxy of a test machine has no business on the loopback
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "*", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@contextmanager
+def serve(folder, *options: str):
+    """→ a client of a server of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hf_relpos.inference.serve", "serve", str(folder), "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    with (
+        open(f"{folder}.log", "w+", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **ENVIRONMENT}) as server,
+    ):
+        try:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
+                        break
+                except OSError:
+                    log.seek(0)
+                    assert server.poll() is None and time.monotonic() < deadline, log.read()
+                    time.sleep(0.2)
+            url = f"http://127.0.0.1:{port}/v1"
+            with openai.DefaultHttpxClient(trust_env=False) as http:
+                yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60, http_client=http)
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+@pytest.fixture(scope="module", params=["linear_cpb", "rotary"])
+def served(request, tmp_path_factory):
+    """→ a client, the name of the model it talks to, and that model in this process."""
+    folder = tmp_path_factory.mktemp("served") / request.param
+    model = save_with_tokenizer(folder, request.param, TEMPLATE)
+    with serve(folder) as client:
+        yield client, str(folder), model
+
+
+def greedy_text(model, tokenizer, text: str) -> str:
+    inputs = tokenizer(text, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def expected_texts(model) -> tuple[str, str]:
+    """→ what follows the chat, and what follows the prompt."""
+    tokenizer = make_tokenizer(TEMPLATE)
+    chat = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    texts = greedy_text(model, tokenizer, chat), greedy_text(model, tokenizer, PROMPT)
+    assert all(len(text) >= NEW_TOKENS for text in texts) and texts[0] != texts[1]
+    return texts
+
+
+def test_chat(served):
+    client, name, model = served
+    request = {"model": name, "messages": MESSAGES, "temperature": 0, "max_tokens": NEW_TOKENS}
+    answer = client.chat.completions.create(**request)
+    assert answer.choices[0].message.content == expected_texts(model)[0]
+    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == NEW_TOKENS
+    pieces = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**request, stream=True)]
+    pieces = [piece for piece in pieces if piece]
+    assert len(pieces) > 2 and "".join(pieces) == answer.choices[0].message.content
+
+
+def test_completion(served):
+    client, name, model = served
+    request = {"model": name, "prompt": PROMPT, "temperature": 0, "max_tokens": NEW_TOKENS}
+    answer = client.completions.create(**request)
+    assert answer.choices[0].text == expected_texts(model)[1]
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    pieces = [piece for piece in pieces if piece]
+    assert len(pieces) > 2 and "".join(pieces) == answer.choices[0].text
+
+
+def test_lists_the_served_model_and_no_other(served):
+    client, name, _ = served
+    assert [model.id for model in client.models.list()] == [name]
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="gpt2", prompt=PROMPT, max_tokens=1)
+    assert "pinned" in error.value.response.text
+
+
+def test_says_what_is_wrong_with_a_request(tmp_path):
+    """A model saved without a chat template completes; a chat, or a text past its learned table, gets the reason."""
+    model = save_with_tokenizer(tmp_path / "learned", "learned")
+    request = {"model": str(tmp_path / "learned"), "temperature": 0, "max_tokens": NEW_TOKENS}
+    with serve(tmp_path / "learned") as client:
+        assert client.completions.create(prompt=PROMPT, **request).choices[0].text == expected_texts(model)[1]
+        with pytest.raises(openai.BadRequestError, match="chat_template"):
+            client.chat.completions.create(messages=MESSAGES, **request)
+        with pytest.raises(openai.BadRequestError, match="chat_template"):
+            client.chat.completions.create(messages=MESSAGES, stream=True, **request)
+        with pytest.raises(openai.BadRequestError, match="max_position_embeddings"):
+            client.completions.create(prompt="the " * 200, **request)
+
+
+def test_continuous_batching(tmp_path):
+    model = save_with_tokenizer(tmp_path / "rotary", "rotary", TEMPLATE)
+    request = {"model": str(tmp_path / "rotary"), "prompt": PROMPT, "temperature": 0, "max_tokens": NEW_TOKENS}
+    with serve(tmp_path / "rotary", "--continuous-batching", "--cb-num-blocks", "16") as client:
+        assert client.completions.create(**request).choices[0].text == expected_texts(model)[1]
+        pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+        assert "".join(pieces) == expected_texts(model)[1]
+
+
+def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
+    save_with_tokenizer(tmp_path / "bias", "alibi", TEMPLATE)
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    make_model("none").config.save_pretrained(tmp_path / "bare")
+    capsys.readouterr()  # bars of what was saved
+    for arguments, message in (
+        ([], "usage: hf-relpos serve DIR"),
+        (["serve"], "usage: hf-relpos serve DIR"),
+        (["train", tmp_path], "usage: hf-relpos serve DIR"),
+        (["serve", tmp_path / "nothing"], "is no folder with a saved model"),
+        (["serve", tmp_path / "llama"], "is no model of the family ('relpos'), got 'llama'"),
+        (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
+        (["serve", tmp_path / "bias", "--continuous-batching"], "would drop the position bias"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["hf-relpos", *map(str, arguments)])
+        with pytest.raises(SystemExit) as error:
+            serving.main()
+        printed = capsys.readouterr()
+        assert error.value.code == 2 and printed.out == "", arguments
+        assert len(printed.err.splitlines()) == 1 and message in printed.err, arguments
+
+
+def test_refuses_on_the_command_line(tmp_path):
+    """What transformers' own server finds out while it loads is one line too."""
+    save_with_tokenizer(tmp_path / "bias", "alibi", TEMPLATE)
+    command = [sys.executable, "-m", "hf_relpos.inference.serve", "serve", str(tmp_path / "bias"), "--device", "cpu"]
+    command += ["--attn-implementation", "flash_attention_2"]
+    environment = {**os.environ, **ENVIRONMENT}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "would drop the position bias" in result.stderr.splitlines()[-1]
+
+
+def test_names_the_missing_packages(monkeypatch, capsys):
+    monkeypatch.setattr(serving, "is_serve_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", "serve", "somewhere"])
+    with pytest.raises(SystemExit, match="2"):
+        serving.main()
+    assert 'pip install "transformers[serving]"' in capsys.readouterr().err

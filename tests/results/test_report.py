@@ -1,0 +1,233 @@
+"""Statistics over seeds against values by hand and by scipy, and the page that they are written to."""
+
+import copy
+import json
+import math
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from hf_relpos.results.report import write_report
+from hf_relpos.results.result_file import versions
+from hf_relpos.results.statistics import Interval, compare, group_results, holm, paired_p_value, verdict
+
+
+SEEDS = (42, 1337, 3407, 1024, 365)
+NOISE = (0.03, -0.02, 0.05, -0.04, -0.02)  # of the seeds, shared by the schemes: they are paired
+
+
+def make_result(scheme="none", seed=42, loss=4.0, train_length=128, **training):
+    losses = {"128": loss, "512": loss + (0.5 if scheme == "rotary" else -0.05)}
+    return {
+        "model": "m",
+        "pos_embedding_type": scheme,
+        "seed": seed,
+        "train_length": train_length,
+        "lengths": {length: {"loss": value, "perplexity": math.exp(value)} for length, value in losses.items()},
+        "loss_by_position": [None, *(loss + 1 / (position + 1) for position in range(511))],
+        "in_context_score": {"250": {"score": -0.1, "standard_error": 0.01}, "500": None},
+        "slope": {"slope": -1e-5, "standard_error": 1e-6},
+        "distance_bias": None if scheme == "none" else {"distances": [0, 1, 3], "layers": [[[0.0, -1.0, -2.0]]] * 2},
+        "dtype": "float32",
+        "training": {
+            "num_parameters": 3_000_000,
+            "num_steps": 10,
+            "tokens_per_step": 16384,
+            "data_seed": 42,
+            "recipe": {"learning_rate": 2e-4},
+            "seconds": 60,
+            "log": [{"step": 5, "loss": loss + 1}, {"step": 10, "loss": loss}, {"step": 10, "eval_loss": 4.0}],
+            **training,
+        },
+        "versions": {},
+        "hardware": {"cpu": "a CPU"},
+        "corpus": {"name": "books", "split": "test", "fingerprint": "f", "num_windows": 9, "num_documents": 3},
+    }
+
+
+@pytest.fixture
+def results():
+    """Alibi is better than none by 0.02 ± 0.002, rotary's difference at 128 is noise of ± 0.05."""
+    alibi, rotary = (0.018, 0.022, 0.02, 0.019, 0.021), (0.05, -0.05, 0.02, -0.03, 0.02)
+    found = []
+    for index, (seed, noise) in enumerate(zip(SEEDS, NOISE)):
+        found.append(make_result("none", seed, 4 + noise))
+        found.append(make_result("alibi", seed, 4 + noise - alibi[index]))
+        found.append(make_result("rotary", seed, 4 + noise + rotary[index]))
+    return found
+
+
+def test_interval_by_hand():
+    """1, 2, 3: the standard deviation is 1 and t for 2 degrees of freedom 4.3027."""
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.std, interval.n) == (2.0, 1.0, 3)
+    assert interval.high - 2 == pytest.approx(4.302652730 / math.sqrt(3), rel=1e-9)
+    assert math.isnan(Interval.of([1.0]).low) and Interval.of([1.0]).mean == 1.0
+    with pytest.raises(ValueError, match="at least one value"):
+        Interval.of([])
+
+
+def test_interval_and_p_value_as_scipy_has_them():
+    ours, theirs = [4.1, 4.3, 4.2, 4.6], [4.0, 4.15, 4.25, 4.3]
+    differences = [a - b for a, b in zip(ours, theirs)]
+    expected = stats.ttest_rel(ours, theirs)
+    assert paired_p_value(differences) == pytest.approx(expected.pvalue, rel=1e-9)
+    low, high = expected.confidence_interval(0.95)
+    assert (Interval.of(differences).low, Interval.of(differences).high) == pytest.approx((low, high), rel=1e-9)
+    assert math.isnan(paired_p_value([0.1])) and paired_p_value([0.0, 0.0]) == 1.0
+
+
+def test_holm_by_hand():
+    """0.01 · 4, 0.02 · 3, max(0.03 · 2, 0.06), max(0.5 · 1, …); a missing one does not count."""
+    assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[:2] == pytest.approx([0.06, 0.04])
+    assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[3:] == pytest.approx([0.5, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_groups_differ_in_the_seed_alone(results):
+    groups = group_results(results)
+    assert [group.label for group in groups] == ["none", "alibi", "rotary"]
+    assert all(list(group.by_seed) == sorted(SEEDS) for group in groups)
+    assert groups[2].ratio().mean == pytest.approx(math.exp(0.5)) and groups[2].ratio().std == pytest.approx(
+        0, abs=1e-12
+    )
+    assert groups[0].in_context_score()[0] == 250
+
+
+def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
+    groups = group_results(results)
+    alibi = next(c for c in compare(groups, "none") if (c.label, c.condition) == ("alibi", "128"))
+    rotary = next(c for c in compare(groups, "none") if (c.label, c.condition) == ("rotary", "128"))
+    assert alibi.difference.mean == pytest.approx(-0.02) and alibi.is_real and not rotary.is_real
+    unpaired = stats.ttest_ind(*([*group.values("128", "loss").values()] for group in groups[:2])).pvalue
+    assert unpaired > 0.05 > alibi.corrected
+    assert "**alibi** is better than none by 0.0200 nats (-2.0 % in perplexity): a real difference" in verdict(
+        alibi, "none"
+    )
+    assert "cannot be told apart" in verdict(rotary, "none")
+    with pytest.raises(ValueError, match=r"`baseline` must be one of \['none', 'alibi', 'rotary'\], got 'alibii'"):
+        compare(groups, "alibii")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r["corpus"].update(fingerprint="g"), "`corpus.fingerprint` is 'f' and 'g'"),
+        (lambda r: r["training"]["recipe"].update(learning_rate=1.0), "`recipe.learning_rate` is 0.0002 and 1.0"),
+        (lambda r: r["training"].update(data_seed=1), "`data_seed` is 42 and 1"),
+        (lambda r: r.update(dtype="bfloat16"), "`dtype` is 'float32' and 'bfloat16'"),
+        (lambda r: r.update(training=None), "has no record of its training"),
+        (lambda r: r.update(seed=42), "two results are of 'rotary' with seed 42"),
+    ],
+)
+def test_what_differs_is_not_averaged(change, message, results):
+    change(results[-1])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        group_results(results)
+
+
+def test_labels_name_what_varies():
+    results = [make_result("alibi", 1, train_length=n, num_steps=s) for n in (128, 256) for s in (10, 20)]
+    labels = [group.label for group in group_results(results)]
+    assert labels == [f"alibi trained at {n} {s} steps" for n in (128, 256) for s in (10, 20)]
+    shape = {"num_hidden_layers": 4, "hidden_size": 256}
+    small, large = (make_result("none", 1, shape={**shape, "hidden_size": width}) for width in (256, 384))
+    assert [group.label for group in group_results([small, large])] == ["none 4×256", "none 4×384"]
+    # a scheme's own parameters make no other size
+    own = make_result("alibi", 1, shape=shape, num_parameters=3_000_100)
+    assert [group.label for group in group_results([small, own])] == ["none", "alibi"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    whole, half = (make_result("rotary", 1, rope_parameters={**rope, "partial_rotary_factor": f}) for f in (1.0, 0.5))
+    assert [group.label for group in group_results([whole, half])] == ["rotary", "rotary partial_rotary_factor=0.5"]
+
+
+def test_a_recipe_may_differ_where_it_was_meant_to():
+    results = [make_result("alibi", 1, recipe={"learning_rate": rate}) for rate in (1e-3, 3e-3)]
+    labels = [group.label for group in group_results(results, ["recipe.learning_rate"])]
+    assert labels == ["alibi learning_rate 0.001", "alibi learning_rate 0.003"]
+    with pytest.raises(ValueError, match="`recipe.learning_rate` is 0.001 and 0.003"):
+        group_results(results)
+    with pytest.raises(ValueError, match=r"`varied` must name some of \['recipe.learning_rate', .*'corpus.name'"):
+        group_results(results, ["corpus.name"])
+
+
+def test_the_page_holds_everything_in_one_file(results, tmp_path):
+    paths = write_report(results, tmp_path, "none", "Which <scheme>?")
+    page, markdown = (path.read_text(encoding="utf-8") for path in paths[:2][::-1])
+    assert "<h1>Which &lt;scheme&gt;?</h1>" in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == len(paths) - 2 == 4
+    assert "alibi is better than none by 0.0200 nats" in page and "| rotary | 5 |" in markdown
+    assert {path.name for path in paths[2:]} == {
+        "loss_by_position.png",
+        "perplexity_by_length.png",
+        "training_loss.png",
+        "bias_by_distance.png",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+
+
+def test_finetuning_is_drawn_against_its_steps(tmp_path):
+    results = [
+        make_result("alibi", seed, 4 - steps / 1000, 512, num_steps=steps, base_train_length=128)
+        for seed in (1, 2)
+        for steps in (25, 50)
+    ]
+    names = {path.name for path in write_report(results, tmp_path)}
+    assert "loss_after_finetuning.png" in names
+
+
+def test_report_of_a_sweep_leaves_out_what_it_cannot_read(results, run_script, tmp_path, capsys):
+    root = tmp_path / "sweep"
+    root.mkdir()
+    names = [f"{index}.json" for index in range(len(results))]
+    for name, result in zip(names, copy.deepcopy(results)):
+        (root / name).write_text(json.dumps(result))
+    (root / "cut.json").write_text(json.dumps(results[0])[:50])
+    (root / "foreign.json").write_text("[1]")
+    spoilt = ["cut.json", "foreign.json", "hollow.json"]
+    (root / "hollow.json").write_text(json.dumps({**results[0], "lengths": {"128": 3}}))
+    (root / "results.txt").write_text("\n".join([*names, *spoilt]) + "\n")
+    run_script("report", "--sweep", root, "--output_dir", tmp_path / "report", "--baseline", "alibi")
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in spoilt)
+    assert "Difference to alibi" in (tmp_path / "report" / "report.md").read_text()
+    with pytest.raises(SystemExit):
+        run_script("report", "--output_dir", tmp_path / "other")
+    assert "either --results or --sweep is required" in capsys.readouterr().err
+
+
+def make_score(scheme, seed, score):
+    lengths = {
+        length: {
+            "score": score / (1 + far),
+            "loss": 1.0,
+            "kinds": {kind: {"score": score / (1 + far)} for kind in "ab"},
+        }
+        for far, length in enumerate(("64", "128"))
+    }
+    result = make_result(scheme, seed, train_length=64) | {"task": "flip_flop", "score_name": "accuracy"}
+    return {**result, "lengths": lengths, "loss_by_position": None}
+
+
+def test_scores_of_a_task_are_compared_by_length_and_kind(tmp_path):
+    results = [make_score("none", seed, 0.5 + seed / 100) for seed in range(5)]
+    results += [make_score("alibi", seed, 0.8 + seed / 90) for seed in range(5)]
+    paths = write_report(results, tmp_path)
+    page = paths[0].read_text(encoding="utf-8")
+    assert "| setting | seeds | 64 a | 64 b | 128 a | 128 b |" in page and "Perplexity" not in page
+    assert "- At 128 tokens (a), **alibi** is better than none by 0.15" in page
+    assert "score_by_length.png" in {path.name for path in paths}
+    with pytest.raises(ValueError, match="`score_name` is 'accuracy' and None"):
+        group_results([*results, make_result("none", 7, train_length=64)])
+
+
+def test_a_result_names_the_commit_of_a_checkout():
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert commit and versions()["commit"] == commit

@@ -1,0 +1,108 @@
+"""Two processes under `accelerate launch`, DDP and FSDP2 with gloo, against one: losses, a kill, what is saved."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from test_scripts import data_flags, resumes_on_cpus, training_flags, weights  # noqa: F401
+from test_sharing import run_without_the_package
+
+from hf_relpos.model.saved_code import AUTO_MAP, code_files
+
+
+TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,hidden_dropout=0"
+FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+FSDP += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
+KINDS = {"DDP": (["--multi_gpu"], "scripts/train.py"), "FSDP2": (FSDP, "tests/train_on_cpu_with_fsdp.py")}
+TYPES = {"DDP": "MULTI_CPU", "FSDP2": "FSDP"}
+
+
+def launch(kind: str, flags: list) -> subprocess.Popen:
+    options, script = KINDS[kind]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        options = [*options, "--main_process_port", str(free.getsockname()[1])]
+    options += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The launcher and its ranks, which have sessions of their own."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
+
+
+def losses(folder: Path) -> dict[int, float]:
+    record = json.loads((folder / "training.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in record["log"] if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, data_flags):  # noqa: F811
+    folder = tmp_path_factory.mktemp("one") / "run"
+    flags = training_flags(data_flags, folder, per_device_train_batch_size=8, **COMMON)
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, flags)], cwd=ROOT)
+    assert done.returncode == 0
+    return folder
+
+
+COMMON = {"pos_embedding_type": "linear_cpb", "config_overrides": TINY, "seed": 3, "eval_strategy": "no"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("DDP", marks=resumes_on_cpus), "FSDP2"])
+def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags, tmp_path):  # noqa: F811
+    """The same batches, halved between two processes; killed after a checkpoint, and resumed."""
+    folder = tmp_path / "run"
+    flags = {**COMMON, "per_device_train_batch_size": 4}
+    process = launch(kind, training_flags(data_flags, folder, **flags, max_steps=100_000))
+    state = folder / "checkpoint-3" / "trainer_state.json"
+    deadline = time.monotonic() + 150
+    while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kill(process)
+    output, _ = process.communicate()
+    assert state.is_file(), output[-3000:]
+    saved = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    first = max(int(path.name.rpartition("-")[2]) for path in saved)
+    steps = max(6, first + 2)
+    flags |= {"max_steps": steps, "resume_from_checkpoint": "last"}
+    finish(launch(kind, training_flags(data_flags, folder, **flags)))
+
+    record = json.loads((folder / "training.json").read_text())
+    assert (record["num_processes"], record["distributed_type"]) == (2, TYPES[kind])
+    assert (record["resumed_from_step"], record["num_steps"]) == (first, steps)
+    expected, found = losses(one_process), losses(folder)
+    assert set(found) >= {1, 2, 3, 4, 5, 6}
+    for step in range(1, 7):  # losses of about 5.7, logged with all digits; the halves are summed in another order
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+    if steps == 6:
+        for name, weight in weights(one_process).items():
+            torch.testing.assert_close(weights(folder)[name], weight, rtol=1e-3, atol=1e-5)
+
+    for saved in (folder, folder / f"checkpoint-{first}"):
+        assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert {file.name for file in code_files()} == {path.name for path in saved.glob("*.py")}
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "    tokens = AutoTokenizer.from_pretrained(folder)('people of the state', return_tensors='pt')\n"
+        "    print(model.generate(**tokens, max_new_tokens=4, do_sample=False).shape[1])"
+    )
+    folders = (folder, folder / f"checkpoint-{first}")
+    assert run_without_the_package(code, *folders, cwd=tmp_path, modules=tmp_path / "cache").split()
