@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .model.attention_distance_bias import check_implementation
+from .model.attention_mask import check_implementation
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 from .model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
-from .model.scheme_registry import build_position_embeddings
+from .model.scheme_registry import PositionEmbeddings, build_position_embeddings, position_embedding_classes
 from .results.result_file import write_text
 
 
@@ -59,7 +59,7 @@ def schemes_page() -> str:
     for name, cls in POSITION_EMBEDDINGS.items():
         model = fresh_model(name)
         path = _path(model, "sdpa") or "refused"
-        rows.append(f"| [`{name}`](#{name}) | {cls.kind} | {_parameters(name)} | {path} | {cls.extrapolates} |")
+        rows.append(f"| [`{name}`](#{name}) | {cls.kind} | {_parameters(name)} | {path} | {_beyond(cls)} |")
         sections.append(_section(name, cls, model))
     return "\n".join((INTRODUCTION, *rows, "", "\n".join(sections)))
 
@@ -130,6 +130,11 @@ def _section(name: str, cls: type[PositionEmbedding], model: RelPosForCausalLM) 
     return link_papers("\n\n".join(lines) + "\n\n" + "\n".join(f"- {point}" for point in points) + "\n")
 
 
+def _beyond(cls: type[PositionEmbedding]) -> str:
+    """Past the training length, in few words."""
+    return re.split(r"[;:.,]\s", read_scheme(cls).get("Past the training length", ""))[0].rstrip(".")
+
+
 def link_papers(text: str) -> str:
     """→ the text with a link for each paper of arXiv."""
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
@@ -158,13 +163,13 @@ def _cost(cls: type[PositionEmbedding]) -> str:
         costs.append("a vector per token is added before the first layer")
     if cls.rotate is not PositionEmbedding.rotate:
         costs.append("q or k is multiplied in each layer; the factors are computed once per forward")
-    if cls.has_distance_bias():
+    if "distance_bias" in cls.hooks:
         costs.append(f"heads × length numbers, computed {once}")
-    if cls.bias is not PositionEmbedding.bias:
-        costs.append(f"heads × queries × keys numbers, computed {once}" + " elsewhere" * cls.has_distance_bias())
-    if cls.has_key_state():
+    if "dense_bias" in cls.hooks:
+        costs.append(f"heads × queries × keys numbers, computed {once}" + " elsewhere" * ("distance_bias" in cls.hooks))
+    if "key_bias" in cls.hooks:
         costs.append("a number per head and token, computed in each layer and cached with the keys")
-    if cls.has_score_bias():
+    if "score_bias" in cls.hooks:
         costs.append("heads × queries × keys numbers, several times, from the scores, in each layer")
     return "; ".join(costs) or "nothing"
 
@@ -180,7 +185,13 @@ def _path(model: RelPosForCausalLM, implementation: str) -> str:
     model.config._attn_implementation = "sdpa"
     own, _, suffix = path.partition(":")
     if own == "distance_bias":  # behind it a kernel of this machine
-        return PATHS["key_bias" if model.config.has_key_state else own]
+        return PATHS[
+            "key_bias"
+            if any(
+                "key_bias" in cls.hooks for cls in position_embedding_classes(model.config.pos_embedding_type).values()
+            )
+            else own
+        ]
     return PATHS.get(suffix, suffix)
 
 
@@ -204,8 +215,8 @@ def curves(name: str, model: RelPosForCausalLM) -> tuple[str, str, dict[str, tor
     with torch.no_grad():
         bias = _bias(scheme, model.config)
         if bias is not None:
-            what = "bias, random tokens" if cls.has_key_state() else "bias"
-            what += ", without the scores' part" * cls.has_score_bias()
+            what = "bias, random tokens" if ("key_bias" in cls.hooks) else "bias"
+            what += ", without the scores' part" * ("score_bias" in cls.hooks)
             return "distance", what, {f"head {head + 1}": line for head, line in enumerate(bias)}
         if cls.rotate is not PositionEmbedding.rotate:
             rotation = scheme.rotation(positions, torch.float32)
@@ -223,15 +234,15 @@ def curves(name: str, model: RelPosForCausalLM) -> tuple[str, str, dict[str, tor
 
 def _bias(scheme: PositionEmbedding, config: RelPosConfig) -> torch.Tensor | None:
     """→ (H, LONGEST + 1): the bias of the query at position LONGEST, by distance; `None` if there is none."""
-    if scheme.has_key_state():
+    if "key_bias" in scheme.hooks:
         hidden = torch.randn(1, LONGEST + 1, config.hidden_size)
-        says = scheme.key_state(hidden)[0].flip(-1)
+        says = scheme.key_bias(hidden)[0].flip(-1)
         return says.cumsum(-1) - says
     key = torch.arange(LONGEST + 1)[None]
     distance = (LONGEST - key)[:, None]
     visible = torch.ones(1, 1, 1, LONGEST + 1, dtype=torch.bool)
-    positions = Positions(key[:, -1:], key, distance, LONGEST + 1, visible=visible)
-    bias = scheme.bias(positions)
+    positions = Positions(key[:, -1:], key, distance, visible)
+    bias = PositionEmbeddings({"": scheme}).dense_bias(positions, LONGEST + 1)
     return None if bias is None else bias[0, :, 0].flip(-1)
 
 

@@ -227,7 +227,7 @@ def bias_page(entries: Sequence[PageModel], layer: int, length: int, scale: str)
 def _table_limit(entry: PageModel, layer: int) -> float:
     """The largest position of a query whose whole bias in this layer is a function of the distance."""
     schemes = entry.model.model.layers[layer].self_attn.position_embeddings.values()
-    limits = [limit.item() for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
+    limits = [limit.item() for limit in (scheme.max_table_position() for scheme in schemes) if limit is not None]
     return math.floor(min(limits)) if limits else math.inf
 
 

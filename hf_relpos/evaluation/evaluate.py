@@ -142,7 +142,7 @@ def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
     if not getattr(model.config, "has_distance_table", False):
         return None
     schemes = (layer.self_attn.position_embeddings.values() for layer in model.base_model.layers)
-    limits = [scheme.table_limit() for scheme in chain(*schemes)]
+    limits = [scheme.max_table_position() for scheme in chain(*schemes)]
     # past them the bias is more than a curve by distance
     length = min([length, *(int(limit) + 1 for limit in limits if limit is not None)])
     steps = range(8 * length.bit_length() + 1)

@@ -43,14 +43,16 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
 
         defaults = {"width": 3}
         kind = "relative"
-        extrapolates = "nothing new"
 
-        def bias(self, positions):
+        def dense_bias(self, positions):
             return (positions.distance < 3).float()[:, None].expand(-1, 4, -1, -1)
 
     class Unseen(Recent):
         __doc__ = Recent.__doc__
-        bias = PositionEmbedding.bias
+        dense_bias = PositionEmbedding.dense_bias
+
+        def key_bias(self, hidden_states):
+            return -hidden_states.abs().mean(-1)[:, None].expand(-1, 4, -1)
 
     for name, cls in (("test_recent", Recent), ("test_unseen", Unseen)):
         register_position_embedding(name)(cls)
