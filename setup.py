@@ -37,7 +37,7 @@ setup(
         "scipy>=1.11",
         "tqdm",
     ],
-    entry_points={"console_scripts": ["hf-relpos = hf_relpos.inference.serve:main"]},
+    entry_points={"console_scripts": ["hf-relpos = hf_relpos.cli:main"]},
     extras_require={
         "sample": SAMPLE,
         "serve": SERVE,

@@ -3,23 +3,23 @@
 Importing the package registers the family with the Auto classes of transformers.
 """
 
-from typing import Any
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import transformers
 
-from .model.configuration_relpos import MODEL_SIZES, RelPosConfig
-from .model.modeling_relpos import (
-    RelPosForCausalLM,
-    RelPosForQuestionAnswering,
-    RelPosForSequenceClassification,
-    RelPosForTokenClassification,
-    RelPosModel,
-    RelPosPreTrainedModel,
-)
-from .model.saved_code import AUTO_MAP
-from .model.scheme_base import PositionEmbedding, Positions, register_position_embedding
-from .model.scheme_registry import list_position_embeddings
-
+if TYPE_CHECKING:
+    from .model.configuration_relpos import MODEL_SIZES, RelPosConfig
+    from .model.modeling_relpos import (
+        RelPosForCausalLM,
+        RelPosForQuestionAnswering,
+        RelPosForSequenceClassification,
+        RelPosForTokenClassification,
+        RelPosModel,
+        RelPosPreTrainedModel,
+    )
+    from .model.scheme_base import PositionEmbedding, Positions, register_position_embedding
+    from .model.scheme_registry import list_position_embeddings
 
 __version__ = "0.1.0"
 
@@ -39,21 +39,45 @@ __all__ = [
     "register_position_embedding",
 ]
 
+# public name → the module of `hf_relpos.model` that defines it; the models' names begin with RelPos
+_MODULES = {
+    "MODEL_SIZES": "configuration_relpos",
+    "RelPosConfig": "configuration_relpos",
+    "PositionEmbedding": "scheme_base",
+    "Positions": "scheme_base",
+    "register_position_embedding": "scheme_base",
+    "list_position_embeddings": "scheme_registry",
+}
 
-def push_model(model: RelPosPreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
+
+def push_model(model: "RelPosPreTrainedModel", repo_id: str, **kwargs: Any) -> Any:
     """What `model.push_to_hub` does: `hf_relpos.hub.push.push_model`, loaded when it is needed."""
     from .hub.push import push_model as push
 
     return push(model, repo_id, **kwargs)
 
 
-def _register() -> None:
-    for auto_class, reference in AUTO_MAP.items():
-        registered = globals()[reference.rpartition(".")[2]]
-        if auto_class == "AutoConfig":
-            transformers.AutoConfig.register(RelPosConfig.model_type, registered, exist_ok=True)
-        else:
-            getattr(transformers, auto_class).register(RelPosConfig, registered, exist_ok=True)
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".model.{_MODULES.get(name, 'modeling_relpos')}", __name__), name)
+    globals()[name] = value
+    return value
 
 
-_register()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _runs_the_command() -> bool:
+    """Whether this process is the program `hf-relpos` or `python -m hf_relpos`."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # what Python puts there while it looks for the module
+        return ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:])
+    return program.replace("\\", "/").rpartition("/")[2].startswith("hf-relpos")
+
+
+# torch and transformers take seconds to import, which `hf-relpos --help` need not wait for: each sub-command imports
+# the modules that it uses, and with the first of `hf_relpos.model` the family is registered
+if not _runs_the_command():
+    import_module(".model", __name__)

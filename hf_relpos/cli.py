@@ -1,97 +1,40 @@
-"""What all scripts share: flags from dataclasses with a YAML file under them, and one line for a user's error."""
+"""The program `hf-relpos`, and what its sub-commands share: flags from dataclasses with a YAML file under them, files
+that register schemes, and one line for a user's error."""
 
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from transformers import HfArgumentParser
 
-
-class ArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are one line."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-def parse_arguments(
-    types: Sequence[type], description: str, argv: Sequence[str] | None = None, positional: str | None = None
-) -> tuple[Any, ...]:
-    """Command line → one instance of each dataclass, and after them the list of `positional`, if it is given.
-
-    `--config FILE` reads flags from a YAML file first (`learning_rate: 1e-3`, lists and dictionaries as YAML has them);
-    flags on the command line win. `positional` names words that need no flag and of which at least one is required.
-
-    Raises:
-        ValueError: for an unknown flag, a value of the wrong type, or a file that is missing or no YAML dictionary.
-    """
-    parser = ArgumentParser(types, description=description, allow_abbrev=False)
-    parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
-    if positional:
-        parser.add_argument("words", nargs="+", metavar=positional)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    path = _pop_config(argv)
-    if path is not None:
-        argv = _flags_of(path, {action.dest for action in parser._actions if action.option_strings}) + argv
-    *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown flag: {unknown[0]!r}; --help lists those that exist.")
-    return (*parsed, others.words) if positional else tuple(parsed)
-
-
-def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ...]:
-    """Flags as a YAML file has them → one instance of each dataclass; raises `ValueError` as `parse_arguments` does."""
-    parsed, unknown = ArgumentParser(types, allow_abbrev=False), set(values)
-    for action in parsed._actions:
-        unknown.discard(action.dest)
-    if unknown:
-        raise ValueError(f"unknown flag: {sorted(unknown)[0]!r}.")
-    return parsed.parse_args_into_dataclasses(_words(values))
-
-
-def _pop_config(argv: list[str]) -> str | None:
-    """Takes `--config FILE` or `--config=FILE` out of the command line."""
-    found = [index for index, word in enumerate(argv) if word.partition("=")[0] == "--config"]
-    if not found:
-        return None
-    _, equals, path = argv.pop(found[0]).partition("=")
-    if len(found) > 1 or not (equals or argv[found[0] :]):
-        raise ValueError("--config takes one file, once.")
-    return path if equals else argv.pop(found[0])
-
-
-def _flags_of(path: str, known: set[str]) -> list[str]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path!r} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
-    for name in values:
-        if name not in known:
-            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}.")
-    return _words(values)
-
-
-def _words(values: dict[str, Any]) -> list[str]:
-    """→ the command line that says the same."""
-    flags = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *(str(word) for word in words)]
-    return flags
+PROGRAM = "hf-relpos"
+# sub-command → the function that it runs and what it does; each module is imported when its sub-command is called
+COMMANDS = {
+    "train": ("hf_relpos.training.train:train_main", "train a model with a position scheme"),
+    "finetune": (
+        "hf_relpos.training.train:finetune_main",
+        "continue training at another length or with another scheme",
+    ),
+    "evaluate": ("hf_relpos.evaluation.evaluate:main", "measure the loss by length and by position, or score a task"),
+    "generate": ("hf_relpos.inference.generate:main", "generate text from a prompt or a file of prompts"),
+    "sweep": ("hf_relpos.experiments.sweep:main", "run the grid of trainings that a YAML file states"),
+    "report": ("hf_relpos.results.report:main", "make tables, plots and statistics of results"),
+    "push": ("hf_relpos.hub.push:main", "publish a saved model on the Hub, with its card"),
+    "serve": ("hf_relpos.inference.serve:main", "answer requests as OpenAI's API does"),
+    "demo": ("hf_relpos.demo.app:main", "show saved models side by side in the browser"),
+    "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
+}
+IMPORT_FILE = "import_file"
+IMPORT_HELP = "A Python file that registers position schemes; may be given several times."
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorator of a script's `main`: a user's error becomes one line on stderr and exit code 2."""
+    """Decorator of a program's `main`: a user's error becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -105,7 +48,206 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             sys.exit(130)
         finally:
-            if torch.distributed.is_initialized():  # its threads abort a process that ends while they run
+            torch = sys.modules.get("torch")
+            if torch and torch.distributed.is_initialized():  # its threads abort a process that ends while they run
                 torch.distributed.destroy_process_group()
 
     return wrapped
+
+
+@command
+def main() -> None:
+    """The program `hf-relpos`: runs the sub-command that the command line begins with."""
+    sys.argv[0], words = PROGRAM, sys.argv[1:]
+    if words[:1] in (["--help"], ["-h"]):
+        print(_usage())
+        return
+    if words == ["--version"]:
+        print(f"{PROGRAM} {sys.modules[__package__].__version__}")
+        return
+    if not words:
+        raise ValueError(f"a sub-command is needed, one of {', '.join(COMMANDS)}; --help says what they do.")
+    name, *flags = words
+    if name not in COMMANDS:
+        raise ValueError(f"unknown sub-command: {name!r}{_nearest(name, COMMANDS)}; --help lists those that exist.")
+    if name == "serve":  # its flags are those of `transformers serve`, which other parsers read
+        import_schemes(_pop_flag(flags, IMPORT_FILE))
+        sys.argv[1:] = [name, *flags]
+    else:
+        sys.argv = [f"{PROGRAM} {name}", *flags]
+    module, _, function = COMMANDS[name][0].partition(":")
+    getattr(import_module(module), function)()
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        (
+            f"usage: {PROGRAM} SUB-COMMAND [flags]",
+            "",
+            "Causal language models for transformers whose position scheme is one config field.",
+            "",
+            *lines,
+            "",
+            f"`{PROGRAM} SUB-COMMAND --help` lists the flags, `{PROGRAM} --version` prints the version.",
+        )
+    )
+
+
+@command
+def schemes_main() -> None:
+    """Prints a line for each registered scheme: name, kind and title."""
+    parse_arguments((), "Lists the position schemes: name, kind and title.")
+    from .model.scheme_base import POSITION_EMBEDDINGS
+
+    width = max(map(len, POSITION_EMBEDDINGS))
+    for name, scheme in POSITION_EMBEDDINGS.items():
+        title = (scheme.__doc__ or scheme.__name__).strip().partition("\n\n")[0]
+        print(f"{name:<{width}}  {scheme.kind:<8}  {' '.join(title.split())}")
+
+
+def parse_arguments(
+    types: Sequence[type], description: str, argv: Sequence[str] | None = None, positional: str | None = None
+) -> tuple[Any, ...]:
+    """Command line → one instance of each dataclass, and after them the list of `positional`, if it is given.
+
+    `--config FILE` reads flags from a YAML file first (`learning_rate: 1e-3`, lists and dictionaries as YAML has them);
+    flags on the command line win. `--import_file FILE`, in either, registers the schemes of a Python file before the
+    flags are read. `positional` names words that need no flag and of which at least one is required.
+
+    Raises:
+        ValueError: for an unknown flag, a value of the wrong type, a file that is missing or no YAML dictionary, a
+            file of schemes that cannot be imported, or a model whose scheme lies in a file that was not given.
+    """
+    parser = _parser(types, description)
+    parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
+    parser.add_argument(f"--{IMPORT_FILE}", action="append", metavar="FILE", help=IMPORT_HELP)
+    if positional:
+        parser.add_argument("words", nargs="+", metavar=positional)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known, files = {action.dest for action in parser._actions if action.option_strings}, _pop_flag(argv, IMPORT_FILE)
+    path = _pop_config(argv)
+    if path is not None:
+        values = _read_config(path, known)
+        files = [*as_list(values.pop(IMPORT_FILE, None)), *files]
+        argv = _words(values) + argv
+    import_schemes(files)
+    *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        nearest = _nearest(flag, parser._option_string_actions)
+        raise ValueError(f"unknown flag: {unknown[0]!r}{nearest}; --help lists those that exist.")
+    words = others.words if positional else []
+    for folder in (*(getattr(each, "model_name_or_path", None) for each in parsed), *words):
+        _check_schemes_are_imported(folder)
+    return (*parsed, words) if positional else tuple(parsed)
+
+
+def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ...]:
+    """Flags as a YAML file has them → one instance of each dataclass; raises `ValueError` as `parse_arguments` does."""
+    parser, unknown = _parser(types), set(values)
+    for action in parser._actions:
+        unknown.discard(action.dest)
+    if unknown:
+        flag = sorted(unknown)[0]
+        raise ValueError(f"unknown flag: {flag!r}{_nearest(flag, [action.dest for action in parser._actions])}.")
+    return parser.parse_args_into_dataclasses(_words(values))
+
+
+def import_schemes(files: Sequence[str]) -> None:
+    """Registers the schemes of Python files; a file that was imported before is not imported again.
+
+    Raises:
+        ValueError: if a file is missing, fails, or registers no scheme or one of an existing name.
+    """
+    if files:
+        from .scheme_files import import_scheme_file
+
+        for path in files:
+            import_scheme_file(path)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A YAML value that may be a list or a single item → a list; empty for `None`."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_schemes_are_imported(folder: str | None) -> None:
+    """Raises `ValueError` if a saved model's folder carries the file of its scheme and nobody imported it."""
+    if folder and (Path(folder) / "config.json").is_file():
+        from .scheme_files import check_schemes_are_imported
+
+        check_schemes_are_imported(Path(folder))
+
+
+def _parser(types: Sequence[type], description: str | None = None) -> Any:
+    from transformers import HfArgumentParser
+
+    class ArgumentParser(HfArgumentParser):
+        """Its errors are one line."""
+
+        def error(self, message: str) -> None:
+            raise ValueError(message)
+
+    return ArgumentParser(types, description=description, allow_abbrev=False)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    """→ "", or what was probably meant."""
+    found = get_close_matches(word, list(words), 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _pop_flag(argv: list[str], name: str) -> list[str]:
+    """Takes each `--name VALUE` and `--name=VALUE` out of the command line; → the values."""
+    values, kept = [], []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != f"--{name}":
+            kept.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or (value.startswith("--") and not equals):
+            raise ValueError(f"--{name} needs a file.")
+        values.append(value)
+    argv[:] = kept
+    return values
+
+
+def _pop_config(argv: list[str]) -> str | None:
+    """Takes `--config FILE` or `--config=FILE` out of the command line."""
+    if any(word.partition("=")[0] == "--config" for word in argv):
+        try:
+            (path,) = _pop_flag(argv, "config")
+        except ValueError as error:
+            raise ValueError("--config takes one file, once.") from error
+        return path
+    return None
+
+
+def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path!r} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
+    for name in values:
+        if name not in known:
+            nearest = _nearest(str(name), sorted(known))
+            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}{nearest}.")
+    return values
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    """→ the command line that says the same."""
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *(str(word) for word in words)]
+    return flags

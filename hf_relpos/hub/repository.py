@@ -23,7 +23,7 @@ from ..model.modeling_relpos import (
     RelPosForTokenClassification,
     RelPosModel,
 )
-from ..model.saved_code import AUTO_MAP, code_files, foreign_schemes
+from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
 from ..results.result_file import plot_results, plot_scores, read_result
 from ..training.model_setup import load_model
 from ..training.record import TRAINING_RECORD, read_record
@@ -97,7 +97,7 @@ def repository_files(
         raise ValueError(f"`license` must be one of the Hub's names, such as 'apache-2.0', got {license!r}.")
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob(WEIGHTS))}
     files |= {name: folder / name for name in FILES if (folder / name).is_file()}
-    files |= {file.name: file for file in code_files()}
+    files |= saved_code(config["pos_embedding_type"])
     config |= {"auto_map": AUTO_MAP}
     files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     record = read_record(str(folder))
@@ -147,9 +147,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} must hold a model of the family ('relpos'), got model_type {config.get('model_type')!r}."
         )
     if foreign := foreign_schemes(config["pos_embedding_type"]):
-        name, module = next(iter(foreign.items()))
+        name, (module, reason) = next(iter(foreign.items()))
         raise ValueError(
-            f"nobody could load it: the position embedding {name!r} is defined in {module!r}, outside of it."
+            f"nobody could load it: the position embedding {name!r} is defined in {module!r}, outside of it, "
+            f"and {reason}."
         )
     return config
 

@@ -1,0 +1,68 @@
+"""Position schemes in files of the user's: `--import_file my_scheme.py` registers what such a file defines."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from .model.saved_code import carried_files, imports_relatively, reserved_names
+from .model.scheme_base import POSITION_EMBEDDINGS
+
+
+def import_scheme_file(path: str | Path) -> ModuleType:
+    """Executes a Python file as a module under its stem; a file that was imported before is not executed again.
+
+    A file out of a saved folder imports the family's files relatively; it becomes a module of `hf_relpos.model`.
+
+    Args:
+        path: of a file with at least one `register_position_embedding`.
+
+    Raises:
+        ValueError: if it is missing, has the name of another module, fails, or registers no scheme or one of an
+            existing name.
+    """
+    file = Path(path).resolve()
+    if file.suffix != ".py":
+        raise ValueError(f"`import_file` must name a Python file, `NAME.py`, got {str(path)!r}.")
+    if not file.is_file():
+        raise ValueError(f"`import_file` {str(path)!r} does not exist.")
+    if not file.stem.isidentifier() or file.stem in reserved_names():
+        raise ValueError(f"`import_file` {str(path)!r} has a name that cannot be imported or is in use: rename it.")
+    package = __package__ + ".model." if imports_relatively(file) else ""
+    name = package + file.stem
+    if (module := sys.modules.get(name)) is not None:
+        if Path(getattr(module, "__file__", None) or "/").resolve() == file:
+            return module
+        raise ValueError(f"`import_file` {str(path)!r} has the name of another module, {name!r}: rename it.")
+    return _execute(path, name, file)
+
+
+def _execute(path: str | Path, name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    module, before = importlib.util.module_from_spec(spec), dict(POSITION_EMBEDDINGS)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        if POSITION_EMBEDDINGS.keys() == before.keys():
+            raise ValueError("it registers no position embedding")
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        for scheme in POSITION_EMBEDDINGS.keys() - before.keys():
+            del POSITION_EMBEDDINGS[scheme]
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"`import_file` {str(path)!r} cannot be imported: {reason}") from error
+    return module
+
+
+def check_schemes_are_imported(folder: Path) -> None:
+    """Raises `ValueError` if a saved model has a scheme that is not registered and whose file its folder carries."""
+    try:
+        chosen = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pos_embedding_type")
+    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
+        return
+    names = chosen.replace("/", "+").split("+") if isinstance(chosen, str) else []
+    missing = [name for name in names if name not in POSITION_EMBEDDINGS]
+    if missing and (files := carried_files(folder)):
+        flags = " ".join(f"--import_file {file}" for file in files)
+        raise ValueError(f"{str(folder)!r} has the position embedding {missing[0]!r} of its own code: give {flags}")
