@@ -24,7 +24,7 @@ CONTRACT = {
     "data": "model model_loading environment",
     "inference": "model model_loading cli",
     "results": "environment model",
-    "scheme_docs": "model results",
+    "scheme_docs": "model environment",
     "cli": "model",
     "evaluation": "model model_loading data results inference environment tasks training",
     "tasks": "model data evaluation",

@@ -16,16 +16,12 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
+from ..environment import check_at_least_1
+
 
 FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer text file is cut at a line's end
 CACHE_VERSION = 1  # raise it when the functions below change what they make
-
-
-def check_at_least_1(name: str, value: float | None) -> None:
-    """Raises `ValueError` for a value below 1; `None` is left to its default."""
-    if value is not None and value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 @dataclass

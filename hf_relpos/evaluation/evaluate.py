@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..data.blocks import evaluation_documents
-from ..data.corpus import DataArguments, check_at_least_1, load_corpus
-from ..results.result_file import hardware, peak_memory_mib, plot_results, plot_scores, versions, write_json
+from ..data.corpus import DataArguments, load_corpus
+from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
+from ..results.result_file import plot_results, plot_scores
 from ..tasks.base import evaluate_task, make_task
 from ..training.model_setup import load_model, load_model_tokenizer
 from ..training.record import given_flags, read_record

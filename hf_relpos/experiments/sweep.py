@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 
 from ..cli import parse_values
 from ..data.corpus import DataArguments
+from ..environment import versions, write_json
 from ..evaluation.evaluate import EvaluationArguments, evaluate_model
 from ..model.configuration_relpos import RelPosConfig
-from ..results.result_file import versions, write_json
 from ..tasks.base import check_task
 from ..training.model_setup import ModelArguments, new_config
 from ..training.record import COSMETIC, TRAINING_RECORD

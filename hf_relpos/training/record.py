@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import cached_file
 
 from ..data.corpus import Corpus
-from ..results.result_file import hardware, peak_memory_mib, versions
+from ..environment import hardware, peak_memory_mib, versions
 
 
 TRAINING_RECORD = "training.json"

@@ -19,12 +19,12 @@ from ..data.blocks import (
     make_blocks,
     tokenize_split,
 )
-from ..data.corpus import Corpus, DataArguments, check_at_least_1, load_corpus
+from ..data.corpus import Corpus, DataArguments, load_corpus
+from ..environment import check_at_least_1, write_json
 from ..hub.push import RelPosTrainer
 from ..model.attention_cpu import cpu_has_fast_bf16
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..results.result_file import write_json
 from ..tasks.base import make_task, task_corpus
 from .model_setup import (
     ModelArguments,
