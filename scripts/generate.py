@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.inference.generate import complete, stream
-from hf_relpos.training.model_setup import load_model, load_model_tokenizer
+from hf_relpos.model_loading import load_model, load_model_tokenizer
 
 
 @dataclass

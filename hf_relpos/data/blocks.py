@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ..model_loading import check_vocab_size
 from .corpus import Corpus, DataArguments, digest
 
 
@@ -48,12 +49,6 @@ def load_named_tokenizer(name: str, vocab_size: int | None) -> PreTrainedTokeniz
         raise ValueError(f"`tokenizer_name` {name!r} has no end-of-sequence token to part documents.")
     check_vocab_size(tokenizer, vocab_size or len(tokenizer))
     return tokenizer
-
-
-def check_vocab_size(tokenizer: Any, vocab_size: int) -> None:
-    """Raises `ValueError` unless the tokenizer has exactly `vocab_size` entries."""
-    if len(tokenizer) != vocab_size:
-        raise ValueError(f"`vocab_size` of the model is {vocab_size}, but the tokenizer has {len(tokenizer)} entries.")
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:

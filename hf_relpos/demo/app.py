@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..training.model_setup import load_model, load_model_tokenizer
+from ..model_loading import load_model, load_model_tokenizer
 from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, losses_page, render
 
 

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..data.blocks import (
     BlockCollator,
-    check_vocab_size,
     load_named_tokenizer,
     load_tokenizer,
     make_blocks,
@@ -25,6 +24,7 @@ from ..hub.push import RelPosTrainer
 from ..model.attention_cpu import cpu_has_fast_bf16
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..model_loading import check_vocab_size
 from ..tasks.base import make_task, task_corpus
 from .model_setup import (
     ModelArguments,
