@@ -8,9 +8,9 @@ python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 
 from pathlib import Path
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.data.corpus import DataArguments
 from hf_relpos.evaluation.evaluate import EvaluationArguments, evaluate_model
 from hf_relpos.results.result_file import markdown_table
+from hf_relpos.tasks.arguments import DataArguments
 
 
 @command

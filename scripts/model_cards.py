@@ -20,7 +20,7 @@ from hf_relpos.hub.model_card import model_card
 from hf_relpos.hub.repository import draw_result
 from hf_relpos.results.result_file import read_result
 from hf_relpos.results.statistics import group_results
-from hf_relpos.training.record import command_line
+from hf_relpos.results.training_record import command_line
 
 
 ROOT = Path(__file__).parent.parent

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..data.blocks import evaluation_documents
-from ..data.corpus import DataArguments, load_corpus
+from ..data.corpus import load_corpus
+from ..data.tokens import evaluation_documents
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
 from ..model_loading import load_model, load_model_tokenizer
 from ..results.result_file import plot_results, plot_scores
-from ..tasks.base import evaluate_task, make_task
-from ..training.record import given_flags, read_record
+from ..results.training_record import given_flags, read_record
+from ..tasks.arguments import DataArguments
+from ..tasks.base import make_task
 from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
+from .task_scores import evaluate_task
 
 
 @dataclass

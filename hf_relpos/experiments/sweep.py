@@ -21,15 +21,16 @@ import yaml
 from transformers import TrainerCallback
 
 from ..cli import parse_values
-from ..data.corpus import DataArguments
 from ..environment import versions, write_json
 from ..evaluation.evaluate import EvaluationArguments, evaluate_model
 from ..model.configuration_relpos import RelPosConfig
+from ..results.training_record import COSMETIC, TRAINING_RECORD
+from ..tasks.arguments import DataArguments
 from ..tasks.base import check_task
+from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
 from ..training.model_setup import ModelArguments, new_config
-from ..training.record import COSMETIC, TRAINING_RECORD
 from ..training.scheme_change import ChangeArguments, changed_config
-from ..training.train import FinetuningArguments, RelPosTrainingArguments, finetune, train
+from ..training.train import finetune, train
 
 
 # of a run whose worker died
