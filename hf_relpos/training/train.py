@@ -23,11 +23,13 @@ from .scheme_change import ChangeArguments, describe_changes, load_changed
 from .trainer import RelPosTrainer
 
 
-TRAIN_DESCRIPTION = """Trains a model of the family from scratch, or continues with a saved one at the same length.
+TRAIN_DESCRIPTION = """\
+Trains a model of the family from scratch, or continues with a saved one at the same length.
 
 python scripts/train.py --pos_embedding_type alibi --output_dir output/alibi
 """
-FINETUNE_DESCRIPTION = """Continues with a saved model of the family at another length or with another position scheme.
+FINETUNE_DESCRIPTION = """\
+Continues with a saved model of the family at another length or with another position scheme.
 
 python scripts/finetune.py --model_name_or_path output/alibi --block_size 512 --output_dir output/512
 """
