@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_tokens
-from test_scripts import data_flags, finetuning_flags, refusal, trained, weights  # noqa: F401  (fixtures)
+from helpers import finetuning_flags, refusal, weights
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -135,7 +135,7 @@ def test_what_makes_no_sense_is_refused(scheme, changes, message):
 # --- the script
 
 
-def test_drope_and_temperature(trained, data_flags, tmp_path, run_script, capsys):  # noqa: F811
+def test_drope_and_temperature(trained, data_flags, tmp_path, run_script, capsys):
     """Rotary is dropped and the model trained at its old length; then only its configuration changes."""
     flags = finetuning_flags(data_flags, trained / "rotary", tmp_path / "drope", pos_embedding_type="none", max_steps=2)
     run_script("finetune", *flags)
@@ -157,7 +157,7 @@ def test_drope_and_temperature(trained, data_flags, tmp_path, run_script, capsys
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_dropped_table_is_told(trained, data_flags, tmp_path, run_script, capsys):  # noqa: F811
+def test_a_dropped_table_is_told(trained, data_flags, tmp_path, run_script, capsys):
     flags = finetuning_flags(data_flags, trained / "learned", tmp_path / "x", pos_embedding_type="alibi", max_steps=0)
     run_script("finetune", *flags)
     name = "model.position_embeddings.learned.embedding.weight"
@@ -169,7 +169,7 @@ def test_a_dropped_table_is_told(trained, data_flags, tmp_path, run_script, caps
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
-def test_yarn_and_pose_by_the_script(trained, data_flags, tmp_path, run_script, capsys):  # noqa: F811
+def test_yarn_and_pose_by_the_script(trained, data_flags, tmp_path, run_script, capsys):
     yarn = dict(rope_parameters='{"rope_type": "yarn", "factor": 2.0}', block_size=64, max_steps=1)
     run_script("finetune", *finetuning_flags(data_flags, trained / "rotary", tmp_path / "yarn", **yarn))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "yarn").config
