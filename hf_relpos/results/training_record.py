@@ -1,4 +1,4 @@
-"""`training.json`, the record of a training run beside its weights: reading it, and the command that it tells."""
+"""`training.json`, the record that a training run leaves with its weights: its flags, its command, and reading it."""
 
 import json
 import shlex
@@ -11,19 +11,8 @@ from transformers.utils import cached_file
 
 
 TRAINING_RECORD = "training.json"
-# flags that say where a run goes and who is told of it, and change nothing in it
-PRIVATE = (
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "project",
-    "push_to_hub",
-    "resume_from_checkpoint",
-    "include_num_input_tokens_seen",
-)
-# what changes nothing in the result
-COSMETIC = {
+# flags that do not change the result
+RESULT_NEUTRAL_FLAGS = {
     "attn_implementation",
     "disable_tqdm",
     "logging_steps",
@@ -31,6 +20,16 @@ COSMETIC = {
     "report_to",
     "save_steps",
     "save_total_limit",
+}
+# those, and where the files and logs of a run go
+UNRECORDED_FLAGS = RESULT_NEUTRAL_FLAGS | {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "project",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "include_num_input_tokens_seen",
 }
 
 
@@ -44,10 +43,10 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
     for instance in arguments:
         given = getattr(instance, "given", None) or non_default_fields(instance)
         for name, value in given.items():
-            if name in PRIVATE or name in COSMETIC or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
+            if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
             if isinstance(value, str) and Path(value).exists():
-                value = Path(value).name  # where a file lies is nobody's business
+                value = Path(value).name  # paths of this machine stay here
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 

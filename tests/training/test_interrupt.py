@@ -25,7 +25,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_pat
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "go on with --resume_from_checkpoint last" in output
+    assert "resume with --resume_from_checkpoint last" in output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     steps = int(checkpoint.name.rpartition("-")[2])
     assert not (tmp_path / "run" / "training.json").exists()
@@ -70,7 +70,7 @@ def test_two_processes_under_accelerate(data_flags, tmp_path):
             break
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode and "go on with --resume_from_checkpoint last" in output, output[-3000:]
+    assert process.returncode and "resume with --resume_from_checkpoint last" in output, output[-3000:]
     (checkpoint,) = (tmp_path / "ddp").glob("checkpoint-*")
     steps = int(checkpoint.name.rpartition("-")[2]) + 2
 

@@ -112,7 +112,7 @@ def test_trackers(data_flags, tmp_path, tracker):
 def test_a_tracker_that_is_not_installed(data_flags, tmp_path, run_script, capsys, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     flags = training_flags(data_flags, tmp_path / "run", report_to="tensorboard")
-    assert "`report_to` ['tensorboard'] cannot be served" in refusal(run_script, capsys, "train", flags)
+    assert "`report_to` ['tensorboard'] cannot be used" in refusal(run_script, capsys, "train", flags)
 
 
 def test_streaming(data_flags, tmp_path, run_script):
@@ -166,7 +166,7 @@ BAD_TRAINING = {
     "tokenizer of another size": (dict(tokenizer_name="MODEL", vocab_size=400), "but the tokenizer has 300 entries"),
     "no model": (
         dict(model_name_or_path="no/such/folder", vocab_size=None, config_overrides=None),
-        "'no/such/folder' is no folder",
+        "'no/such/folder' is not a folder",
     ),
     "two models": (dict(model_name_or_path="MODEL"), "`vocab_size` is that of the saved model"),
     "no checkpoint": (dict(resume_from_checkpoint="last"), "holds no checkpoint"),
