@@ -9,8 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..cli import command, parse_arguments
-from ..data.corpus import load_corpus
-from ..data.tokens import evaluation_documents
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
 from ..model_loading import load_model, load_model_tokenizer
 from ..results.result_file import markdown_table, plot_results, plot_scores
@@ -127,6 +125,9 @@ def _measure_text(
     model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
 ) -> dict[str, Any]:
     """Losses by length and by position on the documents of a corpus."""
+    from ..data.corpus import load_corpus  # the data libraries take a second, which --help and tasks do not need
+    from ..data.tokens import evaluation_documents
+
     corpus = load_corpus(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
