@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from .environment import write_text
 from .model.attention_mask import check_implementation
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 from .model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
 from .model.scheme_registry import PositionEmbeddings, build_position_embeddings, position_embedding_classes
-from .results.result_file import write_text
 
 
 TRAIN_LENGTH, LONGEST, LARGEST = 128, 1024, 12.0

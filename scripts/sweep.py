@@ -18,8 +18,8 @@ from rich.live import Live
 from rich.table import Table
 
 from hf_relpos.cli import command, parse_arguments
+from hf_relpos.environment import write_text
 from hf_relpos.experiments.sweep import Run, load_experiment, run_here, run_in_processes, run_on_ray, status
-from hf_relpos.results.result_file import write_text
 
 
 @dataclass

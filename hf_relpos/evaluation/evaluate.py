@@ -1,5 +1,7 @@
 """The evaluation of a saved model: its arguments, and the result file with its plots."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -8,13 +10,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..data.blocks import evaluation_documents
-from ..data.corpus import DataArguments, check_at_least_1, load_corpus
-from ..results.result_file import hardware, peak_memory_mib, plot_results, plot_scores, versions, write_json
-from ..tasks.base import evaluate_task, make_task
-from ..training.model_setup import load_model, load_model_tokenizer
-from ..training.record import given_flags, read_record
+from ..cli import command, parse_arguments
+from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
+from ..model_loading import load_model, load_model_tokenizer
+from ..results.result_file import markdown_table, plot_results, plot_scores
+from ..results.training_record import given_flags, read_record
+from ..tasks.arguments import DataArguments
+from ..tasks.base import make_task
 from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
+from .task_scores import evaluate_task
+
+
+DESCRIPTION = """\
+Evaluates any causal language model of transformers by length and by position, over the same target tokens; or by the
+rows of a synthetic task (--task).
+
+python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
+"""
 
 
 @dataclass
@@ -50,6 +62,19 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
 
 
+@command
+def main() -> None:
+    """The command line of scripts/evaluate.py."""
+    args, data_args = parse_arguments((EvaluationArguments, DataArguments), DESCRIPTION)
+    result = evaluate_model(args, data_args)
+    print(markdown_table([result]))
+    for length, row in result.get("sliding_window", {}).items():
+        tokens = row["num_tokens"]
+        print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
+    for path in (*sorted(Path(args.output_dir).glob("*_by_*.png")), Path(args.output_dir) / "results.json"):
+        print(f"wrote {path}")
+
+
 def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
     """Evaluates a model and writes `results.json` and the plots to `args.output_dir`.
 
@@ -57,7 +82,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         the result, as in `results.json`.
 
     Raises:
-        ValueError: for anything that the user can mend; nothing is written then.
+        ValueError: for wrong flags, data or models; nothing is written then.
     """
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
@@ -102,6 +127,9 @@ def _measure_text(
     model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
 ) -> dict[str, Any]:
     """Losses by length and by position on the documents of a corpus."""
+    from ..data.corpus import load_corpus  # the data libraries take a second, which --help and tasks do not need
+    from ..data.tokens import evaluation_documents
+
     corpus = load_corpus(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
@@ -121,7 +149,7 @@ def _measure_task(
 ) -> dict[str, Any]:
     """Scores by length on rows of a synthetic task."""
     if args.stride is not None:
-        raise ValueError("`stride` is for text: a task has rows of its own.")
+        raise ValueError("`stride` is for text, not for a task.")
     task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
     scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
     corpus_facts = {"name": f"task {task.name}", "split": "test", "fingerprint": task.fingerprint}
@@ -133,6 +161,13 @@ def _measure_task(
     }
 
 
+def bias_curve_limit(layers: Iterable[Any]) -> float:
+    """The largest position of a query whose bias in these layers depends on the distance only; infinity without one."""
+    schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in layers))
+    limits = [float(limit) for limit in (scheme.max_table_position() for scheme in schemes) if limit is not None]
+    return math.floor(min(limits)) if limits else math.inf
+
+
 def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
     """The bias by distance that a model of this family has learned, or `None` for one that has none.
 
@@ -141,10 +176,7 @@ def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
     """
     if not getattr(model.config, "has_distance_table", False):
         return None
-    schemes = (layer.self_attn.position_embeddings.values() for layer in model.base_model.layers)
-    limits = [scheme.max_table_position() for scheme in chain(*schemes)]
-    # past them the bias is more than a curve by distance
-    length = min([length, *(int(limit) + 1 for limit in limits if limit is not None)])
+    length = int(min(length, bias_curve_limit(model.base_model.layers) + 1))
     steps = range(8 * length.bit_length() + 1)
     distances = sorted({distance for step in steps if (distance := round(2 ** (step / 8)) - 1) < length})
     with evaluation_mode(model):

@@ -21,15 +21,16 @@ import yaml
 from transformers import TrainerCallback
 
 from ..cli import parse_values
-from ..data.corpus import DataArguments
+from ..environment import versions, write_json
 from ..evaluation.evaluate import EvaluationArguments, evaluate_model
 from ..model.configuration_relpos import RelPosConfig
-from ..results.result_file import versions, write_json
+from ..results.training_record import RESULT_NEUTRAL_FLAGS, TRAINING_RECORD
+from ..tasks.arguments import DataArguments
 from ..tasks.base import check_task
+from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
 from ..training.model_setup import ModelArguments, new_config
-from ..training.record import COSMETIC, TRAINING_RECORD
 from ..training.scheme_change import ChangeArguments, changed_config
-from ..training.train import FinetuningArguments, RelPosTrainingArguments, finetune, train
+from ..training.train import finetune, train
 
 
 # of a run whose worker died
@@ -67,7 +68,7 @@ class Run:
     def key(self) -> str:
         """Twelve hexadecimal digits of the hash of what determines the trained model."""
         if not self._key:
-            facts = {name: value for name, value in self.settings.items() if name not in COSMETIC}
+            facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
             texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
             base = self.base and self.base.key
             self._key = _hash({"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base})
@@ -93,7 +94,7 @@ class Run:
 
     def result(self, root: Path) -> Path:
         """Where its evaluation lies: another one does not train the model again."""
-        facts = {name: value for name, value in self.evaluation.items() if name not in COSMETIC}
+        facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
         return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
 
 

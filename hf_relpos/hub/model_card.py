@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..model.saved_code import AUTO_MAP
 from ..model.scheme_registry import position_embedding_classes
 from ..results.result_file import markdown, score_cells
+from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
-from ..training.record import command_line
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"

@@ -24,9 +24,9 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
+from ..model_loading import load_model
 from ..results.result_file import plot_results, plot_scores, read_result
-from ..training.model_setup import load_model
-from ..training.record import TRAINING_RECORD, read_record
+from ..results.training_record import TRAINING_RECORD, read_record
 from .model_card import CARD, is_generated, model_card, signed
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 
-from .result_file import markdown, smooth_by_position, write_text
+from ..environment import write_text
+from .result_file import markdown, smooth_by_position
 from .statistics import Comparison, Group, Interval, compare, group_results, verdict
 
 

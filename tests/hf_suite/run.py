@@ -23,7 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hf_relpos.results.result_file import hardware, write_json
+from hf_relpos.environment import hardware, write_json
 
 
 HERE = Path(__file__).parent
