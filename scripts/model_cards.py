@@ -15,7 +15,7 @@ import yaml
 from hf_relpos import RelPosConfig
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.environment import write_text
-from hf_relpos.experiments.sweep import grid_settings
+from hf_relpos.experiments.grid import grid_settings
 from hf_relpos.hub.model_card import model_card
 from hf_relpos.hub.repository import draw_result
 from hf_relpos.results.result_file import read_result

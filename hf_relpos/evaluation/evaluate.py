@@ -12,7 +12,7 @@ from ..data.blocks import evaluation_documents
 from ..data.corpus import DataArguments, load_corpus
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
 from ..model_loading import load_model, load_model_tokenizer
-from ..results.result_file import plot_results, plot_scores
+from ..results.plots import plot_results, plot_scores
 from ..tasks.base import evaluate_task, make_task
 from ..training.record import given_flags, read_record
 from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
