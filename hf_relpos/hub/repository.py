@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
@@ -25,7 +24,8 @@ from ..model.modeling_relpos import (
 )
 from ..model.saved_code import AUTO_MAP, code_files, foreign_schemes
 from ..model_loading import load_model
-from ..results.result_file import plot_results, plot_scores, read_result
+from ..results.plots import plot_results, plot_scores
+from ..results.result_file import read_result
 from ..training.record import TRAINING_RECORD, read_record
 from .model_card import CARD, is_generated, model_card, signed
 
@@ -125,8 +125,6 @@ def draw_result(result: dict[str, Any]) -> tuple[str, bytes]:
     """→ name and content of the picture of a result: loss by position or, of a task, score by length."""
     with tempfile.TemporaryDirectory() as drawn:
         path = (plot_scores if "task" in result else plot_results)([result], Path(drawn))[0]
-        with Image.open(path) as image:
-            image.quantize(64).save(path, optimize=True)  # a quarter of the bytes
         return path.name, path.read_bytes()
 
 

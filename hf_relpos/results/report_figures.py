@@ -22,21 +22,27 @@ def draw_figures(groups: Sequence[Group]) -> list[tuple[str, bytes]]:
 
 def draw_group(group: Group) -> tuple[str, bytes]:
     """→ file name and PNG of the one figure of a group: loss by position or, for a task, score by length."""
-    if group.score_name:
-        return "score_by_length.png", _png(_score_by_length, [group])
-    return "loss_by_position.png", _png(_loss_by_position, [group])
+    name, draw = ("score_by_length", _score_by_length) if group.score_name else ("loss_by_position", _loss_by_position)
+    return f"{name}.png", _png(draw, [group])
 
 
 def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> bytes:
     from cycler import cycler
     from matplotlib import rc_context, rcParamsDefault
 
-    figure = new_figure(*((13, 8) if len(groups) > MAX_GROUPS_WITH_LEGEND_INSIDE else (9, 5)))
+    figure = new_figure(*_size(groups))
     # no two lines look the same
     styles = cycler(linestyle=["-", "--", ":", "-."]) * rcParamsDefault["axes.prop_cycle"]
     with rc_context({"axes.prop_cycle": styles}):
         draw(figure, groups)
     return figure_png(figure)
+
+
+def _size(groups: Sequence[Group]) -> tuple[float, float]:
+    """Width and height in inches."""
+    if len(groups) > MAX_GROUPS_WITH_LEGEND_INSIDE:
+        return 13, 8
+    return (9, 5) if len(groups) > 1 else (6.4, 3.4)
 
 
 def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str, **style: Any) -> None:
