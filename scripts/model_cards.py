@@ -20,7 +20,7 @@ from hf_relpos.hub.model_card import model_card, reproduction
 from hf_relpos.results.report_figures import draw_group
 from hf_relpos.results.result_file import RESULTS, read_results
 from hf_relpos.results.statistics import Group, group_results
-from hf_relpos.training.record import command_line
+from hf_relpos.results.training_record import command_line
 
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ CACHE_VERSION = 1  # raise it when the functions below change what they make
 
 
 @dataclass
-class DataArguments:
+class TextArguments:
     """Which text, and how it becomes blocks. Without a data set or a file, the built-in corpus is used."""
 
     dataset_name: str | None = field(
@@ -39,13 +39,6 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of the training documents to evaluate on if nothing else is given."}
-    )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "A synthetic task in place of text: string_copy, string_copy_words, string_copy_tokens, flip_flop, "
-            "passkey or passkey_text."
-        },
     )
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
     tokenizer_name: str | None = field(
@@ -64,9 +57,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_eval_samples", "preprocessing_num_workers"):
             check_at_least_1(name, getattr(self, name))
-        for name in ("dataset_name", "train_file", "validation_file"):
-            if self.task and getattr(self, name):
-                raise ValueError(f"`task` and `{name}` exclude each other, got both.")
 
 
 @dataclass
@@ -88,7 +78,7 @@ class Corpus:
 # --- corpora
 
 
-def load_corpus(args: DataArguments) -> Corpus:
+def load_corpus(args: TextArguments) -> Corpus:
     """The corpus that the arguments name.
 
     Raises:
@@ -138,7 +128,7 @@ def load_sotu() -> Corpus:
     return Corpus("sotu", made, _hash_documents(made))
 
 
-def _load_named(args: DataArguments) -> Corpus:
+def _load_named(args: TextArguments) -> Corpus:
     try:
         loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
@@ -152,7 +142,7 @@ def _load_named(args: DataArguments) -> Corpus:
     return Corpus(name, splits, digest(args.text_column, *(split._fingerprint for split in splits.values())))
 
 
-def _load_files(args: DataArguments) -> Corpus:
+def _load_files(args: TextArguments) -> Corpus:
     given = {"train": args.train_file, "validation": args.validation_file}
     paths = {split: _list_files(split, path) for split, path in given.items() if path}
     splits, stamps = {}, {}

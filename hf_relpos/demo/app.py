@@ -5,15 +5,23 @@ The page has no picture, script or font from elsewhere, and nothing is sent anyw
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..cli import command, parse_arguments
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_loading import load_model, load_model_tokenizer
 from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, losses_page, render
 
+
+DESCRIPTION = """\
+A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
+
+python scripts/demo.py output/alibi output/rotary
+"""
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 EXAMPLE = (  # Lincoln at Gettysburg, 1863
@@ -33,6 +41,22 @@ EXAMPLE = (  # Lincoln at Gettysburg, 1863
     "that this nation, under God, shall have a new birth of freedom -- and that government of the people, by the "
     "people, for the people, shall not perish from the earth."
 )
+
+
+@dataclass
+class DemoArguments:
+    """Where the page is served."""
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all of the machine."})
+    port: int = field(default=7860, metadata={"help": "Port to listen at."})
+    share: bool = field(default=False, metadata={"help": "Also serve the page to the world, through gradio.live."})
+
+
+@command
+def main() -> None:
+    """The command line of scripts/demo.py."""
+    args, names = parse_arguments((DemoArguments,), DESCRIPTION, positional="DIR")
+    serve_page(names, args.host, args.port, args.share)
 
 
 def load_models(names: Sequence[str]) -> list[PageModel]:
@@ -131,8 +155,8 @@ def _bias_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
             gradio.Radio(["linear", "logarithmic"], value="linear", label="Axis of distances"),
         ]
     biases = gradio.HTML(bias_page(entries, *first), elem_id="biases", apply_default_css=False)
-    for field, event in zip(inputs, ("change", "release", "change")):
-        _connect(field, lambda *given: bias_page(entries, *given), inputs, biases, event)
+    for control, event in zip(inputs, ("change", "release", "change")):
+        _connect(control, lambda *given: bias_page(entries, *given), inputs, biases, event)
 
 
 def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:

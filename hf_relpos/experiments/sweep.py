@@ -26,7 +26,7 @@ from ..cli import command, parse_arguments, parse_values
 from ..environment import write_json
 from ..evaluation.evaluate import evaluate_model
 from ..results.result_file import RESULTS, read_readable, write_results
-from ..training.record import TRAINING_RECORD
+from ..results.training_record import TRAINING_RECORD
 from ..training.train import finetune, train
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..model.saved_code import AUTO_MAP
 from ..model.scheme_registry import position_embedding_classes
+from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
-from ..training.record import command_line
 from .card_evaluation import corpus_name, eval_results, evaluation_section, seeds_in_words
 
 

@@ -26,7 +26,7 @@ from ..model.saved_code import AUTO_MAP, code_files, foreign_schemes
 from ..model_loading import load_model
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
-from ..training.record import TRAINING_RECORD, read_record
+from ..results.training_record import TRAINING_RECORD, read_record
 from .model_card import CARD, is_generated, model_card, signed
 
 

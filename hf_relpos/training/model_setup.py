@@ -9,11 +9,11 @@ import torch
 import yaml
 from transformers import set_seed
 
-from ..data.corpus import DataArguments
 from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.position_augmentation import SAMPLINGS
 from ..model_loading import check_vocab_size, load_model, load_model_tokenizer
+from ..tasks.arguments import DataArguments
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.corpus import DataArguments
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
+from ..tasks.arguments import DataArguments
 from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
 
 

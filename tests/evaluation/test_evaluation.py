@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, make_model, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_relpos.data.blocks import TokenizedDocuments, evaluation_documents, train_tokenizer
-from hf_relpos.data.corpus import DataArguments, load_corpus
+from hf_relpos.data.corpus import TextArguments, load_corpus
+from hf_relpos.data.tokens import TokenizedDocuments, evaluation_documents, train_tokenizer
 from hf_relpos.evaluation.loss_by_length import (
     ClusteredMean,
     RunningLoss,
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_corpus(run):
 
 def test_joined_documents_are_one_text(corpus_files, monkeypatch):
     path = str(corpus_files / "valid.txt")
-    args = DataArguments(train_file=str(corpus_files / "train"), validation_file=path, cross_document_attention=True)
+    args = TextArguments(train_file=str(corpus_files / "train"), validation_file=path, cross_document_attention=True)
     corpus = load_corpus(args)
     tokenizer = train_tokenizer(corpus, 300)
     monkeypatch.setattr(TokenizedDocuments, "piece_length", 1000)
@@ -226,7 +226,7 @@ def test_running_loss_and_clustered_mean_against_numpy():
 
 def test_metric_of_the_evaluate_library(corpus_files):
     path = str(corpus_files / "valid.txt")
-    corpus = load_corpus(DataArguments(train_file=str(corpus_files / "train"), validation_file=path))
+    corpus = load_corpus(TextArguments(train_file=str(corpus_files / "train"), validation_file=path))
     tokenizer = train_tokenizer(corpus, 300)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     model = make_model("log_cpb", vocab_size=300)

@@ -524,7 +524,7 @@ def test_pickled_weights_are_not_loaded(saved, tmp_path):
 
 
 def test_what_is_pickled_beside_a_checkpoint_holds_no_token(tmp_path):
-    from hf_relpos.training.train import RelPosTrainingArguments
+    from hf_relpos.training.arguments import RelPosTrainingArguments
 
     args = RelPosTrainingArguments(output_dir=str(tmp_path), hub_token=TOKEN, use_cpu=True)
     torch.save(args, tmp_path / "training_args.bin")

@@ -14,10 +14,12 @@ from conftest import ROOT, SCHEMES, load_script, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from hf_relpos import RelPosForCausalLM, training
-from hf_relpos.data.corpus import DataArguments
 from hf_relpos.results.result_file import REQUIRED_KEYS, labels
+from hf_relpos.tasks.arguments import DataArguments
+from hf_relpos.training.arguments import RelPosTrainingArguments
+from hf_relpos.training.interrupt import InterruptCallback
 from hf_relpos.training.model_setup import ModelArguments, new_model
-from hf_relpos.training.train import InterruptCallback, RelPosTrainingArguments, train
+from hf_relpos.training.train import train
 
 
 TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2"

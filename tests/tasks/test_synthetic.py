@@ -11,7 +11,8 @@ from conftest import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_relpos.tasks.base import TASKS, TEST, TRAINING, VALIDATION, Task, TaskRows, evaluate_task, make_task
+from hf_relpos.evaluation.task_scores import evaluate_task
+from hf_relpos.tasks.base import TASKS, TEST, TRAINING, VALIDATION, Task, TaskRows, make_task
 
 
 @pytest.fixture(scope="module")
