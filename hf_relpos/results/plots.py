@@ -9,8 +9,9 @@ from typing import Any
 from .result_file import labels, score_cells, smooth_by_position
 
 
-# a palette of this size is enough for lines and their bands, at a third of the bytes
-NUM_COLORS = 64
+# palettes that keep the colours of many lines with their bands, at a third of the bytes; and of a single line
+NUM_COLORS = 128
+FEW_COLORS = 32
 DPI = 90
 
 
@@ -24,22 +25,22 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def figure_png(figure: Any) -> bytes:
+def figure_png(figure: Any, num_colors: int = NUM_COLORS) -> bytes:
     """→ the figure as a small PNG: moderate resolution, a palette, and no metadata that changes between versions."""
     from PIL import Image
 
     rendered, stream = io.BytesIO(), io.BytesIO()
     figure.savefig(rendered, dpi=DPI, format="png")
     with Image.open(rendered) as image:
-        palette = image.convert("RGB").quantize(NUM_COLORS, dither=Image.Dither.NONE)
+        palette = image.convert("RGB").quantize(num_colors, dither=Image.Dither.NONE)
     palette.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path, num_colors: int = NUM_COLORS) -> None:
     """Writes the figure as a small PNG, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(figure_png(figure))
+    path.write_bytes(figure_png(figure, num_colors))
 
 
 def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -107,4 +108,4 @@ def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Pat
         axes.text(length, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="grey")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, path)
+    save_figure(figure, path, NUM_COLORS if len(results) > 1 else FEW_COLORS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import figure_png, new_figure
+from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure
 from .result_file import smooth_by_position
 from .statistics import Group
 
@@ -35,7 +35,7 @@ def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) 
     styles = cycler(linestyle=["-", "--", ":", "-."]) * rcParamsDefault["axes.prop_cycle"]
     with rc_context({"axes.prop_cycle": styles}):
         draw(figure, groups)
-    return figure_png(figure)
+    return figure_png(figure, NUM_COLORS if len(groups) > 1 else FEW_COLORS)
 
 
 def _size(groups: Sequence[Group]) -> tuple[float, float]:
