@@ -140,7 +140,7 @@ def fold(reports: list[dict]) -> dict[str, dict]:
 
 
 def stored(row: dict) -> dict:
-    """A row as the report holds it, small: by suite its seconds, its tests that passed, and why the others did not."""
+    """A row as the report holds it, small: by suite its seconds, the tests that passed, and the others by reason."""
     suites: dict[str, dict] = {}
     for name, test in row["tests"].items():
         suite = suites.setdefault(test["suite"], {"seconds": 0.0, "passed": [], "failed": {}, "skipped": {}})
@@ -148,7 +148,7 @@ def stored(row: dict) -> dict:
         if test["outcome"] == "passed":
             suite["passed"].append(name)
         else:
-            suite[test["outcome"]][name] = test["why"]
+            suite[test["outcome"]].setdefault(test["why"], []).append(name)
     return {"row": row["row"], "seconds": row["seconds"], "suites": suites}
 
 
