@@ -14,16 +14,16 @@ from .model.modeling_relpos import RelPosForCausalLM
 
 
 def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(name)`, with one clear error for what is no model.
+    """`model_class.from_pretrained(name)`, with one clear error for what is not a model.
 
     Raises:
         ValueError: if the folder or repository is missing, holds no model, or one that does not fit.
     """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`model_name_or_path` {name!r} is no model: it holds no config.json.")
+        raise ValueError(f"`model_name_or_path` {name!r} is not a model: it holds no config.json.")
     if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"`model_name_or_path` {name!r} is no folder.")
+        raise ValueError(f"`model_name_or_path` {name!r} is not a folder.")
     if model_class is RelPosForCausalLM:
         try:
             saved, _ = RelPosConfig.get_config_dict(name)

@@ -53,7 +53,7 @@ def make_blocks(
 
 
 class BlockCollator:
-    """Blocks → a batch with labels: no token is predicted from another document. Rows with labels keep their own."""
+    """Blocks → a batch with labels: no token is predicted from another document. Labels that the rows have are kept."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {name: torch.tensor(np.array([row[name] for row in rows]), dtype=torch.long) for name in rows[0]}

@@ -26,7 +26,7 @@ CACHE_VERSION = 1  # raise it when the functions below change what they make
 
 @dataclass
 class TextArguments:
-    """Which text, and how it becomes blocks. Without a data set or a file, the built-in corpus is used."""
+    """Which text, and how it becomes blocks; the built-in corpus unless a data set or a file is given."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set of the Hub or a local folder that datasets.load_dataset takes."}
@@ -42,7 +42,7 @@ class TextArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer to use in place of one trained on the corpus."}
+        default=None, metadata={"help": "A tokenizer to use instead of one trained on the corpus."}
     )
     cross_document_attention: bool = field(
         default=False, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
@@ -225,7 +225,7 @@ def _decode(path: Path) -> Iterator[str]:
 
 
 def _read_texts(files: list[str], stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """One document per text file; `stamps` only serve the cache's hash."""
+    """One document per text file; `stamps` are there for the cache's hash only."""
     for file in files:
         text = ""
         for piece in _decode(Path(file)):

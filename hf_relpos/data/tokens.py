@@ -92,7 +92,7 @@ def tokenize(
     Args:
         documents: column "text".
         tokenizer: any tokenizer of transformers.
-        fingerprint: of the corpus and split; with it the result is cached.
+        fingerprint: of the corpus and split; if it is given, the result is cached.
         num_workers: processes; the tokenizer itself uses all cores in one.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

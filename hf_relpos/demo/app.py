@@ -49,7 +49,7 @@ class DemoArguments:
 
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all of the machine."})
     port: int = field(default=7860, metadata={"help": "Port to listen at."})
-    share: bool = field(default=False, metadata={"help": "Also serve the page to the world, through gradio.live."})
+    share: bool = field(default=False, metadata={"help": "Also publish the page on the internet, through gradio.live."})
 
 
 @command
@@ -66,9 +66,9 @@ def load_models(names: Sequence[str]) -> list[PageModel]:
         names: folders, or names on the Hub.
 
     Raises:
-        ValueError: for one that is no language model of the family, or has no tokenizer.
+        ValueError: for one that is not a language model of the family, or has no tokenizer.
     """
-    # of a folder the last part alone: where it lies is nobody's business on a page
+    # of a folder the last part only: the page must not show paths
     shown = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
     entries = []
     for index, name in enumerate(names):
@@ -82,7 +82,7 @@ def load_models(names: Sequence[str]) -> list[PageModel]:
 
 
 def import_gradio() -> Any:
-    """The library, told to send nothing; raises `ValueError` if it is not installed."""
+    """The library with its telemetry off; raises `ValueError` if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -96,7 +96,7 @@ def build_page(gradio: Any, entries: Sequence[PageModel]) -> Any:
     with gradio.Blocks(title="hf_relpos", analytics_enabled=False) as page:
         gradio.Markdown("# Position embeddings side by side")
         with gradio.Tab("Text"):
-            gradio.Markdown("Each model goes on with the prompt. Temperature 0 takes the likeliest token each time.")
+            gradio.Markdown("Each model continues the prompt. Temperature 0 takes the likeliest token each time.")
             _text_tab(gradio, entries)
         with gradio.Tab("Loss"):
             gradio.Markdown("How well each model predicts each token of a text, by the number of tokens before it.")
@@ -163,7 +163,7 @@ def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:
     """Loads the models and serves the page until it is interrupted.
 
     Raises:
-        ValueError: without gradio, for what is no model of the family, or if the port is taken.
+        ValueError: without gradio, for what is not a model of the family, or if the port is taken.
     """
     gradio = import_gradio()
     page = build_page(gradio, load_models(names))

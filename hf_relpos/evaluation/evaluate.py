@@ -83,7 +83,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         the result, as in `results.json`.
 
     Raises:
-        ValueError: for anything that the user can mend; nothing is written then.
+        ValueError: for wrong flags, data or models; nothing is written then.
     """
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
@@ -147,7 +147,7 @@ def _measure_task(
 ) -> dict[str, Any]:
     """Scores by length on rows of a synthetic task."""
     if args.stride is not None:
-        raise ValueError("`stride` is for text: a task has rows of its own.")
+        raise ValueError("`stride` is for text, not for a task.")
     task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
     scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
     corpus_facts = {"name": f"task {task.name}", "split": "test", "fingerprint": task.fingerprint}

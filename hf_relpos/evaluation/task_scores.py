@@ -39,7 +39,7 @@ def evaluate_task(
         are several kinds, `kinds`: kind → the same.
 
     Raises:
-        ValueError: for a length that is too short for the task or that the model cannot serve.
+        ValueError: for a length that is too short for the task or that the model does not support.
     """
     found: dict[str, Any] = {}
     with (
@@ -64,7 +64,7 @@ def evaluate_task(
 
 
 def _score(model: Any, task: Task, rows: Sequence[tuple[list[int], list[bool]]]) -> list[tuple[float, float, int]]:
-    """→ of each row the number of points, the points to be had and the mean loss of its answers."""
+    """→ for each row its points, the points it can have and the mean loss of its answers."""
     width = max(len(tokens) for tokens, _ in rows)
     ids, mask, answers = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
     for index, (tokens, is_answer) in enumerate(rows):
@@ -75,12 +75,12 @@ def _score(model: Any, task: Task, rows: Sequence[tuple[list[int], list[bool]]])
     scored = []
     for index in range(len(rows)):
         places = answers[index].nonzero()[:, 0]
-        own, targets = logits[index, places - 1].float().cpu(), ids[index, places]
-        if not own.isfinite().all():
+        scores, targets = logits[index, places - 1].float().cpu(), ids[index, places]
+        if not scores.isfinite().all():
             raise ValueError(f"the model's logits are not finite at a length of {width} tokens.")
-        right = own.argmax(-1) == targets
+        right = scores.argmax(-1) == targets
         points = (float(right.all()), 1.0) if task.whole_answers else (float(right.sum()), float(len(right)))
-        scored.append((*points, float(torch.nn.functional.cross_entropy(own, targets))))
+        scored.append((*points, float(torch.nn.functional.cross_entropy(scores, targets))))
     return scored
 
 

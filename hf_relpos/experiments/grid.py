@@ -15,7 +15,7 @@ from ..cli import parse_values
 from ..environment import versions
 from ..evaluation.evaluate import EvaluationArguments
 from ..model.configuration_relpos import RelPosConfig
-from ..results.training_record import FLAGS_WITHOUT_EFFECT
+from ..results.training_record import RESULT_NEUTRAL_FLAGS
 from ..tasks.arguments import DataArguments
 from ..tasks.base import check_task
 from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
@@ -56,7 +56,7 @@ class Run:
     def key(self) -> str:
         """Twelve hexadecimal digits of the hash of what determines the trained model."""
         if not self._key:
-            facts = {name: value for name, value in self.settings.items() if name not in FLAGS_WITHOUT_EFFECT}
+            facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
             texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
             base = self.base and self.base.key
             self._key = _hash({"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base})
@@ -82,7 +82,7 @@ class Run:
 
     def result(self, root: Path) -> Path:
         """Where its evaluation lies: another one does not train the model again."""
-        facts = {name: value for name, value in self.evaluation.items() if name not in FLAGS_WITHOUT_EFFECT}
+        facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
         return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
 
 

@@ -44,17 +44,17 @@ SAMPLING_FLAGS = (
 
 @dataclass
 class GenerationArguments:
-    """The sampling flags are those of GenerationConfig; what is not given is the model's own."""
+    """The sampling flags are those of GenerationConfig; what is not given is as the model's generation_config says."""
 
     model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
-    prompt: str | None = field(default=None, metadata={"help": "The text to go on with; empty for a new document."})
+    prompt: str | None = field(default=None, metadata={"help": "The text to continue; empty for a new document."})
     prompt_file: str | None = field(default=None, metadata={"help": "A text file with one prompt per line."})
     output_file: str | None = field(
         default=None, metadata={"help": "JSON lines of prompt and text, for --prompt_file; by default the terminal."}
     )
     batch_size: int = field(default=8, metadata={"help": "Prompts generated at a time."})
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens to generate at most."})
-    do_sample: bool | None = field(default=None, metadata={"help": "Sample in place of taking the likeliest token."})
+    do_sample: bool | None = field(default=None, metadata={"help": "Sample instead of taking the likeliest token."})
     temperature: float | None = field(default=None, metadata={"help": "Sharpness of sampling."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
@@ -116,7 +116,7 @@ def _read_prompts(path: str) -> list[str]:
 
 
 def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
-    """Raises `ValueError` if prompt and continuation do not fit into the positions that the model can serve."""
+    """Raises `ValueError` if prompt and continuation do not fit into the positions that the model supports."""
     limit = getattr(model.config, "max_positions", None)
     if limit is not None and num_tokens >= limit:
         raise ValueError(
@@ -158,12 +158,12 @@ def sample(
     top_p: float = 1.0,
     seed: int = 42,
 ) -> Iterator[tuple[list[int], str]]:
-    """Samples token by token, with random numbers of its own: several of these can be drawn from in turn.
+    """Samples token by token, with a random generator per call, so that several calls can be advanced in turn.
 
     Args:
         model: a causal language model of transformers, without dropout.
         tokenizer: the model's.
-        prompt: the text to go on with; empty for a new document.
+        prompt: the text to continue; empty for a new document.
         max_new_tokens: tokens at most; the end of the document ends it earlier.
         temperature: sharpness of sampling; 0 takes the likeliest token.
         top_p: sample among tokens of this total probability, in (0, 1].
@@ -173,7 +173,7 @@ def sample(
         the new tokens so far and their text, after each token; text that ends within a character ends before it.
 
     Raises:
-        ValueError: if prompt and continuation do not fit into the positions that the model can serve.
+        ValueError: if prompt and continuation do not fit into the positions that the model supports.
     """
     step = _encode(tokenizer, [prompt])["input_ids"].to(model.device)
     check_window(model, step.shape[1], max_new_tokens)

@@ -1,4 +1,4 @@
-"""`training.json`, the record of a training run beside its weights: reading it, and the command line of its flags."""
+"""`training.json`, the record that a training run leaves with its weights: its flags, its command, and reading it."""
 
 import json
 import shlex
@@ -9,19 +9,8 @@ from typing import Any
 
 
 TRAINING_RECORD = "training.json"
-# flags of where a run is written and who hears of it: not recorded
-OUTPUT_FLAGS = (
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "project",
-    "push_to_hub",
-    "resume_from_checkpoint",
-    "include_num_input_tokens_seen",
-)
-# flags that do not change the result: not recorded, and not part of a run's name
-FLAGS_WITHOUT_EFFECT = {
+# flags that do not change the result
+RESULT_NEUTRAL_FLAGS = {
     "attn_implementation",
     "disable_tqdm",
     "logging_steps",
@@ -29,6 +18,16 @@ FLAGS_WITHOUT_EFFECT = {
     "report_to",
     "save_steps",
     "save_total_limit",
+}
+# those, and where the files and logs of a run go
+UNRECORDED_FLAGS = RESULT_NEUTRAL_FLAGS | {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "project",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "include_num_input_tokens_seen",
 }
 
 
@@ -42,15 +41,10 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
     for instance in arguments:
         given = getattr(instance, "given", None) or non_default_fields(instance)
         for name, value in given.items():
-            if (
-                name in OUTPUT_FLAGS
-                or name in FLAGS_WITHOUT_EFFECT
-                or name.startswith(("hub_", "trackio_"))
-                or name.endswith("_token")
-            ):
+            if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
             if isinstance(value, str) and Path(value).exists():
-                value = Path(value).name  # the path is private
+                value = Path(value).name  # paths of this machine stay here
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 

@@ -8,8 +8,7 @@ from .base import TASKS
 
 @dataclass
 class DataArguments(TextArguments):
-    """Which text, and how it becomes blocks, or which synthetic task instead. Without a data set, a file or a task, the
-    built-in corpus is used."""
+    """Which text, and how it becomes blocks, or which synthetic task; the built-in corpus if none of them is given."""
 
     task: str | None = field(default=None, metadata={"help": f"A synthetic task instead of text: {', '.join(TASKS)}."})
 

@@ -1,8 +1,7 @@
 """Synthetic tasks: rows whose answer is known, made at any length, so that a model trained short can be tested long.
 
 A task is one small class under `register_task`. Its rows are token ids and a mask of the tokens that are the answer;
-only those are trained and scored. An answer counts as right where the greedy choice at each of its tokens is the right
-one: by induction that is what greedy generation gives, at the price of one forward pass.
+only those are trained and scored.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ TRAINING, VALIDATION, TEST = range(3)  # rows of the same index and seed differ 
 
 
 def register_task(name: str) -> Callable[[type["Task"]], type["Task"]]:
-    """Makes a task known by `name`."""
+    """Class decorator: registers a task under `name`."""
 
     def register(cls: type["Task"]) -> type["Task"]:
         cls.name = name
@@ -34,7 +33,7 @@ def register_task(name: str) -> Callable[[type["Task"]], type["Task"]]:
 
 
 def make_task(name: str, tokenizer: Any = None) -> "Task":
-    """The task of that name, for a model with that tokenizer; by default for one with the task's own.
+    """The task of that name, for a model with that tokenizer; by default a tokenizer of the task's words is made.
 
     Raises:
         ValueError: for an unknown name, or a tokenizer that lacks words of the task.
@@ -44,7 +43,7 @@ def make_task(name: str, tokenizer: Any = None) -> "Task":
 
 
 def check_task(name: str) -> None:
-    """Raises `ValueError` for a name that is no task's."""
+    """Raises `ValueError` for a name that no task has."""
     if name not in TASKS:
         raise ValueError(f"`task` must be one of {list(TASKS)}, got {name!r}.")
 
@@ -55,8 +54,8 @@ class Task:
     Attributes:
         name: what `--task` takes.
         score_name: what is scored.
-        words: the task's own vocabulary, in the order of their ids after the special tokens; empty for a task in the
-            words of any tokenizer.
+        words: the task's vocabulary, in the order of the ids after the special tokens; empty for a task in plain text,
+            which takes any tokenizer.
         kinds: kinds of test rows, each scored apart; the first is what training sees most like.
         whole_answers: whether a row counts as a whole, right or wrong, or each token of its answers by itself.
         shortest: tokens of the shortest row.
@@ -75,9 +74,7 @@ class Task:
         vocabulary = self.tokenizer.get_vocab()
         missing = [word for word in self.words if word not in vocabulary]
         if missing:
-            raise ValueError(
-                f"`task` {self.name!r} is for models with its own words: the tokenizer lacks {missing[0]!r}."
-            )
+            raise ValueError(f"`task` {self.name!r} is for models with its words: the tokenizer lacks {missing[0]!r}.")
         self.ids = {word: vocabulary[word] for word in self.words}
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
@@ -93,7 +90,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """What tells one version of the rows from another."""
+        """A hash that changes when the rows change."""
         return digest("task", self.name, [self.make_row(self.rng(0, TEST, kind, 0), 100, kind) for kind in self.kinds])
 
     @staticmethod
@@ -121,7 +118,7 @@ class TaskRows(torch.utils.data.Dataset):
     Args:
         task: what to make.
         length: tokens of a row; shorter ones are padded.
-        seed: another one, other rows.
+        seed: each seed gives other rows.
         use: `TRAINING` or `VALIDATION`.
         num_rows: how many there are.
     """
@@ -134,7 +131,7 @@ class TaskRows(torch.utils.data.Dataset):
         return self.num_rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """→ `input_ids`, `attention_mask` and `labels`, −100 beside the answer, each (length,)."""
+        """→ `input_ids`, `attention_mask` and `labels`, −100 outside the answer, each (length,)."""
         tokens, answers = self.task.training_row(self.task.rng(self.seed, self.use, "", index), self.length)
         padding = self.task.tokenizer.pad_token_id
         ids, labels = np.full(self.length, self.task.end if padding is None else padding), np.full(self.length, -100)

@@ -30,7 +30,7 @@ class FlipFlop(Task):
         bits, written, tokens, answers = rng.integers(0, 2, size), 0, [], []
         for instruction, bit in zip(instructions, bits):
             written = int(bit) if instruction == "w" else written
-            told = written if instruction == "r" else int(bit)
-            tokens += [self.ids[instruction], self.ids[str(told)]]
+            shown = written if instruction == "r" else int(bit)
+            tokens += [self.ids[instruction], self.ids[str(shown)]]
             answers += [False, instruction == "r"]
         return tokens, answers

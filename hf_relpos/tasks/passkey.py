@@ -32,11 +32,11 @@ class DepthTask(Task):
         return row + key, [False] * len(row) + [True] * len(key)
 
     def parts(self, rng: np.random.Generator) -> tuple[list[int], list[int], list[int], list[int]]:
-        """→ what opens the row, what tells the key, the question, and the key as its answer."""
+        """→ the opening, the sentence with the key, the question, and the key as its answer."""
         raise NotImplementedError
 
     def filler(self, rng: np.random.Generator, length: int) -> list[int]:
-        """→ so many tokens that say nothing."""
+        """→ `length` tokens that hold no information."""
         raise NotImplementedError
 
 
@@ -58,7 +58,7 @@ class Passkey(DepthTask):
 
 @register_task("passkey_text")
 class TextPasskey(DepthTask):
-    """Passkey retrieval in plain English, for a language model with any tokenizer: a number of five digits, told once
+    """Passkey retrieval in plain English, for a language model with any tokenizer: a number of five digits, stated once
     among sentences that repeat, asked for at the end. Paper: Mohtashami and Jaggi 2023, arXiv 2305.16300."""
 
     opening = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n"

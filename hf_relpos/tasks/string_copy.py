@@ -28,7 +28,7 @@ class StringCopy(Task):
 
 @register_task("string_copy_words")
 class WordCopy(StringCopy):
-    """String copy with 512 words in place of 26 letters, closer to the paper's, which draws from a model's whole
+    """String copy with 512 words instead of 26 letters, closer to the paper's, which draws from a model's whole
     vocabulary: few words come twice in a string, so that what was just copied says what comes next."""
 
     words = (*(f"w{index}" for index in range(512)), "=")
@@ -36,7 +36,7 @@ class WordCopy(StringCopy):
 
 @register_task("string_copy_tokens")
 class WordCopyByToken(WordCopy):
-    """The same rows, each token scored by itself: how far a copy goes that is not whole."""
+    """The same rows, each token scored by itself: partly right copies count."""
 
     score_name = "accuracy of copied tokens"
     whole_answers = False

@@ -25,7 +25,7 @@ def has_fast_bf16(use_cpu: bool) -> bool:
 @dataclass
 class RelPosTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
-    16,384 tokens, with data in the same order whatever the model's seed."""
+    16,384 tokens, with data in an order that does not depend on the model's seed."""
 
     script: ClassVar[str] = "train"
     default_steps: ClassVar[int] = 10_000
@@ -41,7 +41,7 @@ class RelPosTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Blocks per device in evaluation; as in training by default."}
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Number of passes over the data, in place of --max_steps."}
+        default=None, metadata={"help": "Number of passes over the data, instead of --max_steps."}
     )
     max_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps, unless --num_train_epochs is given."}
@@ -57,11 +57,11 @@ class RelPosTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
     hub_overwrite: bool = field(
-        default=False, metadata={"help": "Let --push_to_hub replace another model that lies under the name."}
+        default=False, metadata={"help": "Let --push_to_hub replace another model of the same name."}
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Train in bf16 beside fp32 weights; by default on GPUs and CPUs that are faster with it."},
+        metadata={"help": "Compute in bf16 with fp32 weights; by default on GPUs and CPUs where that is faster."},
     )
 
     def __post_init__(self) -> None:
@@ -89,14 +89,14 @@ class RelPosTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled beside a checkpoint: all but the token."""
+        """What is pickled with a checkpoint: all but the token."""
         return {name: value for name, value in self.__dict__.items() if name != "given"} | {"hub_token": None}
 
 
 @dataclass
 class FinetuningArguments(RelPosTrainingArguments):
-    """The recipe for going on at another length or with another scheme, 1000 steps by default; --block_size is the new
-    length. --max_steps 0 trains nothing: the model is saved with what changes in its configuration."""
+    """The recipe for finetuning at another length or with another scheme, 1000 steps by default; --block_size is the
+    new length. With --max_steps 0 nothing is trained: the model is saved with its changed configuration."""
 
     script: ClassVar[str] = "finetune"
     default_steps: ClassVar[int] = 1000

@@ -1,4 +1,4 @@
-"""An interrupted run ends its step and saves a checkpoint."""
+"""Interruption: a run that is stopped finishes its step and saves a checkpoint."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ class InterruptCallback(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint and stop. Once more, a second later: stop at once.
 
     Launchers of several processes send each worker signals of their own on top of the terminal's, so there all further
-    ones are ignored; a launcher kills what does not end in its own time.
+    ones are ignored; a launcher kills workers that do not end in time.
     """
 
     def __init__(self) -> None:

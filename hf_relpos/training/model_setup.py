@@ -18,13 +18,13 @@ from ..tasks.arguments import DataArguments
 
 @dataclass
 class SavedModelArguments:
-    """A saved model of the family to go on with."""
+    """A saved model of the family to continue with."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model of the family."})
     pos_embedding_type: str | None = field(
         default=None,
         metadata={
-            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its own."
+            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its scheme."
         },
     )
     position_sampling: str | None = field(
@@ -102,7 +102,7 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
     if config.max_positions is None:
         config.max_position_embeddings = max(config.max_position_embeddings, block_size)
     elif not draws_positions(config) and "max_position_embeddings" not in fields:
-        config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
+        config.max_position_embeddings = block_size  # a larger table would have rows that no training step reaches
     return config
 
 
@@ -118,7 +118,7 @@ def parse_json(name: str, text: str | None) -> dict[str, Any]:
 
 
 def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
-    """'sliding/full' → `layer_types` of a configuration, the first again behind the last."""
+    """'sliding/full' → `layer_types` of a configuration, the pattern repeated over the layers."""
     parts = [f"{part.removesuffix('_attention')}_attention" for part in pattern.split("/")]
     return [parts[index % len(parts)] for index in range(num_layers)]
 
@@ -162,7 +162,7 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     """The model and tokenizer of `model_name_or_path`.
 
     Raises:
-        ValueError: if it is no model of the family, or of another scheme or vocabulary than asked for.
+        ValueError: if it is not a model of the family, or of another scheme or vocabulary than asked for.
     """
     name = model_args.model_name_or_path
     others = ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides")

@@ -63,7 +63,7 @@ def train(
         the record of the run, as in `training.json`.
 
     Raises:
-        ValueError: for anything that the user can mend; nothing is written then.
+        ValueError: for wrong flags, data or models; nothing is written then.
         KeyboardInterrupt: after an interruption, when its checkpoint is saved.
     """
     _check_processes(args)
@@ -139,7 +139,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
 
 
 def _set_lengths(config: RelPosConfig, args: RelPosTrainingArguments) -> None:
-    """Puts the lengths of a run into the configuration of its model, in place, and checks the whole."""
+    """Puts the lengths of a run into the configuration of its model, in place, and validates it."""
     if args.max_steps != 0:
         config.train_length = args.block_size
     config.max_position_embeddings = max(config.max_position_embeddings, args.block_size)
@@ -159,7 +159,7 @@ def _make_trainer(run: TrainingRun, interrupt: InterruptCallback) -> RelPosTrain
         )
     except RuntimeError as error:
         if "requires" in str(error):  # a tracker that is not installed
-            raise ValueError(f"`report_to` {run.args.report_to} cannot be served: {error}") from error
+            raise ValueError(f"`report_to` {run.args.report_to} cannot be used: {error}") from error
         raise
 
 
@@ -192,15 +192,15 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     """The checkpoint to resume from: `--resume_from_checkpoint last` is the newest in the output folder.
 
     Raises:
-        ValueError: if there is none, or if the output folder holds a run that is not to be resumed.
+        ValueError: if there is none, or if the output folder holds a run and none is to be resumed.
     """
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         runs = [path.name for path in folder.glob("*") if path.name.startswith("checkpoint-") or path.suffix == ".json"]
         if runs:
             raise ValueError(
-                f"`output_dir` {args.output_dir!r} already holds a run ({sorted(runs)[0]}): choose another, or go on "
-                "with --resume_from_checkpoint last."
+                f"`output_dir` {args.output_dir!r} already holds a run ({sorted(runs)[0]}): choose another, or "
+                "resume with --resume_from_checkpoint last."
             )
         return None
     if str(wanted).lower() in ("last", "true"):
@@ -210,7 +210,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             raise ValueError(f"`resume_from_checkpoint`: {args.output_dir!r} holds no checkpoint.")
         wanted = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"`resume_from_checkpoint` {str(wanted)!r} is no checkpoint of a run.")
+        raise ValueError(f"`resume_from_checkpoint` {str(wanted)!r} is not a checkpoint of a run.")
     return str(wanted)
 
 

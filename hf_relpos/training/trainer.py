@@ -106,7 +106,7 @@ class RelPosTrainer(Trainer):
 
         try:
             write_files(repository_files(checkpoint_folder, self.hub_model_id), staged / "model")
-        except (OSError, ValueError) as error:  # training goes on
+        except (OSError, ValueError) as error:  # training continues
             logger.warning(f"The model of step {step} was not pushed: {error}")
             shutil.rmtree(staged)
         else:

@@ -173,7 +173,7 @@ def test_refuses_on_one_line(run_script, capsys, folders, tmp_path, monkeypatch)
     for words, message in (
         ([], "the following arguments are required: DIR"),
         ([tmp_path / "llama"], "must be a model of the family ('relpos'), got model_type 'llama'"),
-        ([folders[0], tmp_path], "is no model: it holds no config.json"),
+        ([folders[0], tmp_path], "is not a model: it holds no config.json"),
         ([folders[0], "--ports", 1], "unknown flag: '--ports'"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""Another scheme for a saved model: which weights go over, which start anew, and what is written of it."""
+"""Another scheme for a saved model: which weights are copied, which are reinitialized, and what is recorded."""
 
 import json
 import math
@@ -6,21 +6,21 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_tokens
-from test_scripts import data_flags, finetuning_flags, refusal, trained, weights  # noqa: F401  (fixtures)
+from helpers import finetuning_flags, refusal, weights
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_relpos.results.statistics import VARIED
 from hf_relpos.training.model_setup import new_model
-from hf_relpos.training.scheme_change import ChangeArguments, changed_config, describe_changes, take_over
+from hf_relpos.training.scheme_change import ChangeArguments, changed_config, copy_weights, describe_changes
 
 
 def change(model, block_size=32, **changes):
-    """→ the changed model and what was taken over."""
+    """→ the changed model and what was copied."""
     config = changed_config(model.config, ChangeArguments(**changes), block_size)
     changed = new_model(config, seed=7).eval()
-    return changed, take_over(model, changed)
+    return changed, copy_weights(model, changed)
 
 
 # --- the model
@@ -37,29 +37,30 @@ def test_a_scheme_without_weights_leaves_those_of_the_other(scheme, other):
     by_hand.load_state_dict(model.state_dict())
     assert torch.equal(changed(tokens).logits, by_hand(tokens).logits)
     assert not torch.equal(changed(tokens).logits, model(tokens).logits)
-    assert told["anew"] == told["dropped"] == {} and told["taken_over"].startswith(f"{len(model.state_dict())} tensors")
+    assert told["reinitialized"] == told["dropped"] == {}
+    assert told["copied"].startswith(f"{len(model.state_dict())} tensors")
     assert changed.config.train_length == 8, "nothing was trained yet"
     assert hasattr(changed.config, "rope_parameters") == (other in ("rotary", "xpos"))
 
 
-def test_own_weights_start_anew_and_are_dropped():
+def test_weights_of_the_scheme_are_reinitialized_and_dropped():
     model = make_model("linear_cpb+learned")
     changed, told = change(model, pos_embedding_type="log_cpb+learned")
     fresh = new_model(changed.config, seed=7).state_dict()
     for name, weight in changed.state_dict().items():
         assert torch.equal(weight, fresh[name] if "log_cpb" in name else model.state_dict()[name]), name
-    assert all("log_cpb" in name and why == "the saved model has none" for name, why in told["anew"].items())
+    assert all("log_cpb" in name and why == "the saved model has none" for name, why in told["reinitialized"].items())
     assert all("linear_cpb" in name and why == "the new scheme has none" for name, why in told["dropped"].items())
-    assert len(told["anew"]) == len(told["dropped"]) == 6  # in each of two layers two weights and a bias
+    assert len(told["reinitialized"]) == len(told["dropped"]) == 6  # in each of two layers two weights and a bias
 
 
-def test_options_stay_with_their_scheme_and_other_shapes_start_anew():
+def test_options_stay_with_their_scheme_and_other_shapes_are_reinitialized():
     model = make_model("linear_cpb", pos_embedding_kwargs={"mlp_width": 8})
     assert change(model, pos_embedding_type="rotary+linear_cpb")[0].config.pos_embedding_kwargs == {"mlp_width": 8}
     assert change(model, pos_embedding_type="alibi")[0].config.pos_embedding_kwargs == {}
     changed, told = change(model, pos_embedding_kwargs='{"mlp_width": 16}')
     assert changed.config.pos_embedding_kwargs == {"mlp_width": 16}
-    assert "the saved model has it in shape (8, 1)" in told["anew"].values()
+    assert "the saved model has it in shape (8, 1)" in told["reinitialized"].values()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_what_makes_no_sense_is_refused(scheme, changes, message):
 # --- the script
 
 
-def test_drope_and_temperature(trained, data_flags, tmp_path, run_script, capsys):  # noqa: F811
+def test_drope_and_temperature(trained, data_flags, tmp_path, run_script, capsys):
     """Rotary is dropped and the model trained at its old length; then only its configuration changes."""
     flags = finetuning_flags(data_flags, trained / "rotary", tmp_path / "drope", pos_embedding_type="none", max_steps=2)
     run_script("finetune", *flags)
@@ -157,7 +158,7 @@ def test_drope_and_temperature(trained, data_flags, tmp_path, run_script, capsys
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_dropped_table_is_told(trained, data_flags, tmp_path, run_script, capsys):  # noqa: F811
+def test_a_dropped_table_is_told(trained, data_flags, tmp_path, run_script, capsys):
     flags = finetuning_flags(data_flags, trained / "learned", tmp_path / "x", pos_embedding_type="alibi", max_steps=0)
     run_script("finetune", *flags)
     name = "model.position_embeddings.learned.embedding.weight"
@@ -169,7 +170,7 @@ def test_a_dropped_table_is_told(trained, data_flags, tmp_path, run_script, caps
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
-def test_yarn_and_pose_by_the_script(trained, data_flags, tmp_path, run_script, capsys):  # noqa: F811
+def test_yarn_and_pose_by_the_script(trained, data_flags, tmp_path, run_script, capsys):
     yarn = dict(rope_parameters='{"rope_type": "yarn", "factor": 2.0}', block_size=64, max_steps=1)
     run_script("finetune", *finetuning_flags(data_flags, trained / "rotary", tmp_path / "yarn", **yarn))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "yarn").config
