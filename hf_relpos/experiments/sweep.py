@@ -31,7 +31,11 @@ from ..training.train import finetune, train
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 
 
-DESCRIPTION = "Runs the experiment that a YAML file states, and continues where an earlier call stopped."
+DESCRIPTION = """\
+Runs the experiment that a YAML file states, and continues where an earlier call stopped.
+
+python scripts/sweep.py --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
+"""
 MAX_RETRIES = 3  # of a run whose worker died
 PROGRESS, FAILURE, LOG = "progress.json", "failure.txt", "log.txt"
 
