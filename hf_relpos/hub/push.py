@@ -1,4 +1,4 @@
-"""Publishing: a saved model, or one in training, goes to the Hub whole, in one commit."""
+"""Publishing: a saved model, or one in training, is pushed to the Hub whole, in one commit."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from .repository import (
     WEIGHTS,
     check_loads,
     check_weights,
-    own_results,
+    folder_results,
     repository_files,
     write_files,
 )
@@ -34,7 +34,7 @@ from .repository import (
 logger = logging.getLogger(__name__)
 
 # files that a push deletes from the repository if it does not bring them
-REPLACED_FILES = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "attention_*.py", *PICKLES)
+REPLACED_FILES = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "scheme_*.py", "attention_*.py", *PICKLES)
 REASONS = {
     401: "the token is not valid; `hf auth login` stores one",
     403: "the token has no right to write there",
@@ -112,7 +112,7 @@ def publish(
     commit_description: str | None = None,
     overwrite: bool = False,
 ) -> CommitInfo:
-    """Puts the files into a repository of the Hub in one commit; what lies there already is not sent again.
+    """Puts the files into a repository of the Hub in one commit; what is there already is not sent again.
 
     Weights and code that an earlier push left there and this one does not bring are taken out in the same commit.
 
@@ -121,10 +121,10 @@ def publish(
         repo_id: "name" or "namespace/name"; made if it is not there.
         private: whether to make it private; refused for one that is public.
         revision: a branch, made if it is not there; main by default.
-        create_pr: open a pull request in place of a commit to main.
-        token: in place of the stored one.
+        create_pr: open a pull request instead of a commit to main.
+        token: instead of the stored one.
         commit_message, commit_description: of the commit.
-        overwrite: whether to replace a model of another kind or scheme that lies there.
+        overwrite: whether to replace a model of another kind or scheme that is there.
 
     Raises:
         ValueError: if there is no token, no right to write, another model under that name, or if the Hub or the
@@ -188,10 +188,10 @@ def check_not_taken(
     if TRAINING_RECORD in there:
         theirs = json.loads(_read(api, repo_id, TRAINING_RECORD, revision))
         pairs |= {name: (theirs[name], record[name]) for name in RUN_IDENTITY if name in theirs and name in record}
-    for name, (their, our) in pairs.items():
-        if their != our:
+    for name, (existing, new) in pairs.items():
+        if existing != new:
             raise ValueError(
-                f"the name is taken: {repo_id!r} holds another model (`{name}` is {their!r}, not {our!r}); choose "
+                f"the name is taken: {repo_id!r} holds another model (`{name}` is {existing!r}, not {new!r}); choose "
                 "another name, or give --overwrite true (--hub_overwrite true in training)."
             )
 
@@ -220,7 +220,7 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         results: list[str] = []
         if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):
             shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
-            results = [str(path) for path in own_results(source)]
+            results = [str(path) for path in folder_results(source)]
         return push_folder(folder, repo_id, results=results, **kwargs)
 
 
@@ -247,7 +247,7 @@ python scripts/push_to_hub.py output/alibi alice/relpos-alibi
 
 @dataclass
 class PushArguments:
-    """Where it goes, and how."""
+    """Where it is pushed, and how."""
 
     results: list[str] = field(
         default_factory=list, metadata={"help": "Result files of scripts/evaluate.py besides those in the folder."}
@@ -260,7 +260,7 @@ class PushArguments:
     revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
     commit_message: str = field(default="Upload model", metadata={"help": "Message of the commit."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace another model that lies under the name."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace another model of this name."})
     dry_run: bool = field(
         default=False, metadata={"help": "Send nothing: write the repository to --output_dir and list its files."}
     )
