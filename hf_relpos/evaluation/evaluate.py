@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from ..cli import command, parse_arguments
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
 from ..model_loading import load_model, load_model_tokenizer
-from ..results.result_file import markdown_table, plot_results, plot_scores
+from ..results.plots import plot_results, plot_scores
+from ..results.result_file import markdown_table
 from ..results.training_record import given_flags, read_record
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task

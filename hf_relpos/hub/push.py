@@ -1,4 +1,4 @@
-"""Publishing: a saved model, or one in training, goes to the Hub whole, in one commit."""
+"""Publishing: a saved model, or one in training, is pushed to the Hub whole, in one commit."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,26 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from ..cli import command, parse_arguments
 from ..results.training_record import TRAINING_RECORD
 from .model_card import CARD, is_generated
-from .repository import FILES, INDEX, PICKLES, WEIGHTS, check_weights, own_results, repository_files
+from .repository import (
+    FILES,
+    INDEX,
+    PICKLES,
+    WEIGHTS,
+    check_loads,
+    check_weights,
+    folder_results,
+    repository_files,
+    write_files,
+)
 
 
 logger = logging.getLogger(__name__)
 
-# what a push takes out of a repository where it does not bring it
-OURS = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "attention_*.py", *PICKLES)
+# files that a push deletes from the repository if it does not bring them
+REPLACED_FILES = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "scheme_*.py", "attention_*.py", *PICKLES)
 REASONS = {
     401: "the token is not valid; `hf auth login` stores one",
     403: "the token has no right to write there",
@@ -33,9 +45,17 @@ REASONS = {
     429: "too many requests",
     507: "there is no space left",
 }
-PASSING = (408, 412, 429)
-# what tells one run from another, of its record
-IDENTITY = ("seed", "data_seed", "shape", "corpus", "base_model", "position_start_augmentation", "position_sampling")
+TRANSIENT_STATUS = (408, 412, 429)
+# fields of its record that tell one run from another
+RUN_IDENTITY = (
+    "seed",
+    "data_seed",
+    "shape",
+    "corpus",
+    "base_model",
+    "position_start_augmentation",
+    "position_sampling",
+)
 
 
 @contextmanager
@@ -57,11 +77,11 @@ def hub_errors(repo_id: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     if not isinstance(error, HfHubHTTPError):
-        return f"the connection failed ({type(error).__name__}). The same command goes on."
+        return f"the connection failed ({type(error).__name__}). The same command continues."
     status = error.response.status_code
     said = f": {error.server_message}" if error.server_message else ""
     reason = REASONS.get(status, "the Hub failed" if status >= 500 else "the Hub refused") + f" (HTTP {status}{said})"
-    return reason + (". The same command goes on." if status in PASSING or status >= 500 else ".")
+    return reason + (". The same command continues." if status in TRANSIENT_STATUS or status >= 500 else ".")
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:
@@ -92,7 +112,7 @@ def publish(
     commit_description: str | None = None,
     overwrite: bool = False,
 ) -> CommitInfo:
-    """Puts the files into a repository of the Hub in one commit; what lies there already is not sent again.
+    """Puts the files into a repository of the Hub in one commit; what is there already is not sent again.
 
     Weights and code that an earlier push left there and this one does not bring are taken out in the same commit.
 
@@ -101,10 +121,10 @@ def publish(
         repo_id: "name" or "namespace/name"; made if it is not there.
         private: whether to make it private; refused for one that is public.
         revision: a branch, made if it is not there; main by default.
-        create_pr: open a pull request in place of a commit to main.
-        token: in place of the stored one.
+        create_pr: open a pull request instead of a commit to main.
+        token: instead of the stored one.
         commit_message, commit_description: of the commit.
-        overwrite: whether to replace a model of another kind or scheme that lies there.
+        overwrite: whether to replace a model of another kind or scheme that is there.
 
     Raises:
         ValueError: if there is no token, no right to write, another model under that name, or if the Hub or the
@@ -129,7 +149,9 @@ def publish(
         if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
             print(f"the card of {repo_id} was edited there: it stays")
             files = {name: content for name, content in files.items() if name != CARD}
-        stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in OURS)]
+        stale = [
+            name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED_FILES)
+        ]
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
@@ -165,11 +187,11 @@ def check_not_taken(
     pairs = {name: (theirs.get(name), config[name]) for name in ("model_type", "pos_embedding_type")}
     if TRAINING_RECORD in there:
         theirs = json.loads(_read(api, repo_id, TRAINING_RECORD, revision))
-        pairs |= {name: (theirs[name], record[name]) for name in IDENTITY if name in theirs and name in record}
-    for name, (their, our) in pairs.items():
-        if their != our:
+        pairs |= {name: (theirs[name], record[name]) for name in RUN_IDENTITY if name in theirs and name in record}
+    for name, (existing, new) in pairs.items():
+        if existing != new:
             raise ValueError(
-                f"the name is taken: {repo_id!r} holds another model (`{name}` is {their!r}, not {our!r}); choose "
+                f"the name is taken: {repo_id!r} holds another model (`{name}` is {existing!r}, not {new!r}); choose "
                 "another name, or give --overwrite true (--hub_overwrite true in training)."
             )
 
@@ -198,7 +220,7 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         results: list[str] = []
         if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):
             shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
-            results = [str(path) for path in own_results(source)]
+            results = [str(path) for path in folder_results(source)]
         return push_folder(folder, repo_id, results=results, **kwargs)
 
 
@@ -211,3 +233,66 @@ def _same_weights(first: Path, second: Path) -> bool:
         and (first / name).read_bytes() == (second / name).read_bytes()
         for name in names
     )
+
+
+# --- the command
+
+
+DESCRIPTION = """\
+Publishes a saved model of the family: weights, code, tokenizer, results and card, in one commit.
+
+python scripts/push_to_hub.py output/alibi alice/relpos-alibi
+"""
+
+
+@dataclass
+class PushArguments:
+    """Where it is pushed, and how."""
+
+    results: list[str] = field(
+        default_factory=list, metadata={"help": "Result files of scripts/evaluate.py besides those in the folder."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "The repository of the model that it was finetuned from."}
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by the Hub's name for it."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
+    commit_message: str = field(default="Upload model", metadata={"help": "Message of the commit."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace another model of this name."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Send nothing: write the repository to --output_dir and list its files."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of a dry run; DIR-hub by default."})
+
+
+@command
+def main() -> None:
+    args, words = parse_arguments((PushArguments,), DESCRIPTION, positional="DIR REPO")
+    if len(words) != 2:
+        raise ValueError(f"two words are needed, the folder and the repository, got {words}.")
+    folder, repo_id = words
+    validate_repo_id(repo_id)
+    if not args.dry_run:
+        repo_id = full_name(repo_id)
+    files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
+    check_loads(folder)
+    if args.dry_run:
+        written = args.output_dir or f"{folder.rstrip('/')}-hub"
+        write_files(files, written)
+        for name, content in sorted(files.items()):
+            size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
+            print(f"{size:>12,} {name}")
+        print(f"wrote {written}; nothing was sent")
+        return
+    commit = publish(
+        files,
+        repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.commit_message,
+        overwrite=args.overwrite,
+    )
+    print(commit.pr_url or commit.commit_url)

@@ -7,8 +7,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 
 TRAINING_RECORD = "training.json"
 # flags that do not change the result
@@ -74,5 +72,7 @@ def command_line(script: str, flags: dict[str, Any]) -> str:
 
 def read_record(name: str) -> dict[str, Any]:
     """The record of a saved model, of a folder or of the Hub; empty if there is none."""
+    from transformers.utils import cached_file
+
     path = cached_file(name, TRAINING_RECORD, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
