@@ -61,10 +61,11 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
 
     class Unseen(Recent):
         __doc__ = Recent.__doc__
+        shared_across_layers = False
         dense_bias = PositionEmbedding.dense_bias
 
-        def key_bias(self, hidden_states):
-            return -hidden_states.abs().mean(-1)[:, None].expand(-1, 4, -1)
+        def score_bias(self, scores, bias, query, positions):
+            return -scores
 
     for name, cls in (("test_recent", Recent), ("test_unseen", Unseen)):
         register_position_embedding(name)(cls)
