@@ -81,3 +81,12 @@ def test_other_keywords_are_none_of_ours():
     assert FORWARD_KEYWORDS >= {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
     model, tokens = make_model("alibi"), make_tokens(1, 5)
     assert torch.equal(model(tokens, tokenizer="any", num_items_in_batch=torch.tensor(5)).logits, model(tokens).logits)
+
+
+def test_a_loss_of_the_users_gets_its_keywords():
+    model, tokens = make_model("alibi"), make_tokens(1, 5)
+    model.loss_function = lambda logits, labels, vocab_size, token_weights: (logits.sum(-1) * token_weights).sum()
+    loss = model(tokens, labels=tokens, token_weights=torch.ones(1, 5)).loss
+    torch.testing.assert_close(loss, model(tokens).logits.sum())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'token_weight'"):
+        model(tokens, labels=tokens, token_weight=torch.ones(1, 5))

@@ -4,6 +4,7 @@ Shape letters: B batch, H query heads, Q query length, K key length, C hidden si
 this file: `scheme_base.py` has the interface, `scheme_registry.py` the choice.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .token_positions import TokenPositions, locate_tokens
 from .transformers_versions import (
     CACHE_NAME,
     CACHE_NAMES,
+    FORWARD_KEYWORDS,
     CausalLMOutput,
     ModelOutput,
     check_keywords,
@@ -307,6 +309,10 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         Returns:
             the mean loss in nats, if there are labels, and (B, Q, V) logits, unless `skip_logits` leaves them out.
         """
+        of_model = kwargs
+        if labels is not None and self.loss_function is not ForCausalLMLoss:  # a loss of the user's, with its keywords
+            taken = inspect.signature(self.loss_function).parameters
+            of_model = {name: value for name, value in kwargs.items() if name not in taken or name in FORWARD_KEYWORDS}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -314,7 +320,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **of_model,
         )
         loss, logits = None, None
         if labels is not None and self.skip_logits and self._has_plain_head(outputs.last_hidden_state):

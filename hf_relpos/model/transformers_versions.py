@@ -34,6 +34,7 @@ CACHE_NAME = NEW_NAME if NEW_NAME in {item.name for item in fields(BaseModelOutp
 BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # keywords of `forward` that transformers defines for all models, beside its parameters
 FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__, "return_dict"}
+FORWARD_KEYWORDS |= {"shift_labels", "ignore_index"}  # of its loss
 FORWARD_PARAMETERS = (
     "input_ids",
     "attention_mask",
