@@ -1,6 +1,7 @@
 """The names that transformers 5.24 changed, under whichever version is installed."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def test_both_names_at_once_are_refused(model):
     with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument, got both"):
         model(make_tokens(1, 4), **caches)
     assert model(make_tokens(1, 4), **{**caches, CACHE_NAMES[1]: None}).logits.shape[1] == 4
+
+
+def test_the_old_name_warns_where_transformers_has_the_new_one(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in CACHE_NAMES:
+            model(make_tokens(1, 4), **{name: DynamicCache(config=model.config)})
+    told = [str(warning.message) for warning in caught if warning.category is FutureWarning]
+    expected = ["`past_key_values` is deprecated. Use `cache` instead."] if CACHE_NAME == CACHE_NAMES[0] else []
+    assert told == expected
 
 
 def test_the_signature_has_the_name_of_the_installed_version(model):
