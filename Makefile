@@ -30,7 +30,7 @@ SWEEP := $(BIN)/python scripts/sweep.py --experiment experiments/demo.yaml --out
 sweep-demo: $(VENV)/installed-sample
 	rm -rf demo/sweep demo/report
 	timeout --signal=KILL 45 $(SWEEP); [ $$? -eq 137 ]
-	@echo "killed after 45 seconds; the same command goes on:"
+	@echo "killed after 45 seconds; the same command resumes:"
 	$(SWEEP)
 	$(BIN)/python scripts/report.py --sweep demo/sweep --output_dir demo/report --title "Three schemes, three seeds"
 

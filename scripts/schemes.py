@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM
-from hf_relpos.cli import command
+from hf_relpos.cli import command, parse_arguments
 from hf_relpos.environment import write_text
 from hf_relpos.model.attention_mask import check_implementation
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
@@ -260,6 +260,7 @@ def draw_scheme(name: str, path: Path) -> Path | None:
 
 @command
 def main() -> None:
+    parse_arguments((), __doc__)
     for path in write_schemes_page(ROOT / "docs"):
         print(f"wrote {path}")
     readme = ROOT / "README.md"

@@ -44,9 +44,9 @@ def distance_bias_attention(
         key, value: (B, G, K, D) in the dtype of `query`; H is a multiple of G.
         bias_table: (H, L) fp32 (fp64 with fp64), finite; the bias at the distances 0..L−1, as many as are seen.
         scaling: factor of q · k, D^(−1/2) by default.
-        is_causal: whether keys behind the query are hidden.
-        offset: key slot of the first query, K − Q by default; the keys of a preallocated cache may go on behind the
-            last query.
+        is_causal: whether keys after the query are hidden.
+        offset: key slot of the first query, K − Q by default; the keys of a preallocated cache may continue after
+            the last query.
         key_mask: (B, K) boolean, False on padding.
         documents: (B or 1, K) integers: a query sees the keys of its own document only.
         window: a query sees the keys at distances below it only (sliding window); causal attention only.

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedConfig, QuantizedCache
 
 
 NUM_TERMS = 3  # of 8 bits each: together the 24 of fp32, whatever the dtype of the keys
-FACTOR = 64.0  # of the queries' constant: keeps the keys' channels within the range of fp16
+FACTOR = 64.0  # of the queries' constant: keeps the keys' extra dimensions within the range of fp16
 
 
 def check_cache(config: PreTrainedConfig, cache: Cache | None) -> None:
@@ -24,7 +24,7 @@ def check_cache(config: PreTrainedConfig, cache: Cache | None) -> None:
         )
 
 
-def to_channels(key_bias: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:
+def to_extra_dims(key_bias: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:
     """(B, H, N) fp32 → (B, G, N, NUM_TERMS · H / G) in `dtype`: the values of a key head's query heads, each as terms
     that bf16 holds exactly."""
     terms, rest = [], key_bias
@@ -35,15 +35,15 @@ def to_channels(key_bias: torch.Tensor, num_groups: int, dtype: torch.dtype) -> 
     return terms.transpose(2, 3).flatten(3).to(dtype)
 
 
-def from_channels(channels: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_channels`: → (B, H, N) fp32."""
+def from_extra_dims(channels: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_extra_dims`: → (B, H, N) fp32."""
     return channels.float().unflatten(3, (-1, NUM_TERMS)).sum(-1).transpose(2, 3).flatten(1, 2)
 
 
 def add_key_bias(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Puts the bias into further channels, for any kernel of causal attention.
+    """Puts the bias into extra dimensions, for any kernel of causal attention.
 
     Args:
         query: (B, H, Q, D).
@@ -63,7 +63,7 @@ def add_key_bias(
     total = key_bias.cumsum(-1)
     # adds 0, and takes the mean out of its gradient, which is 0 but for rounding that the sum's gradient would pile up
     total = total - (total - total.detach()).mean(-1, keepdim=True)
-    per_key = to_channels(total / (-FACTOR * scaling), num_groups, dtype)
+    per_key = to_extra_dims(total / (-FACTOR * scaling), num_groups, dtype)
     # each query head meets the terms of its own values
     own = torch.eye(repeats, device=query.device, dtype=dtype).repeat_interleave(NUM_TERMS, dim=1) * FACTOR
     per_query = own.repeat(num_groups, 1)[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)

@@ -43,7 +43,7 @@ class AttentionInputs:
     key_bias: torch.Tensor | None
     shard_heads: Callable[[torch.Tensor], torch.Tensor]
 
-    def with_key_bias_in_channels(self, key_mask: torch.Tensor | None, scaling: float) -> "AttentionInputs":
+    def with_key_bias_in_extra_dims(self, key_mask: torch.Tensor | None, scaling: float) -> "AttentionInputs":
         """The same with the key bias in extra dimensions of queries and keys, for kernels that know no bias."""
         if self.key_bias is None:
             return self
@@ -142,13 +142,13 @@ class KeyBiasPlan(AttentionPlan):
     def attend(
         self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = inputs.with_key_bias_in_channels(self.key_mask, layer.scaling)
+        inputs = inputs.with_key_bias_in_extra_dims(self.key_mask, layer.scaling)
         return self._call(layer, inputs, self.mask, **kwargs)
 
 
 @dataclass
 class DensePlan(AttentionPlan):
-    """Attention with a mask and a (Q, K) bias: O(L²) memory, for what no table of the distances serves.
+    """Attention with a mask and a (Q, K) bias: O(L²) memory, where no table of the distances holds the bias.
 
     Attributes:
         positions: of queries and keys.
@@ -222,7 +222,7 @@ class TablePlan(AttentionPlan):
     def attend(
         self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = inputs.with_key_bias_in_channels(self.key_mask, layer.scaling)
+        inputs = inputs.with_key_bias_in_extra_dims(self.key_mask, layer.scaling)
         return self._attend(layer, inputs, shared_bias, **kwargs)
 
     def _attend(
@@ -318,7 +318,7 @@ class RowPlan(TablePlan):
 
 @dataclass
 class SplitPlan(AttentionPlan):
-    """The first queries by a table, the last ones, which no table serves, by a bias for every pair.
+    """The first queries by a table, the last ones by a dense (Q, K) bias.
 
     Attributes:
         first: the plan of the first queries, over the slots up to the last query.
@@ -339,7 +339,7 @@ class SplitPlan(AttentionPlan):
     def attend(
         self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = inputs.with_key_bias_in_channels(self.key_mask, layer.scaling)
+        inputs = inputs.with_key_bias_in_extra_dims(self.key_mask, layer.scaling)
         num_first = inputs.query.shape[2] - self.last.positions.query.shape[1]
         slots = self.first.offset + num_first
         query, key, value = inputs.query[:, :, :num_first], inputs.key[:, :, :slots], inputs.value[:, :, :slots]

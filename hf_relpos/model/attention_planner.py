@@ -86,9 +86,9 @@ def plan_attention(
     common = {"group": group, "implementation": implementation, "schemes": model.position_embeddings}
     common |= {"key_mask": keys.mask}
     # extra dimensions of queries and keys hold numbers per key, where the scores are not needed for each pair
-    in_channels = implementation == "sdpa" and not (mask is not None and mask.ndim == 4)
+    in_extra_dims = implementation == "sdpa" and not (mask is not None and mask.ndim == 4)
     has_pairs = bool(group.hooks & {"distance_bias", "dense_bias", "score_bias"})
-    is_dense = has_pairs or (group.has_key_bias and not in_channels)
+    is_dense = has_pairs or (group.has_key_bias and not in_extra_dims)
     last = _last_table_position(model, group, layers, inputs_embeds)
 
     def plain() -> AttentionPlan:
@@ -150,7 +150,7 @@ def make_mask(
 def _last_table_position(
     model: nn.Module, group: LayerGroup, layers: Sequence[int], inputs_embeds: torch.Tensor
 ) -> float:
-    """The last position of a query that a table of the distances serves; −1 if it serves none."""
+    """The last position of a query whose whole bias a table of the distances holds; −1 if there is no such query."""
     config = model.config
     plan_class = TABLE_PLANS.get(config._attn_implementation)
     drops = model.training and config.attention_dropout > 0

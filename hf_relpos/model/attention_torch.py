@@ -41,7 +41,7 @@ class DistanceBias:
         strip: (H, rows, slots + ahead), the values; −inf where a causal mask or a window hides the key.
         rows: rows of a block; a block of fewer is the end of it.
         slots: slots up to the last query.
-        ahead: columns for keys behind the last query, 0 with a causal mask.
+        ahead: columns for keys after the last query, 0 with a causal mask.
         is_reversed: whether the rows of a block stand in reverse: then a view of the table has the rows r + c on its
             diagonals, and nothing is copied.
     """
@@ -280,7 +280,7 @@ class _Backward:
             self.num_keys > LONGEST_COPY_BACKWARD,
             self.window,
         )
-        # as the layers lay them out; no query sees the keys behind the last one
+        # as the layers lay them out; no query sees the keys after the last one
         self.grad_query, self.grad_key, self.grad_value = (
             x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
         )

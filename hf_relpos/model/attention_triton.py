@@ -371,7 +371,7 @@ def triton_backward(
     """→ the gradients of query, key, value and `bias_table`. Arguments as in `triton_forward`.
 
     Args:
-        is_deterministic: whether the table's gradient is summed in a fixed order, by a kernel of its own, in place of
+        is_deterministic: whether the table's gradient is summed in a fixed order, by a separate kernel, instead of by
             atomic additions.
     """
     launch = _Launch(query, key, value, bias_table, grad_out, call)
@@ -454,6 +454,6 @@ def _fold(signed: torch.Tensor, first: int, length: int) -> torch.Tensor:
     ahead = signed[:, max(-first, 0) :][:, : length - max(first, 0)]
     folded[:, max(first, 0) :][:, : ahead.shape[1]] = ahead
     if first < 0:
-        behind = signed[:, :-first].flip(1)[:, : length - 1]  # distances −1, −2, ..
-        folded[:, 1 : behind.shape[1] + 1] += behind
+        later = signed[:, :-first].flip(1)[:, : length - 1]  # distances −1, −2, ..
+        folded[:, 1 : later.shape[1] + 1] += later
     return folded

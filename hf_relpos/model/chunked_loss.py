@@ -35,7 +35,7 @@ def linear_cross_entropy(
         weight: (V, C).
         labels: (B, N) token ids, −100 where there is no target; the label of a token is its own, shifted here.
         num_items_in_batch: what to divide the sum by, as the `Trainer` gives it; the number of targets by default.
-        shift_labels: (B, N) labels that are shifted already, in place of `labels`.
+        shift_labels: (B, N) labels that are shifted already, instead of `labels`.
 
     Returns:
         the loss in nats, fp32.

@@ -38,8 +38,7 @@ class RelPosConfig(PreTrainedConfig):
         train_length: the length in tokens that the model was trained at; written by training, read by evaluation
             and by schemes that go by it.
         pos_embedding_type: the position scheme, one of `list_position_embeddings()` or several joined by "+"; joined
-            by "/", the schemes of successive layers, from the first again behind the last, as often as there are
-            layers.
+            by "/", the schemes of successive layers, repeated until there is one for each layer.
         layer_types: for each layer "full_attention" or "sliding_attention", as in transformers; all full by default,
             all sliding if only `sliding_window` is given.
         sliding_window: how many keys a query sees at most in layers that slide, its own among them.

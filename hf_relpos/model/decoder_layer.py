@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_key_bias import from_channels, to_channels
+from .attention_key_bias import from_extra_dims, to_extra_dims
 from .attention_plan import AttentionInputs, AttentionPlan
 from .configuration_relpos import RelPosConfig
 from .scheme_base import Positions
@@ -123,10 +123,10 @@ class RelPosAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Adds to the cache and returns what it holds. A key bias is kept in extra dimensions of the keys."""
         if key_bias is not None:
-            key = torch.cat((key, to_channels(key_bias, key.shape[1], key.dtype)), dim=-1)
+            key = torch.cat((key, to_extra_dims(key_bias, key.shape[1], key.dtype)), dim=-1)
         key, value = add_to_cache(cache, key, value, self.layer_idx, kwargs)
         if key_bias is not None:
-            key, key_bias = key[..., : self.head_dim], from_channels(key[..., self.head_dim :])
+            key, key_bias = key[..., : self.head_dim], from_extra_dims(key[..., self.head_dim :])
         return key, value, key_bias
 
     def _head_slicer(self, query: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -189,7 +189,7 @@ class RelPosModel(RelPosPreTrainedModel):
             position_ids: (B, Q); counted over the real tokens of `attention_mask` by default. Where they do not
                 increase from one token to the next, a new document starts: packed rows attend within documents only.
             cache: keys and values of the tokens before these, or an empty cache.
-                A position bias needs positions that go on by one from token to token then.
+                With a position bias, positions must then increase by one from token to token.
             use_cache: whether to return a cache. A packed row cannot be continued: it returns none, nor do positions
                 that `position_sampling` drew.
 

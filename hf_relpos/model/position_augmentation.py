@@ -74,10 +74,10 @@ def randomized_positions(real: torch.Tensor, documents: torch.Tensor, max_positi
 
 def skipping_positions(real: torch.Tensor, documents: torch.Tensor, max_positions: int) -> torch.Tensor:
     """PoSE, positional skip-wise training: a document of n tokens is cut in two; the first part stands at 0, 1, ..,
-    the second goes on after a skip u.
+    the second continues after a skip u.
 
     The first part has U{1 .. (n + 1) // 2} tokens and u ~ U{0 .. max_positions − n}, as in the authors' code.
-    Differs: the text goes on from one part to the other, v = 0 in the paper's terms.
+    Differs: the text continues from one part to the other, v = 0 in the paper's terms.
 
     Source: Zhu et al. 2023, arXiv 2309.10400, section 3.2. Arguments and result as in `randomized_positions`.
     """

@@ -220,7 +220,7 @@ def _check_installed(name: str) -> None:
 
 
 def _with_import(registry: str, line: str) -> str:
-    """→ the text of `scheme_registry.py` with a further import behind those of the families."""
+    """→ the text of `scheme_registry.py` with one more import after those of the families."""
     lines = registry.splitlines()
     if line not in lines:
         families = [node for node in ast.parse(registry).body if isinstance(node, ast.ImportFrom) and node.level == 1]

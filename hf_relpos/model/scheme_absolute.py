@@ -85,7 +85,7 @@ class LearnedEmbedding(PositionEmbedding):
             rows = self.embedding.num_embeddings
             if first < 0 or last >= rows:
                 raise ValueError(
-                    f"`max_position_embeddings`={rows}: a learned table serves positions 0 to {rows - 1}, "
+                    f"`max_position_embeddings`={rows}: a learned table has positions 0 to {rows - 1}, "
                     f"got {first if first < 0 else last}."
                 )
         return inputs_embeds + self.embedding(positions)

@@ -61,7 +61,7 @@ class Positions:
 
 
 class SelfInitialized:
-    """Marks a module with parameters that `reset_parameters` initialises, in place of the rule for its class of layer.
+    """Marks a module with parameters that `reset_parameters` initialises, instead of the rule for its class of layer.
 
     transformers skips modules without parameters of their own, so the mark belongs on the module that holds them.
     """
@@ -138,8 +138,8 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     def dense_bias(self, positions: Positions) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that is no function of the
-        distance alone. It is evaluated for every pair, unless `max_table_position` says that `distance_bias` serves
-        most queries."""
+        distance alone. It is evaluated for every pair, unless `max_table_position` says up to which
+        query `distance_bias` is the whole bias."""
         return None
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -172,7 +172,10 @@ def _check_hooks(cls: type[PositionEmbedding]) -> None:
         if hook in cls.hooks and missing:
             refuse(hook, f"does nothing without `{missing[0]}`: override both")
     if {"distance_bias", "dense_bias"} <= cls.hooks and "max_table_position" not in cls.hooks:
-        refuse("distance_bias", "would be ignored beside `dense_bias`: say by `max_table_position` which serves whom")
+        refuse(
+            "distance_bias",
+            "would be ignored beside `dense_bias`: `max_table_position` must say up to which query each of them is used",
+        )
     for name, value in vars(cls).items():
         if callable(value) and name in RENAMED_HOOKS:
             refuse(name, f"is called `{RENAMED_HOOKS[name]}`: rename it")

@@ -18,10 +18,10 @@ class ForgetGate(PositionEmbedding):
     b[h, i, j] = Σ ln f_k, k = j+1..i; f_k = sigmoid(w_h · x_k + β_h), x the input of the attention layer, normed
 
     In fp32, with f = 1 on padding. It is the difference of two running sums, so that it takes a number per key and no
-    matrix of pairs. The keys carry ln f in the cache.
+    (Q, K) matrix. The keys carry ln f in the cache.
 
     Parameters per layer: H·(C + 1), w from N(0, initializer_range²), β from 0, as in the reference code.
-    Past the training length: what the gates let fade stays away; distances as such play no role.
+    Past the training length: content-dependent decay: tokens that the gates forgot stay forgotten, at any distance.
     Paper: Lin et al. 2025, arXiv 2503.02130, the plain variant without its output gate, norms and shifts.
     """
 
@@ -47,12 +47,12 @@ class ForgetGate(PositionEmbedding):
 
 @register_position_embedding("cope")
 class ContextualPositions(PositionEmbedding):
-    """Contextual position encoding (CoPE): a token counts the keys that it attends to. Research tier: pairs everywhere.
+    """Contextual position encoding (CoPE): a token counts the keys that it attends to. Experimental: O(L²) memory.
 
     b[i, j] = q_i · e[p_ij]; p_ij = Σ sigmoid(s_ik), k = j..i, at most N − 1; s = q · k / sqrt(D), e interpolated
     linearly between whole numbers; N = max_position 64
 
-    A sum over the keys that i sees, in each head. Takes several matrices of pairs per head and layer.
+    A sum over the keys that i sees, in each head. Takes several (Q, K) matrices per head and layer.
 
     Parameters per layer: N·D, the same for all heads, from 0. Past the training length: counts stop at N − 1.
     Paper: Golovneva et al. 2024, arXiv 2405.18719; the gates take scaled scores as in its code.
@@ -81,7 +81,7 @@ class ContextualPositions(PositionEmbedding):
 
 @register_position_embedding("dape")
 class DataAdaptiveBias(KerpleLog):
-    """Data-adaptive positional encoding (DAPE) with KERPLE. Research tier: a matrix of pairs with all heads and units.
+    """Data-adaptive positional encoding (DAPE) with KERPLE. Experimental: O(L²) memory, for all heads and hidden units.
 
     b[h, i, j] = B[h, i − j] + MLP(s[1..H, i, j], B[1..H, i − j])[h], B as in `kerple_log`, s = q · k / sqrt(D);
     MLP: 2H → 32 → H with LeakyReLU; the width is the option `mlp_width`
@@ -89,7 +89,7 @@ class DataAdaptiveBias(KerpleLog):
     Beside other biases, B is the sum of all.
 
     Parameters per layer: 2·H of KERPLE, (3·H + 1)·32 of the MLP, which starts as `torch.nn.Linear`.
-    Past the training length: B goes on as the same curve; the MLP sees the scores that it saw.
+    Past the training length: B continues along the same curve; the MLP sees scores as in training.
     Paper: Zheng et al. 2024, arXiv 2405.14722. Differs: B is learned in each layer; no bias in the MLP's last layer,
     which would cancel in the softmax.
     """

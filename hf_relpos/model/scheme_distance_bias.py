@@ -42,7 +42,7 @@ class ContinuousPositionBias(PositionEmbedding):
     b[h, d] = MLP(features(d))[h], MLP: num_features → mlp_width → (mlp_width →) H with ReLU and biases, without one in
     the last layer: a constant for all distances cancels in the softmax and would only drift
 
-    The MLP runs in fp32 on the distances, never on the (Q, K) matrix of pairs. Its weights keep the initialisation of
+    The MLP runs in fp32 on the distances, never on a (Q, K) matrix. Its weights keep the initialisation of
     `torch.nn.Linear`, U(±1/sqrt(fan_in)): from N(0, 0.02²) and zero biases half of the hidden units would never see a
     gradient, as distances have one sign only.
 
@@ -81,7 +81,7 @@ class LinearCPB(ContinuousPositionBias):
 
     b[h, d] = MLP(d)[h], MLP: 1 → 256 → H
 
-    Parameters per layer: 512 + 256·H. Past the training length: the MLP is piecewise linear, so each head goes on in a
+    Parameters per layer: 512 + 256·H. Past the training length: the MLP is piecewise linear, so each head continues in a
     straight line. Source: see `ContinuousPositionBias`.
     """
 
@@ -107,7 +107,7 @@ class LogCPB(ContinuousPositionBias):
 
     b[h, d] = MLP(ln(1 + d))[h], MLP: 1 → 256 → H
 
-    Parameters per layer: 512 + 256·H. Past the training length: each head goes on linearly in ln d.
+    Parameters per layer: 512 + 256·H. Past the training length: each head continues linearly in ln d.
     Source: see `ContinuousPositionBias`; the log spacing is that of the paper.
     """
 
@@ -221,7 +221,7 @@ def _bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
 
 class _Clamp(torch.autograd.Function):
     """`clamp` whose gradient passes for values outside of the range too, unless a step along it would lead further out:
-    what a step of the optimiser carried outside can come back, which it never does behind `torch.clamp`."""
+    what a step of the optimiser carried outside can come back, which it never does after `torch.clamp`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -337,7 +337,7 @@ class FIRE(PositionEmbedding):
     i is the query's position, counted from the first token of its document; c is learned from 0.1, m from 1. T0 is the
     option `threshold`: by default the training length, 512 if the configuration does not say. Each layer has its own c,
     m and MLP. Up to position T the bias is a function of the distance alone, which the attention reads from a table;
-    the queries behind it take a matrix of pairs.
+    later queries take a dense (Q, K) bias.
 
     Parameters per layer: 66 + 32·H. Past the training length: the argument of the MLP stays in [0, 1].
     Paper: Li et al. 2023, arXiv 2310.04418. Differs: no bias in the MLP's last layer: it would cancel in the softmax.

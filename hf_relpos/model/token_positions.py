@@ -244,7 +244,7 @@ def flash_lengths(
         the `FlashAttentionKwargs` of transformers.
 
     Raises:
-        ValueError: if there is a mask, which flash attention would take in place of the documents.
+        ValueError: if there is a mask, which flash attention would use instead of the documents.
     """
     if attention_mask is not None:
         raise ValueError("`attention_mask` must be None for packed sequences with flash attention.")

@@ -61,8 +61,8 @@ def non_default_fields(instance: Any) -> dict[str, Any]:
 
 
 def command_line(script: str, flags: dict[str, Any]) -> str:
-    """→ `python scripts/NAME.py --flag value ..`, over several lines where it is long, to be pasted into a shell."""
-    words = [f"python scripts/{script}.py"]
+    """→ `hf-relpos NAME --flag value ..`, over several lines where it is long, to be pasted into a shell."""
+    words = [f"hf-relpos {script}"]
     for name, value in flags.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         values = [each if isinstance(each, str) else json.dumps(each) for each in values]

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from hf_relpos import Positions
 from hf_relpos.model import attention_plan, attention_planner
-from hf_relpos.model.attention_key_bias import add_key_bias, dense_key_bias, from_channels, to_channels
+from hf_relpos.model.attention_key_bias import add_key_bias, dense_key_bias, from_extra_dims, to_extra_dims
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, computed in another order
@@ -27,9 +27,9 @@ def test_channels_hold_fp32(dtype):
     """Exactly: three terms of 8 bits make 24. fp16 rounds a third term below 2^−14 to a multiple of 2^−24."""
     generator = torch.Generator().manual_seed(0)
     state = -torch.exp(torch.linspace(-9, 4, 5000).repeat(6, 1) + 0.1 * torch.randn(6, 5000, generator=generator))[None]
-    channels = to_channels(state, 2, dtype)
+    channels = to_extra_dims(state, 2, dtype)
     assert channels.shape == (1, 2, 5000, 9) and channels.dtype == dtype
-    assert_close(from_channels(channels), state, rtol=0, atol=2.0**-24 if dtype == torch.float16 else 0)
+    assert_close(from_extra_dims(channels), state, rtol=0, atol=2.0**-24 if dtype == torch.float16 else 0)
 
 
 def attend(query, key, value, state, scaling, is_dense, padding=None):
