@@ -81,8 +81,8 @@ class LinearCPB(ContinuousPositionBias):
 
     b[h, d] = MLP(d)[h], MLP: 1 → 256 → H
 
-    Parameters per layer: 512 + 256·H. Past the training length: the MLP is piecewise linear, so each head continues in a
-    straight line. Source: see `ContinuousPositionBias`.
+    Parameters per layer: 512 + 256·H. Past the training length: the MLP is piecewise linear, so each head continues
+    in a straight line. Source: see `ContinuousPositionBias`.
     """
 
     def features(self, distance: torch.Tensor) -> torch.Tensor:
