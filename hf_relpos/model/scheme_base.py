@@ -174,7 +174,7 @@ def _check_hooks(cls: type[PositionEmbedding]) -> None:
     if {"distance_bias", "dense_bias"} <= cls.hooks and "max_table_position" not in cls.hooks:
         refuse(
             "distance_bias",
-            "would be ignored beside `dense_bias`: `max_table_position` must say up to which query each of them is used",
+            "would be ignored beside `dense_bias`: `max_table_position` must say up to which query it is used",
         )
     for name, value in vars(cls).items():
         if callable(value) and name in RENAMED_HOOKS:
