@@ -26,7 +26,7 @@ NUM_HEADS, HEAD_DIM, VOCAB_SIZE = 4, 64, 8192
 MAX_DENSE_MIB = 256
 
 
-class NotServed(Exception):
+class Unsupported(Exception):
     """A case that cannot run here, with the reason."""
 
 
@@ -55,7 +55,7 @@ class Case:
         """→ a function that runs the case once.
 
         Raises:
-            NotServed: if it cannot run here.
+            Unsupported: if it cannot run here.
         """
         builders = {
             "attention": _build_attention,
@@ -89,7 +89,7 @@ def rotary_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tab
 def sdpa_dense_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     length = query.shape[2]
     if NUM_HEADS * length**2 * 4 > MAX_DENSE_MIB * 2**20:
-        raise NotServed(f"the bias alone would take {NUM_HEADS * length**2 * 4 // 2**20} MiB")
+        raise Unsupported(f"the bias alone would take {NUM_HEADS * length**2 * 4 // 2**20} MiB")
     slots = torch.arange(length, device=query.device)
     distance = slots[:, None] - slots
     bias = table[:, distance.clamp(min=0)].masked_fill(distance < 0, torch.finfo(table.dtype).min)
@@ -121,14 +121,14 @@ def distance_bias_fast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
     if table_kernel(query, table) != "triton":
-        raise NotServed("needs a GPU and Triton")
+        raise Unsupported("needs a GPU and Triton")
     return _FastTriton.apply(query, key, value, table)
 
 
 def alibi_key_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """ALiBi as a value per key, −m · (N − 1 − j): the same row after the softmax."""
     if query.device.type != "cpu":
-        raise NotServed("the kernel that takes a mask beside is_causal is the CPU's")
+        raise Unsupported("the kernel that takes a mask beside is_causal is the CPU's")
     mask = table.flip(1)[None, :, None].expand(-1, -1, query.shape[2], -1)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, attn_mask=mask)[0]
 
@@ -137,7 +137,7 @@ def flex_table(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tabl
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if query.device.type == "cpu" and query.requires_grad:
-        raise NotServed("FlexAttention has no backward pass on CPUs")
+        raise Unsupported("FlexAttention has no backward pass on CPUs")
     length = query.shape[2]
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=query.device.type)
 
@@ -155,7 +155,7 @@ def flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tabl
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:
-        raise NotServed("flash-attn is not installed") from error
+        raise Unsupported("flash-attn is not installed") from error
     return flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True).transpose(1, 2)
 
 
@@ -222,7 +222,7 @@ class _XTransformers(torch.nn.Module):
         try:
             from x_transformers import Decoder, TransformerWrapper
         except ImportError as error:
-            raise NotServed("x-transformers is not installed") from error
+            raise Unsupported("x-transformers is not installed") from error
         layers = Decoder(dim=256, depth=4, heads=4, attn_dim_head=HEAD_DIM, dynamic_pos_bias=True)
         options = {"max_seq_len": 8192, "use_abs_pos_emb": False}
         self.model = TransformerWrapper(num_tokens=VOCAB_SIZE, attn_layers=layers, **options)
@@ -280,7 +280,7 @@ def _build_decode(case: Case) -> Callable[[], None]:
     tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
     step = tokens[:, -1:]
     if not isinstance(model, PreTrainedModel):
-        raise NotServed("its cache has another interface")
+        raise Unsupported("its cache has another interface")
     with torch.no_grad():
         cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -296,7 +296,7 @@ def _build_evaluation(case: Case) -> Callable[[], None]:
     """The loss of each token of a row, as evaluate.py computes it."""
     model = _model(case)
     if not isinstance(model, PreTrainedModel):
-        raise NotServed("it gives its loss alone")
+        raise Unsupported("it gives its loss alone")
     tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
 
     def run() -> None:

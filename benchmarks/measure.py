@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.cases import HEAD_DIM, NUM_HEADS, Case, NotServed
+from benchmarks.cases import HEAD_DIM, NUM_HEADS, Case, Unsupported
 
 
 PEAK_SIZE = 2048
@@ -80,7 +80,7 @@ def time_cases(cases: Sequence[Case], base: str, repeats: int, skipped: list[dic
             run = case.build()
             run()
             runs[case.name] = _repeat(run, DECODE_STEPS if case.part == "decode" else 1)
-        except (NotServed, NotImplementedError, ValueError, RuntimeError) as error:
+        except (Unsupported, NotImplementedError, ValueError, RuntimeError) as error:
             skipped.append({**asdict(case), "reason": _one_line(error)})
     peak_key = object()
     if first.part == "attention":
@@ -202,7 +202,7 @@ def _peak_of(case: Case, num_threads: int) -> dict[str, float] | str:
             before = _resident_mib(case.device)
         _reset_peak(case.device)
         seconds = _time(run, case.device)
-    except (NotServed, NotImplementedError, ValueError, RuntimeError) as error:
+    except (Unsupported, NotImplementedError, ValueError, RuntimeError) as error:
         return _one_line(error)
     peak = _peak_mib(case.device)
     return {"mib": max(peak - before, 0.0), "process_mib": peak, "seconds": seconds}
@@ -212,7 +212,7 @@ def _status(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
-    raise NotServed(f"/proc/self/status has no {field}")
+    raise Unsupported(f"/proc/self/status has no {field}")
 
 
 def _resident_mib(device: str) -> float:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_relpos.results.plots import new_figure, save_figure
+
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown: ratios by name and length, of time and memory, and what was skipped with its reason."""
@@ -77,10 +79,7 @@ def plot_benchmark(result: dict[str, Any], folder: Path) -> list[Path]:
     Returns:
         the paths of the plots, one for attention and one for steps, of those that were measured.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
 
     paths = []
     for part, base in (("attention", "causal SDPA"), ("step", "Llama")):
@@ -88,19 +87,19 @@ def plot_benchmark(result: dict[str, Any], folder: Path) -> list[Path]:
         memory = [r for r in result["memory"] if r["part"] == part and r.get("ratio", 0) > 0]
         if not times:
             continue
-        figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+        figure = new_figure(11, 4.6)
+        panels = figure.subplots(1, 2)
         names = list(dict.fromkeys(record["name"] for record in [*times, *memory]))
         for axes, records, what in ((panels[0], times, "time"), (panels[1], memory, "peak memory")):
             if not records:
                 axes.set_axis_off()
                 continue
-            _draw(axes, records, names, pyplot.get_cmap("tab20"))
+            _draw(axes, records, names, colormaps["tab20"])
             axes.set(title=f"{what}, ratio to {base}", xlabel="length (tokens), equal tokens in all")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
         paths.append(folder / f"{part}_cost.png")
-        figure.savefig(paths[-1], dpi=150)
-        pyplot.close(figure)
+        save_figure(figure, paths[-1])
     return paths
 
 

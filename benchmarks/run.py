@@ -18,7 +18,7 @@ from benchmarks.cases import KERNELS, Case, model_names
 from benchmarks.measure import measure_memory, profile_case, time_cases
 from benchmarks.report import plot_benchmark, tables
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.results.result_file import hardware, versions, write_json
+from hf_relpos.environment import hardware, versions, write_json
 
 
 PARTS = ("attention", "step", "decode", "memory", "evaluate", "profile")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Writes the card of every run in docs/results, with its picture, to model_cards/.
+"""Writes the card of every setting in docs/results, over its seeds and with its picture, to model_cards/.
 
 python scripts/model_cards.py
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,60 +14,101 @@ import yaml
 
 from hf_relpos import RelPosConfig
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.experiments.sweep import grid_settings
-from hf_relpos.hub.model_card import model_card
-from hf_relpos.hub.repository import draw_result
-from hf_relpos.results.result_file import read_result, write_text
-from hf_relpos.results.statistics import group_results
-from hf_relpos.training.record import command_line
+from hf_relpos.environment import write_text
+from hf_relpos.experiments.grid import grid_settings
+from hf_relpos.hub.model_card import model_card, reproduction
+from hf_relpos.results.report_figures import draw_group
+from hf_relpos.results.result_file import RESULTS, read_results
+from hf_relpos.results.statistics import Group, group_results
+from hf_relpos.results.training_record import command_line
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results"
-# folder of docs/results whose files do not say by which flags they were made → the experiment that says it
+INTRODUCTION = """# Cards of the settings in docs/results
+
+`python scripts/model_cards.py` writes them from the result files, in the form that `scripts/push_to_hub.py` gives the
+card of one model. The models themselves are not published: `from_pretrained` takes a folder that the commands under
+"Reproduce" make. Those of `books` need a corpus that is not part of this repository;
+[docs/results.md](../docs/results.md) describes it.
+"""
+# folder of docs/results whose files do not say with which flags they were made → the experiment that says it
 EXPERIMENTS = {"books": "books_on_cpu.yaml", "flip_flop": "flip_flop.yaml"}
+# the seed in commands that are repeated for each seed
+SEED = "$seed"
 
 
-def runs() -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]], list[str] | None]]:
-    """→ name of the card, result, results of the other seeds, and the commands where the result does not say them."""
-    for path in sorted(RESULTS.glob("*.json")):
-        if path.name != "conformance.json":
-            yield f"sotu/{path.stem}", read_result(path), [], readme_commands(path.stem)
-    for listed in sorted(RESULTS.glob("*/results.txt")):
-        folder = listed.parent
-        results = [read_result(folder / line) for line in listed.read_text(encoding="utf-8").split()]
-        for group in group_results(results):
-            for seed, result in group.by_seed.items():
-                others = [other for number, other in group.by_seed.items() if number != seed]
-                name = re.sub(r"\W+", "-", group.label).strip("-")
-                commands = experiment_commands(folder.name, f"{name}-{seed}", result)
-                yield f"{folder.name}/{name}-{seed}", result, others, commands
+def settings() -> Iterator[tuple[str, str, Group]]:
+    """→ experiment, name of the setting and its runs, for all result files in docs/results."""
+    for path in sorted((ROOT / "docs" / "results").glob(f"*/{RESULTS}")):
+        for group in group_results(read_results(path)):
+            yield path.parent.name, re.sub(r"\W+", "-", group.label).strip("-"), group
+
+
+def write_card(experiment: str, name: str, group: Group, folder: Path) -> str:
+    """Writes the card of a setting and its picture; → its line in the list of all cards."""
+    first, *others = group.by_seed.values()
+    config = {
+        "architectures": ["RelPosForCausalLM"],
+        "pos_embedding_type": first["pos_embedding_type"],
+        "train_length": first["train_length"],
+        "max_position_embeddings": RelPosConfig().max_position_embeddings,
+    }
+    record = {**first["training"], "versions": first["versions"], "hardware": first["hardware"]}
+    card = model_card(
+        config,
+        f"{experiment}-{name}",
+        record,
+        [first],
+        [f"{name}.png"],
+        repo_id=f"output/{name}" if experiment == "sotu" else f"output/{experiment}-{name}-{first['seed']}",
+        commands=readme_commands(name) if experiment == "sotu" else commands(experiment, name, group),
+        other_seeds=others,
+    )
+    write_text(folder / experiment / f"{name}.md", f"{str(card).rstrip()}\n")
+    (folder / experiment / f"{name}.png").write_bytes(draw_group(group)[1])
+    return f"- [{group.label}]({experiment}/{name}.md), {len(group.by_seed)} seed{'s' * (len(group.by_seed) > 1)}"
 
 
 def readme_commands(scheme: str) -> list[str]:
     """The commands of the README's comparison, for one scheme."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (loop,) = re.findall(r"^for scheme in .*?; do\n(.*?)^done$", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line.removeprefix("  ") for line in loop.replace("$scheme", scheme).splitlines()]
-    return lines
+    return [line.removeprefix("  ") for line in loop.replace("$scheme", scheme).splitlines()]
 
 
-def experiment_commands(folder: str, name: str, result: dict[str, Any]) -> list[str] | None:
-    """The commands of one run of an experiment, by its scheme and seed."""
-    if "flags" in result["training"]:
-        return None
-    path = ROOT / "experiments" / EXPERIMENTS[folder]
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+def commands(experiment: str, name: str, group: Group) -> list[str]:
+    """The commands that make the runs of a setting again: a loop over the seeds."""
+    name = f"{experiment}-{name}-{SEED}"
+    training = group.first["training"]
+    if "flags" in training:
+        record = {**training, "flags": {**training["flags"], "seed": SEED}}
+        lines = reproduction(name, record, [group.first])
+    else:
+        lines = experiment_commands(EXPERIMENTS[experiment], name, group.first)
+    # the shell is to fill in the seed
+    text = re.sub(r"'([\w./-]*\$seed)((?:/[\w.-]+)?)'", r"\1\2", "\n".join(lines))
+    return [f"for seed in {' '.join(map(str, group.by_seed))}; do", *(f"  {x}" for x in text.split("\n")), "done"]
+
+
+def experiment_commands(file_name: str, name: str, result: dict[str, Any]) -> list[str]:
+    """The commands of a run of an experiment, found by its scheme and seed."""
+    content = yaml.safe_load((ROOT / "experiments" / file_name).read_text(encoding="utf-8"))
     key = ("pos_embedding_type", "seed")
-    (settings,) = [
-        settings for settings in grid_settings(content) if all(settings[each] == result[each] for each in key)
-    ]
+    (flags,) = [flags for flags in grid_settings(content) if all(flags[each] == result[each] for each in key)]
     place = {"model_name_or_path": f"output/{name}", "output_dir": f"output/{name}/evaluation"}
-    task = {"task": settings["task"]} if "task" in settings else {}
+    task = {"task": flags["task"]} if "task" in flags else {}
     return [
-        command_line("train", {**settings, "output_dir": f"output/{name}"}),
+        command_line("train", {**flags, "seed": SEED, "output_dir": f"output/{name}"}),
         command_line("evaluate", {**place, **task, **content["evaluate"]}),
     ]
+
+
+def write_list(lines: Sequence[tuple[str, str]], folder: Path) -> None:
+    """Writes README.md, which lists all cards by experiment."""
+    parts = [INTRODUCTION]
+    for experiment in dict.fromkeys(experiment for experiment, _ in lines):
+        parts += [f"## {experiment}\n", "\n".join(line for each, line in lines if each == experiment) + "\n"]
+    write_text(folder / "README.md", "\n".join(parts))
 
 
 @dataclass
@@ -80,20 +121,9 @@ class CardArguments:
 @command
 def main() -> None:
     (args,) = parse_arguments((CardArguments,), __doc__)
-    for name, result, others, commands in runs():
-        path = Path(args.output_dir) / f"{name}.md"
-        config = {
-            "architectures": ["RelPosForCausalLM"],
-            "pos_embedding_type": result["pos_embedding_type"],
-            "train_length": result["train_length"],
-            "max_position_embeddings": RelPosConfig().max_position_embeddings,
-        }
-        picture, content = draw_result(result)
-        title = name.replace("/", "-")
-        record = {**result["training"], "versions": result["versions"], "hardware": result["hardware"]}
-        card = model_card(config, title, record, [result], [f"{path.stem}.png"], commands=commands, other_seeds=others)
-        write_text(path, str(card))
-        path.with_suffix(".png").write_bytes(content)
+    folder = Path(args.output_dir)
+    lines = [(experiment, write_card(experiment, name, group, folder)) for experiment, name, group in settings()]
+    write_list(lines, folder)
 
 
 if __name__ == "__main__":

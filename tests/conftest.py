@@ -170,3 +170,22 @@ def save_with_tokenizer(folder, scheme: str, chat_template: str | None = None, *
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+@pytest.fixture(scope="session")
+def data_flags(corpus_files):
+    return ["--train_file", corpus_files / "train", "--validation_file", corpus_files / "valid.txt"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_flags):
+    """→ a folder with a model of each of four kinds, trained for 6 steps."""
+    from helpers import training_flags  # which imports this file
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        for scheme in ("none", "linear_cpb", "learned", "rotary"):
+            flags = training_flags(data_flags, folder / scheme, pos_embedding_type=scheme)
+            patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+            load_script("train").main()
+    return folder

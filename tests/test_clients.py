@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, WORDS, make_model, make_text, make_tokens
-from test_sharing import run_without_the_package
+from helpers import run_without_the_package
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (

@@ -16,21 +16,17 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
+from ..environment import check_at_least_1
+
 
 FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer text file is cut at a line's end
 CACHE_VERSION = 1  # raise it when the functions below change what they make
 
 
-def check_at_least_1(name: str, value: float | None) -> None:
-    """Raises `ValueError` for a value below 1; `None` is left to its default."""
-    if value is not None and value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
 @dataclass
-class DataArguments:
-    """Which text, and how it becomes blocks. Without a data set or a file, the built-in corpus is used."""
+class TextArguments:
+    """Which text, and how it becomes blocks; the built-in corpus unless a data set or a file is given."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set of the Hub or a local folder that datasets.load_dataset takes."}
@@ -44,16 +40,9 @@ class DataArguments:
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of the training documents to evaluate on if nothing else is given."}
     )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "A synthetic task in place of text: string_copy, string_copy_words, string_copy_tokens, flip_flop, "
-            "passkey or passkey_text."
-        },
-    )
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer to use in place of one trained on the corpus."}
+        default=None, metadata={"help": "A tokenizer to use instead of one trained on the corpus."}
     )
     cross_document_attention: bool = field(
         default=False, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
@@ -68,9 +57,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_eval_samples", "preprocessing_num_workers"):
             check_at_least_1(name, getattr(self, name))
-        for name in ("dataset_name", "train_file", "validation_file"):
-            if self.task and getattr(self, name):
-                raise ValueError(f"`task` and `{name}` exclude each other, got both.")
 
 
 @dataclass
@@ -92,7 +78,7 @@ class Corpus:
 # --- corpora
 
 
-def load_corpus(args: DataArguments) -> Corpus:
+def load_corpus(args: TextArguments) -> Corpus:
     """The corpus that the arguments name.
 
     Raises:
@@ -142,7 +128,7 @@ def load_sotu() -> Corpus:
     return Corpus("sotu", made, _hash_documents(made))
 
 
-def _load_named(args: DataArguments) -> Corpus:
+def _load_named(args: TextArguments) -> Corpus:
     try:
         loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
@@ -156,7 +142,7 @@ def _load_named(args: DataArguments) -> Corpus:
     return Corpus(name, splits, digest(args.text_column, *(split._fingerprint for split in splits.values())))
 
 
-def _load_files(args: DataArguments) -> Corpus:
+def _load_files(args: TextArguments) -> Corpus:
     given = {"train": args.train_file, "validation": args.validation_file}
     paths = {split: _list_files(split, path) for split, path in given.items() if path}
     splits, stamps = {}, {}
@@ -239,7 +225,7 @@ def _decode(path: Path) -> Iterator[str]:
 
 
 def _read_texts(files: list[str], stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """One document per text file; `stamps` only serve the cache's hash."""
+    """One document per text file; `stamps` are there for the cache's hash only."""
     for file in files:
         text = ""
         for piece in _decode(Path(file)):

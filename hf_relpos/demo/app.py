@@ -5,15 +5,23 @@ The page has no picture, script or font from elsewhere, and nothing is sent anyw
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..cli import command, parse_arguments
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..training.model_setup import load_model, load_model_tokenizer
+from ..model_loading import load_model, load_model_tokenizer
 from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, losses_page, render
 
+
+DESCRIPTION = """\
+A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
+
+python scripts/demo.py output/alibi output/rotary
+"""
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 EXAMPLE = (  # Lincoln at Gettysburg, 1863
@@ -35,6 +43,22 @@ EXAMPLE = (  # Lincoln at Gettysburg, 1863
 )
 
 
+@dataclass
+class DemoArguments:
+    """Where the page is served."""
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all of the machine."})
+    port: int = field(default=7860, metadata={"help": "Port to listen at."})
+    share: bool = field(default=False, metadata={"help": "Also publish the page on the internet, through gradio.live."})
+
+
+@command
+def main() -> None:
+    """The command line of scripts/demo.py."""
+    args, names = parse_arguments((DemoArguments,), DESCRIPTION, positional="DIR")
+    serve_page(names, args.host, args.port, args.share)
+
+
 def load_models(names: Sequence[str]) -> list[PageModel]:
     """Loads models of the family.
 
@@ -42,9 +66,9 @@ def load_models(names: Sequence[str]) -> list[PageModel]:
         names: folders, or names on the Hub.
 
     Raises:
-        ValueError: for one that is no language model of the family, or has no tokenizer.
+        ValueError: for one that is not a language model of the family, or has no tokenizer.
     """
-    # of a folder the last part alone: where it lies is nobody's business on a page
+    # of a folder the last part only: the page must not show paths
     shown = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
     entries = []
     for index, name in enumerate(names):
@@ -58,7 +82,7 @@ def load_models(names: Sequence[str]) -> list[PageModel]:
 
 
 def import_gradio() -> Any:
-    """The library, told to send nothing; raises `ValueError` if it is not installed."""
+    """The library with its telemetry off; raises `ValueError` if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -72,7 +96,7 @@ def build_page(gradio: Any, entries: Sequence[PageModel]) -> Any:
     with gradio.Blocks(title="hf_relpos", analytics_enabled=False) as page:
         gradio.Markdown("# Position embeddings side by side")
         with gradio.Tab("Text"):
-            gradio.Markdown("Each model goes on with the prompt. Temperature 0 takes the likeliest token each time.")
+            gradio.Markdown("Each model continues the prompt. Temperature 0 takes the likeliest token each time.")
             _text_tab(gradio, entries)
         with gradio.Tab("Loss"):
             gradio.Markdown("How well each model predicts each token of a text, by the number of tokens before it.")
@@ -131,15 +155,15 @@ def _bias_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
             gradio.Radio(["linear", "logarithmic"], value="linear", label="Axis of distances"),
         ]
     biases = gradio.HTML(bias_page(entries, *first), elem_id="biases", apply_default_css=False)
-    for field, event in zip(inputs, ("change", "release", "change")):
-        _connect(field, lambda *given: bias_page(entries, *given), inputs, biases, event)
+    for control, event in zip(inputs, ("change", "release", "change")):
+        _connect(control, lambda *given: bias_page(entries, *given), inputs, biases, event)
 
 
 def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:
     """Loads the models and serves the page until it is interrupted.
 
     Raises:
-        ValueError: without gradio, for what is no model of the family, or if the port is taken.
+        ValueError: without gradio, for what is not a model of the family, or if the port is taken.
     """
     gradio = import_gradio()
     page = build_page(gradio, load_models(names))

@@ -78,7 +78,7 @@ BIASES = """<div class="cards curves">{% for entry, plot, note in rows %}
 
 @dataclass
 class PageModel:
-    """A model of the page, with what it is called there: its scheme, its training length and its folder's own name."""
+    """A model of the page, with what it is called there: scheme, training length and folder name."""
 
     name: str
     model: RelPosForCausalLM
@@ -251,7 +251,7 @@ def _draw_bias(axes: Any, entry: PageModel, table: np.ndarray, scale: str) -> No
 
 
 def _svg(draw: Callable[..., None], size: tuple[float, float], label: str, *arguments: Any) -> str:
-    """A drawing as SVG in the page's own text colour, legible on light and dark."""
+    """A drawing as SVG in the page's text colour, legible on light and dark."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

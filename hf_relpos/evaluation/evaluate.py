@@ -8,13 +8,26 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..data.blocks import evaluation_documents
-from ..data.corpus import DataArguments, check_at_least_1, load_corpus
-from ..results.result_file import hardware, peak_memory_mib, plot_results, plot_scores, versions, write_json
-from ..tasks.base import evaluate_task, make_task
-from ..training.model_setup import load_model, load_model_tokenizer
-from ..training.record import given_flags, read_record
+from ..cli import command, parse_arguments
+from ..data.corpus import load_corpus
+from ..data.tokens import evaluation_documents
+from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
+from ..model_loading import load_model, load_model_tokenizer
+from ..results.plots import plot_results, plot_scores
+from ..results.result_file import markdown_table
+from ..results.training_record import given_flags, read_record
+from ..tasks.arguments import DataArguments
+from ..tasks.base import make_task
 from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
+from .task_scores import evaluate_task
+
+
+DESCRIPTION = """\
+Evaluates any causal language model of transformers by length and by position, over the same target tokens; or by the
+rows of a synthetic task (--task).
+
+python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
+"""
 
 
 @dataclass
@@ -50,6 +63,19 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
 
 
+@command
+def main() -> None:
+    """The command line of scripts/evaluate.py."""
+    args, data_args = parse_arguments((EvaluationArguments, DataArguments), DESCRIPTION)
+    result = evaluate_model(args, data_args)
+    print(markdown_table([result]))
+    for length, row in result.get("sliding_window", {}).items():
+        tokens = row["num_tokens"]
+        print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
+    for path in (*sorted(Path(args.output_dir).glob("*_by_*.png")), Path(args.output_dir) / "results.json"):
+        print(f"wrote {path}")
+
+
 def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
     """Evaluates a model and writes `results.json` and the plots to `args.output_dir`.
 
@@ -57,7 +83,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         the result, as in `results.json`.
 
     Raises:
-        ValueError: for anything that the user can mend; nothing is written then.
+        ValueError: for wrong flags, data or models; nothing is written then.
     """
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
@@ -121,7 +147,7 @@ def _measure_task(
 ) -> dict[str, Any]:
     """Scores by length on rows of a synthetic task."""
     if args.stride is not None:
-        raise ValueError("`stride` is for text: a task has rows of its own.")
+        raise ValueError("`stride` is for text, not for a task.")
     task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
     scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
     corpus_facts = {"name": f"task {task.name}", "split": "test", "fingerprint": task.fingerprint}

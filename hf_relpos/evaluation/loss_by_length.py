@@ -30,7 +30,7 @@ class RunningLoss:
         self.histogram = np.zeros(self.bins_per_nat * self.max_loss, dtype=np.int64)
 
     def add(self, losses: np.ndarray) -> None:
-        """Any shape; NaN entries are no targets."""
+        """Adds losses of any shape; NaN entries are skipped."""
         losses = losses[~np.isnan(losses)]
         self.total += float(losses.sum(dtype=np.float64))
         self.count += losses.size
@@ -74,7 +74,7 @@ class ClusteredMean:
         self.open = np.zeros(2)
 
     def estimate(self) -> tuple[float, float | None] | None:
-        """→ mean and standard error, `None` in place of the latter for one cluster; `None` without any value."""
+        """→ mean and standard error, the latter `None` for one cluster; `None` without any value."""
         self._close()
         clusters, number, total, nn, ns, ss = self.done
         if not number:
@@ -88,7 +88,7 @@ class ClusteredMean:
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Dropout off and no gradients, whatever mode the model was in."""
+    """Dropout off and no gradients; the mode that the model was in is restored."""
     training = model.training
     model.eval()
     try:
@@ -109,13 +109,13 @@ def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         (B, N) fp32 on the CPU; the first column is NaN: nothing comes before it.
 
     Raises:
-        ValueError: if the model cannot serve N positions, or gives a loss that is not finite.
+        ValueError: if the model does not support N positions, or gives a loss that is not finite.
     """
     tokens = tokens.to(model.device)
     try:
         logits = model(input_ids=tokens, use_cache=False).logits
     except IndexError as error:
-        raise ValueError(f"the model cannot serve a length of {tokens.shape[1]} tokens: {error}") from error
+        raise ValueError(f"the model does not support a length of {tokens.shape[1]} tokens: {error}") from error
     losses = torch.full(tokens.shape, math.nan, dtype=torch.float32)
     # a few logits at a time: an fp32 copy of all, or their softmax, would be the peak of memory
     for row in range(len(tokens)):
@@ -214,7 +214,7 @@ def evaluate_lengths(
 
 
 def check_lengths(lengths: Sequence[int], model: Any = None) -> list[int]:
-    """Sorted lengths without repeats; raises `ValueError` for those below 2 or past what the model can serve."""
+    """Sorted lengths without repeats; raises `ValueError` for those below 2 or past what the model supports."""
     limit = getattr(getattr(model, "config", None), "max_positions", None)
     if not lengths or min(lengths) < 2:
         raise ValueError(f"`eval_lengths` must be at least 2 tokens each, got {list(lengths)}.")

@@ -45,7 +45,7 @@ class PerplexityByLength(evaluate.Metric):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
         if tokenizer is None:
-            raise ValueError("`tokenizer` is needed with a model that is no name.")
+            raise ValueError("`tokenizer` is needed unless `model` is a name.")
         documents = tokenizer(list(predictions), add_special_tokens=False, verbose=False)["input_ids"]
         by_length = evaluate_lengths(model, documents, lengths, tokens_per_batch=tokens_per_batch)["lengths"]
         scores = {f"perplexity_{length}": score["perplexity"] for length, score in by_length.items()}

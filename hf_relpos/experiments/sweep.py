@@ -1,240 +1,50 @@
-"""Experiments: a YAML file states a grid of runs; each is named by the hash of all that determines it."""
+"""Sweeps: the runs of an experiment, one after another, in several processes or on a Ray cluster, each only once."""
 
-import hashlib
-import itertools
 import json
-import math
 import os
 import shutil
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 from transformers import TrainerCallback
 
-from ..cli import parse_values
-from ..data.corpus import DataArguments
-from ..evaluation.evaluate import EvaluationArguments, evaluate_model
-from ..model.configuration_relpos import RelPosConfig
-from ..results.result_file import versions, write_json
-from ..tasks.base import check_task
-from ..training.model_setup import ModelArguments, new_config
-from ..training.record import COSMETIC, TRAINING_RECORD
-from ..training.scheme_change import ChangeArguments, changed_config
-from ..training.train import FinetuningArguments, RelPosTrainingArguments, finetune, train
+from ..cli import command, parse_arguments, parse_values
+from ..environment import write_json
+from ..evaluation.evaluate import evaluate_model
+from ..results.result_file import RESULTS, read_readable, write_results
+from ..results.training_record import TRAINING_RECORD
+from ..training.train import finetune, train
+from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 
 
-# of a run whose worker died
-MAX_RETRIES = 3
-PROGRESS, FAILURE, LOG, RESULT = "progress.json", "failure.txt", "log.txt", "results.json"
-TRAIN_TYPES = (ModelArguments, DataArguments, RelPosTrainingArguments)
-FINETUNE_TYPES = (ChangeArguments, DataArguments, FinetuningArguments)
-EVALUATE_TYPES = (EvaluationArguments, DataArguments)
-SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
-# set by the sweep itself, or by nobody there
-RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
-FILES = ("train_file", "validation_file")
-# what --scale multiplies, and the least that it leaves
-SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
+DESCRIPTION = """\
+Runs the experiment that a YAML file states, and continues where an earlier call stopped.
 
-
-@dataclass(eq=False)
-class Run:
-    """One model to train and to evaluate.
-
-    Attributes:
-        place: where in the file it comes from.
-        settings: flags of scripts/train.py, or of scripts/finetune.py if there is a base.
-        evaluation: flags of scripts/evaluate.py.
-        base: the run whose model it goes on from.
-    """
-
-    place: str
-    settings: dict[str, Any]
-    evaluation: dict[str, Any]
-    base: "Run | None" = None
-    _key: str = field(default="", repr=False)
-
-    @property
-    def key(self) -> str:
-        """Twelve hexadecimal digits of the hash of what determines the trained model."""
-        if not self._key:
-            facts = {name: value for name, value in self.settings.items() if name not in COSMETIC}
-            texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
-            base = self.base and self.base.key
-            self._key = _hash({"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base})
-        return self._key
-
-    @property
-    def label(self) -> str:
-        """A few words for a person."""
-        words = [self.base.label] if self.base else [str(self.settings.get("pos_embedding_type", "linear_cpb"))]
-        if self.base:
-            changes = (self.settings.get(name) for name in ("pos_embedding_type", "rope_parameters"))
-            words += [f"then {change}" for change in changes if change is not None]
-        words += ["augmented"] if self.settings.get("position_start_augmentation") else []
-        words += [f"{sampling} positions"] if (sampling := self.settings.get("position_sampling")) else []
-        names = {"layer_types": "{}", "sliding_window": "window {}", "model_size": "{}", "block_size": "at {}"}
-        names |= {"max_steps": "{} steps"} if self.base else {}
-        words += [text.format(self.settings[name]) for name, text in names.items() if name in self.settings]
-        return " ".join(words) + ("" if self.base else f" seed {self.settings.get('seed', 42)}")
-
-    def folder(self, root: Path) -> Path:
-        """Where the trained model lies."""
-        return root / "runs" / self.key
-
-    def result(self, root: Path) -> Path:
-        """Where its evaluation lies: another one does not train the model again."""
-        facts = {name: value for name, value in self.evaluation.items() if name not in COSMETIC}
-        return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _digest(path: str) -> str:
-    """Hash of a file, or of all files of a folder."""
-    paths = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
-    digest = hashlib.sha256()
-    for each in paths:
-        digest.update(each.name.encode())
-        with each.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-# --- the file
-
-
-def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
-    """The runs that a YAML file states.
-
-    The file has the sections `train`, `evaluate` and `finetune` (flags of the scripts of these names) and `grid` (one
-    dictionary or several, flag → list of values): each dictionary of the grid is multiplied out, and so are the lists
-    of `finetune`, which goes on from each trained model. Bases come before what goes on from them.
-
-    Args:
-        path: the file.
-        scale: factor of the numbers of steps and of evaluation windows.
-
-    Raises:
-        ValueError: for a file that cannot be read, an unknown key, scheme or size, a grid without runs, or two entries
-            that are the same run, naming the place in the file.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"experiment {path!r} cannot be read: {error}") from error
-    if not math.isfinite(scale) or scale <= 0:
-        raise ValueError(f"`scale` must be above 0, got {scale}.")
-    if not isinstance(content, dict):
-        raise ValueError(f"experiment {path!r} must hold a dictionary with a `grid`.")
-    unknown = sorted(map(str, set(content) - set(SECTIONS)))
-    if unknown:
-        raise ValueError(f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}.")
-    grids = content.get("grid")
-    grids = grids if isinstance(grids, list) else [grids]
-    train, evaluation = (_section(path, name, content.get(name) or {}) for name in ("train", "evaluate"))
-    runs: list[Run] = []
-    for index, grid in enumerate(grids):
-        place = f"grid[{index}]" if len(grids) > 1 else "grid"
-        for number, choice in enumerate(_multiply(path, place, _section(path, "grid", grid or {}, place))):
-            settings = _scaled({**train, **choice}, scale)
-            tested = {"task": settings["task"], **evaluation} if "task" in settings else evaluation
-            runs.append(Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(tested, scale)))
-    if not runs:
-        raise ValueError(f"{path}: `grid` is empty: it must list values of at least one flag.")
-    if content.get("finetune"):
-        section = _section(path, "finetune", content["finetune"])
-        section = {name: value if isinstance(value, list) else [value] for name, value in section.items()}
-        for run, choice in itertools.product(list(runs), list(_multiply(path, "finetune", section))):
-            inherited = {name: value for name, value in run.settings.items() if name in _names(DataArguments)}
-            settings = _scaled({**inherited, "seed": run.settings.get("seed", 42), **choice}, scale)
-            place = f"{path}: finetune {choice} of {run.place.partition(': ')[2]}"
-            runs.append(Run(place, settings, run.evaluation, run))
-    _check(runs, drop_repeats=scale < 1)
-    return runs
-
-
-def grid_settings(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The flags of each run of an experiment, as its file holds it, that does not go on from another; unchecked."""
-    grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
-    return [{**content.get("train", {}), **choice} for grid in grids for choice in _multiply("", "grid", grid)]
-
-
-def _names(*types: type) -> set[str]:
-    return {item.name for each in types for item in fields(each) if item.init}
-
-
-def _section(path: str, name: str, values: Any, place: str | None = None) -> dict[str, Any]:
-    place = place or name
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: `{place}` must be a dictionary of flags, got {values!r}.")
-    for key in values:
-        if key in RESERVED or key == "model_name_or_path":
-            raise ValueError(f"{path}: `{place}.{key}` is not for an experiment to set.")
-        if key not in _names(*SECTIONS[name]):
-            raise ValueError(f"{path}: `{place}` holds an unknown flag: {key!r}.")
-    return values
-
-
-def _multiply(path: str, place: str, section: dict[str, Any]) -> list[dict[str, Any]]:
-    for name, values in section.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: `{place}.{name}` must be a list of values, got {values!r}.")
-    if not section:
-        return []
-    return [dict(zip(section, values)) for values in itertools.product(*section.values())]
-
-
-def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
-    if scale == 1:
-        return settings
-    return {
-        name: max(SCALED[name], round(value * scale)) if name in SCALED and value else value
-        for name, value in settings.items()
-    }
-
-
-def _check(runs: list[Run], drop_repeats: bool) -> None:
-    """Parses all flags and makes sure that no two runs are the same; scaling alone may make some of them equal."""
-    places: dict[str, Run] = {}
-    configs: dict[Run, RelPosConfig] = {}
-    for run in list(runs):
-        try:
-            types = FINETUNE_TYPES if run.base else TRAIN_TYPES
-            model_args, data_args, args = parse_values(types, {**run.settings, "output_dir": "unused"})
-            if data_args.task is not None:
-                check_task(data_args.task)
-            if run.base is None:
-                configs[run] = new_config(model_args, args.block_size)
-            elif run.base in configs:
-                changed_config(configs[run.base], model_args, args.block_size)
-            parse_values(EVALUATE_TYPES, {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"})
-            key = run.key
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{run.place}: {error}") from error
-        if key in places and drop_repeats:
-            runs.remove(run)
-        elif key in places:
-            raise ValueError(f"{run.place} is the same run as {places[key].place}.")
-        places.setdefault(key, run)
+python scripts/sweep.py --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
+"""
+MAX_RETRIES = 3  # of a run whose worker died
+PROGRESS, FAILURE, LOG = "progress.json", "failure.txt", "log.txt"
 
 
 # --- one run
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes the step and the loss to a file, from which whoever runs the sweep reads them."""
+    """Writes the step and the loss to a file, which the table of the sweep is made from."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.written, self.begun, self.first_step = path, 0.0, time.time(), 0
@@ -318,7 +128,7 @@ def status(run: Run, root: Path, since: float = 0.0) -> dict[str, Any]:
     Args:
         run: any run of the sweep.
         root: folder of the sweep.
-        since: seconds of the epoch; progress that was written before is that of a run that was killed.
+        since: seconds of the epoch; progress written earlier is that of a run that was killed.
 
     Returns:
         `state` ("waiting", "training", "evaluating", "done" or "failed"); `step`, `steps`, `loss`, `seconds_left` and
@@ -341,14 +151,14 @@ def status(run: Run, root: Path, since: float = 0.0) -> dict[str, Any]:
 
 
 def run_here(runs: Sequence[Run], root: Path) -> list[Run]:
-    """Runs all in this process, one after another; → those that failed. What goes on from a failed run fails too."""
+    """Runs all in this process, one after another; → those that failed, with all that start from them."""
     failed: list[Run] = []
     if visible_gpus():  # the Trainer would use all of them, with as many times the batch
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[0]
     for run in runs:
         try:
             if run.base in failed:
-                raise ValueError(f"the run that it goes on from failed: {run.base.key}")
+                raise ValueError(f"the run that it starts from failed: {run.base.key}")
             run_one(run, root)
         except Exception:
             failed.append(run)
@@ -356,7 +166,7 @@ def run_here(runs: Sequence[Run], root: Path) -> list[Run]:
 
 
 def run_in_processes(runs: Sequence[Run], root: Path, num_processes: int) -> list[Run]:
-    """Runs several at once, each in a process of its own, the GPUs in turn; → those that failed."""
+    """Runs several at once, each in its own process, the GPUs in turn; → those that failed."""
     devices, threads = visible_gpus(), max(1, torch.get_num_threads() // num_processes)
     # a process for each run: a GPU is chosen before torch has seen one, and memory goes back when a run is done
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -371,7 +181,7 @@ def run_on_ray(runs: Sequence[Run], root: Path, cpus_per_run: float, gpus_per_ru
     """Runs all as tasks of a Ray cluster, as many at once as it has room for; → those that failed.
 
     The cluster is the one that RAY_ADDRESS names or that runs here, or else one that is started here. All its machines
-    must see `root` and the text files under the same paths. A task whose worker dies is started again and goes on from
+    must see `root` and the text files under the same paths. A task whose worker dies is started again and resumes at
     its last checkpoint.
 
     Raises:
@@ -393,10 +203,10 @@ def run_on_ray(runs: Sequence[Run], root: Path, cpus_per_run: float, gpus_per_ru
 
 
 def schedule(runs: Sequence[Run], submit: Callable[[Run, int], Future], num_places: int) -> list[Run]:
-    """Starts a run when a place is free and what it goes on from is done; → those that failed.
+    """Starts a run when a place is free and the run that it finetunes is done; → those that failed.
 
     Args:
-        runs: bases before what goes on from them.
+        runs: bases before the runs that start from them.
         submit: starts a run at a place, 0 to `num_places` − 1.
         num_places: how many run at once.
     """
@@ -430,3 +240,129 @@ def _run_on(run: Run, root: Path, device: str | None, num_threads: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     torch.set_num_threads(num_threads)
     run_one(run, root)
+
+
+def collect_results(runs: Sequence[Run], root: Path) -> int:
+    """Writes the results of all runs that are done to `results.jsonl`, in the order of the experiment; → how many."""
+    results, errors = read_readable(run.result(root) for run in runs if run.result(root).is_file())
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
+    write_results(root / RESULTS, results)
+    return len(results)
+
+
+# --- the table of states
+
+
+@contextmanager
+def live_table(runs: Sequence[Run], root: Path, seconds: float = 1.0) -> Iterator[None]:
+    """Shows the state of all runs while the body runs; where there is no terminal, a line for each change."""
+    console, stop, begun = Console(file=sys.__stderr__), threading.Event(), time.time()
+
+    def follow() -> None:
+        if console.is_terminal:
+            with Live(progress_table(runs, root, begun), console=console, auto_refresh=False) as live:
+                while not stop.wait(seconds):
+                    live.update(progress_table(runs, root, begun), refresh=True)
+                live.update(progress_table(runs, root, begun), refresh=True)
+            return
+        seen: dict[str, str] = {}
+        while True:
+            ended = stop.wait(seconds)
+            for run in runs:
+                state = status(run, root, begun)["state"]
+                if state != seen.get(run.key, "waiting"):
+                    console.print(f"{run.key}  {run.label}: {state}", highlight=False)
+                seen[run.key] = state
+            if ended:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def progress_table(runs: Sequence[Run], root: Path, begun: float) -> Table:
+    """The runs that are active or failed, and how many there are in each state."""
+    found = [(run, status(run, root, begun)) for run in runs]
+    counts = Counter(state["state"] for _, state in found)
+    title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + _time_left(found, root, begun)
+    table = Table("run", "state", "step", "loss", "left", title=title)
+    for run, state in found:
+        if state["state"] in ("done", "waiting"):
+            continue
+        loss, left = state.get("loss"), state.get("seconds_left")
+        table.add_row(
+            f"{run.key} {run.label}",
+            state["state"],
+            f"{state['step']}/{state['steps']}" if "step" in state else "",
+            "" if loss is None else f"{loss:.3f}",
+            "" if left is None or state["state"] != "training" else f"{int(left // 60)}:{int(left % 60):02d}",
+        )
+    return table
+
+
+def _time_left(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
+    """How long the runs that are left take at the pace of those that ended since `begun`; empty before the first."""
+    ended = sum(state["state"] == "done" and run.result(root).stat().st_mtime >= begun for run, state in found)
+    left = sum(state["state"] in ("waiting", "training", "evaluating") for _, state in found)
+    if not ended or not left:
+        return ""
+    minutes = (time.time() - begun) / ended * left / 60
+    return f"; about {minutes / 60:.1f} hours left" if minutes > 90 else f"; about {minutes:.0f} minutes left"
+
+
+# --- the command
+
+
+@dataclass
+class SweepArguments:
+    """Which experiment, where its runs go, and how many run at once."""
+
+    experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
+    output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
+    scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
+    num_parallel: int = field(
+        default=1, metadata={"help": "Runs at once, each in a process of its own; GPUs are used in turn."}
+    )
+    executor: str = field(
+        default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}
+    )
+    cpus_per_run: float = field(default=1, metadata={"help": "CPUs that a run takes of a Ray cluster."})
+    gpus_per_run: float = field(default=0, metadata={"help": "GPUs that a run takes of a Ray cluster."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the runs and start none."})
+
+
+@command
+def main() -> None:
+    (args,) = parse_arguments((SweepArguments,), DESCRIPTION)
+    if args.num_parallel < 1:
+        raise ValueError(f"`num_parallel` must be at least 1, got {args.num_parallel}.")
+    if args.executor not in ("local", "ray"):
+        raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")
+    if args.executor == "ray" and args.num_parallel != 1:
+        raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
+    runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
+    if args.dry_run:
+        for run in runs:
+            print(f"{run.key}  {run.label}: {status(run, root)['state']}")
+        return
+    todo = [run for run in runs if status(run, root)["state"] != "done"]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before")
+    with live_table(runs, root):
+        if args.executor == "ray":
+            failed = run_on_ray(todo, root, args.cpus_per_run, args.gpus_per_run)
+        elif args.num_parallel == 1:
+            failed = run_here(todo, root)
+        else:
+            failed = run_in_processes(todo, root, args.num_parallel)
+    for run in failed:
+        print(f"failed: {run.label}, see {run.folder(root)}/{FAILURE}", file=sys.stderr)
+    count = collect_results(runs, root)
+    print(f"{count} of {len(runs)} results, in {root / RESULTS}")
+    if failed:
+        sys.exit(1)

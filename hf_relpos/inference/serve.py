@@ -1,7 +1,7 @@
 """`hf-relpos serve DIR`: `transformers serve` for models of the family.
 
 `transformers serve` looks a model's class up by name among those of transformers itself, so it finds no custom code,
-trusted or not. Here the class is put there first; all else is transformers' own server with its own options.
+trusted or not. Here the class is put there first; server and options are those of transformers.
 """
 
 import sys
@@ -22,15 +22,15 @@ USAGE = "hf-relpos serve DIR [options of `transformers serve`, see `hf-relpos se
 
 
 def check_model(name: str, options: Sequence[str]) -> None:
-    """Raises `ValueError` unless `name` is a folder with a language model of the family that can be served so."""
+    """Raises `ValueError` unless `name` is a folder with a language model of the family that can be served this way."""
     if not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name!r} is no folder with a saved model: {USAGE}")
+        raise ValueError(f"{name!r} is not a folder with a saved model: {USAGE}")
     try:
         fields, _ = RelPosConfig.get_config_dict(name)
     except OSError as error:  # no JSON
         raise ValueError(f"the configuration of {name!r} cannot be read: {error}") from error
     if fields.get("model_type") != RelPosConfig.model_type:
-        raise ValueError(f"{name!r} is no model of the family ('relpos'), got {fields.get('model_type')!r}.")
+        raise ValueError(f"{name!r} is not a model of the family ('relpos'), got {fields.get('model_type')!r}.")
     if fields.get("architectures") != [RelPosForCausalLM.__name__]:
         raise ValueError(f"{name!r} must hold a {RelPosForCausalLM.__name__}, got {fields.get('architectures')}.")
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
@@ -55,7 +55,7 @@ def adapt_server(name: str) -> None:
         return app
 
     setattr(model_manager.transformers, RelPosForCausalLM.__name__, RelPosForCausalLM)
-    # else the cache of the Hub is listed, none of which this server serves
+    # otherwise it lists the Hub cache, whose models this server does not have
     model_manager.ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [listed])
     server.build_server = build
 

@@ -1,108 +1,124 @@
-"""Results: one JSON file per run; tables and plots made from such files and from nothing else."""
+"""Results: a JSON file of one run, or a file of JSON lines with the runs of an experiment; and tables of them."""
 
 import json
 import math
-import os
-import platform
-import resource
-import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
-from importlib import metadata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..environment import write_text
 
 
+# the runs of an experiment, in the folder of scripts/sweep.py and in those of docs/results
+RESULTS = "results.jsonl"
 REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versions", "hardware", "corpus")
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the commit of the code if it is a git checkout."""
-    names = ("hf_relpos", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    with suppress(OSError, subprocess.CalledProcessError):
-        if _git("--show-prefix") == "hf_relpos/results/":  # and not an environment inside somebody's repository
-            found["commit"] = _git("--short", "HEAD")
-    return found
-
-
-def _git(*arguments: str) -> str:
-    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", *arguments)
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def hardware() -> dict[str, Any]:
-    """What the result was computed on."""
-    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["num_gpus"] = torch.cuda.device_count()
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def peak_memory_mib() -> float:
-    """Peak memory of this process in MiB: the GPU's if there is one, else the resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if platform.system() == "Darwin" else kib / 2**10
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all; refuses NaN and infinity, which are no JSON."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+# significant digits that `write_results` keeps: of long curves, which are only drawn, and of all other numbers
+CURVE_DIGITS, DIGITS = {"loss_by_position": 5, "distance_bias": 4, "log": 5}, 8
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """A result file of scripts/evaluate.py.
+    """The result file that scripts/evaluate.py wrote for one run.
 
     Raises:
-        ValueError: if the file is missing, is no JSON, or is no result.
+        ValueError: if the file is missing, is not JSON, holds NaN, or is not a result.
     """
+    return _parse(_read(path), f"result file {str(path)!r}")
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The runs of a result file: one of a `.json` file, or one per line of a `.jsonl` file.
+
+    Raises:
+        ValueError: if the file is missing or empty; if a line is not a result, or repeats an earlier one, with its
+            number.
+    """
+    if Path(path).suffix != ".jsonl":
+        return [read_result(path)]
+    results: list[dict[str, Any]] = []
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        result = _parse(line, f"result file {str(path)!r}, line {number}")
+        repeated = first_line.setdefault(json.dumps(result, sort_keys=True), number)
+        if repeated != number:
+            raise ValueError(f"result file {str(path)!r}, line {number} repeats line {repeated}.")
+        results.append(result)
+    if not results:
+        raise ValueError(f"result file {str(path)!r} holds no results.")
+    return results
+
+
+def read_readable(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """→ the runs of all result files that can be read, and what is wrong with each of the others."""
+    results, errors = [], []
+    for path in paths:
+        try:
+            results += read_results(path)
+        except ValueError as error:
+            errors.append(str(error))
+    return results, errors
+
+
+def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
+    """Writes one run per line, whole or not at all, as small as tables and plots allow.
+
+    Numbers are rounded, and `loss_by_position` is kept as it is drawn: `{"positions": .., "losses": ..}`, means of a
+    quarter of an octave each. The loss at every single position remains in the results.json of the run.
+    """
+    lines = (json.dumps(_compact(r), ensure_ascii=False, allow_nan=False, separators=(",", ":")) for r in results)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _compact(result: dict[str, Any]) -> dict[str, Any]:
+    if result.get("loss_by_position"):
+        positions, losses = smooth_by_position(result["loss_by_position"])
+        result = {**result, "loss_by_position": {"positions": positions, "losses": losses}}
+    return _rounded(result)
+
+
+def _rounded(value: Any, digits: int = DIGITS) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each, CURVE_DIGITS.get(key, digits)) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each, digits) for each in value]
+    if isinstance(value, float) and math.isfinite(value):
+        rounded = float(f"{value:.{digits}g}")
+        # "3" is shorter than "3.0"; in a curve the two are the same
+        return int(rounded) if digits < DIGITS and rounded.is_integer() else rounded
+    return value
+
+
+def _read(path: str | Path) -> str:
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"result file {str(path)!r} cannot be read: {error}") from error
-    result_is_dict = isinstance(result, dict)
-    required = REQUIRED_KEYS + (TASK_KEYS if result_is_dict and "task" in result else TEXT_KEYS)
-    missing = [key for key in required if not result_is_dict or key not in result]
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    """→ the result that a text holds; an error begins with `where`."""
+    try:
+        result = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+    is_dict = isinstance(result, dict)
+    required = REQUIRED_KEYS + (TASK_KEYS if is_dict and "task" in result else TEXT_KEYS)
+    missing = [key for key in required if not is_dict or key not in result]
     if missing:
-        raise ValueError(f"result file {str(path)!r} lacks {missing}.")
+        raise ValueError(f"{where} lacks {missing}.")
     number = "score" if "task" in result else "perplexity"
     try:
-        whole = all(int(length) > 0 and math.isfinite(cell[number]) for length, cell in result["lengths"].items())
+        is_whole = all(int(length) > 0 and math.isfinite(cell[number]) for length, cell in result["lengths"].items())
     except (AttributeError, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole or not result["lengths"] or not isinstance(result["corpus"], dict):
-        raise ValueError(f"result file {str(path)!r} has no {number} by length, or no corpus.")
+        is_whole = False
+    if not is_whole or not result["lengths"] or not isinstance(result["corpus"], dict):
+        raise ValueError(f"{where} has no {number} by length, or no corpus.")
     return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def labels(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -191,99 +207,23 @@ def _with_error(estimate: dict[str, float] | None, factor: float) -> str:
     return f"{factor * value:+.3f}" + ("" if error is None else f" ± {factor * error:.3f}")
 
 
-def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draws loss by position and perplexity by length, one line per run.
-
-    Returns:
-        the paths of `loss_by_position.png` and `perplexity_by_length.png` in `folder`.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "loss_by_position.png", folder / "perplexity_by_length.png"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, result in zip(labels(results), results):
-        positions, losses = smooth_by_position(result["loss_by_position"])
-        axes.plot(positions, losses, label=name)
-    axes.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)")
-    octaves = range(max(len(result["loss_by_position"]) for result in results).bit_length())
-    _label_ticks(axes, [2**octave for octave in octaves])
-    _finish(figure, axes, results, paths[0])
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, result in zip(labels(results), results):
-        lengths = sorted(int(length) for length in result["lengths"])
-        perplexities = [result["lengths"][str(length)]["perplexity"] for length in lengths]
-        axes.plot(lengths, perplexities, marker="o", label=name)
-    axes.set(xscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity, same target tokens")
-    _label_ticks(axes, sorted({int(length) for result in results for length in result["lengths"]}))
-    low, high = axes.get_ylim()
-    if high > 3 * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
-        axes.yaxis.set_major_formatter("{x:.0f}")
-    elif high < 1.05 * low:  # a flat line is to look flat
-        axes.set_ylim(0.975 * low, 1.025 * high)
-    _finish(figure, axes, results, paths[1])
-    return paths
-
-
-def plot_scores(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draws the scores of a task by length, one line per run and kind of row; → the path of `score_by_length.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, result in zip(labels(results), results):
-        lines: dict[str, dict[int, float]] = {}
-        for condition, cell in score_cells(result).items():
-            length, _, kind = condition.partition(" ")
-            lines.setdefault(f"{name} {kind}".strip(), {})[int(length)] = cell["score"]
-        for label, points in lines.items():
-            axes.plot(list(points), list(points.values()), marker="o", label=label)
-    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="length (tokens)", ylabel=results[0]["score_name"])
-    _label_ticks(axes, sorted({int(length) for result in results for length in result["lengths"]}))
-    path = folder / "score_by_length.png"
-    _finish(figure, axes, results, path)
-    return [path]
-
-
-def smooth_by_position(losses: Sequence[float | None], bins_per_octave: int = 4) -> tuple[list[float], list[float]]:
+def smooth_by_position(
+    losses: Sequence[float | None] | dict[str, list[float]], bins_per_octave: int = 4
+) -> tuple[list[float], list[float]]:
     """Mean loss in bins of equal width on a log axis: single positions are too noisy to look at.
 
     Args:
-        losses: loss by position; `None` where nothing was predicted.
+        losses: loss by position, `None` where nothing was predicted; or the bins as `write_results` stores them.
         bins_per_octave: bins for each doubling of the position.
 
     Returns:
         the bins' mean positions and mean losses.
     """
+    if isinstance(losses, dict):
+        return losses["positions"], losses["losses"]
     bins: dict[int, list[tuple[int, float]]] = {}
     for position, loss in enumerate(losses):
         if position and loss is not None:
             bins.setdefault(round(math.log2(position) * bins_per_octave), []).append((position, loss))
     means = [tuple(sum(column) / len(pairs) for column in zip(*pairs)) for pairs in bins.values()]
     return [position for position, _ in means], [loss for _, loss in means]
-
-
-def _label_ticks(axes: Any, ticks: Sequence[int]) -> None:
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xticks([], minor=True)
-
-
-def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot
-
-    for length in sorted({result["train_length"] for result in results if result["train_length"]}):
-        axes.axvline(length, color="grey", linestyle=":", linewidth=1)
-        axes.text(length, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="grey")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from .result_file import score_cells
 
@@ -50,6 +49,8 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
         """From one value per seed; raises `ValueError` without any."""
+        from scipy import stats
+
         values, n = np.asarray(values, dtype=np.float64), len(values)
         if not n:
             raise ValueError("an interval needs at least one value.")
@@ -81,8 +82,8 @@ class Comparison:
     corrected: float
 
     @property
-    def is_real(self) -> bool:
-        """Whether the difference stands out of the noise of the seeds, at 5 % for all comparisons together."""
+    def significant(self) -> bool:
+        """Whether the difference is significant at 5 %, over all comparisons of the report together."""
         return self.corrected < 1 - CONFIDENCE
 
 
@@ -223,9 +224,9 @@ def _training(result: dict[str, Any]) -> dict[str, Any]:
 
 def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
     """Names each group by its scheme and by what else varies between the groups."""
-    for group, own in zip(groups, fields):
-        words = [str(own["pos_embedding_type"])]
-        for name, value in own.items():
+    for group, settings in zip(groups, fields):
+        words = [str(settings["pos_embedding_type"])]
+        for name, value in settings.items():
             if name != "pos_embedding_type" and any(other[name] != fields[0][name] for other in fields):
                 words.append(VARIED[name](value) if name in VARIED else f"{name.rpartition('.')[2]} {value}")
         group.label = " ".join(filter(None, words))
@@ -241,7 +242,7 @@ def _pattern(layer_types: Sequence[str]) -> str:
 
 
 def _before(changes: dict[str, Any]) -> str:
-    """The scheme of the model that a finetuned one goes on from, if it was another."""
+    """The scheme of the model that a finetuned one started from, if it was another."""
     scheme = changes["fields"].get("pos_embedding_type")
     return f"from {scheme[0]}" if scheme else ""
 
@@ -266,10 +267,10 @@ def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:
         if group is base:
             continue
         for condition in (condition for condition in group.conditions() if condition in base.conditions()):
-            ours, theirs = group.values(condition, key), base.values(condition, key)
-            seeds = sorted({*ours} & {*theirs})
+            values, base_values = group.values(condition, key), base.values(condition, key)
+            seeds = sorted({*values} & {*base_values})
             if seeds:
-                pairs.append((group.label, condition, [ours[seed] - theirs[seed] for seed in seeds]))
+                pairs.append((group.label, condition, [values[seed] - base_values[seed] for seed in seeds]))
     p_values = [paired_p_value(differences) for _, _, differences in pairs]
     return [
         Comparison(label, condition, Interval.of(differences), key == "score", p_value, corrected)
@@ -279,6 +280,8 @@ def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:
 
 def paired_p_value(differences: Sequence[float]) -> float:
     """Two-sided p-value of Student's paired test that the differences have mean 0; NaN for fewer than two."""
+    from scipy import stats
+
     if len(differences) < 2:
         return math.nan
     if max(differences) == min(differences):  # no noise at all
@@ -306,10 +309,10 @@ def verdict(comparison: Comparison, baseline: str) -> str:
     size = f"{abs(difference.mean):.4f}" + ("" if comparison.is_score else f" nats ({_percent(difference.mean)})")
     details = f"{difference.n} seeds, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
     details += f"corrected p = {comparison.corrected:.2g}"
-    if comparison.is_real:
+    if comparison.significant:
         word = "better" if (difference.mean > 0) == comparison.is_score else "worse"
-        return f"{where}, {name} is {word} than {baseline} by {size}: a real difference ({details})."
-    return f"{where}, {name} and {baseline} cannot be told apart: {size} is within the noise of the seeds ({details})."
+        return f"{where}, {name} is {word} than {baseline} by {size}: significant ({details})."
+    return f"{where}, {name} and {baseline} do not differ significantly: {size} ({details})."
 
 
 def _percent(difference: float) -> str:

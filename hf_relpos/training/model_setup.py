@@ -3,30 +3,28 @@
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
-from ..data.blocks import check_vocab_size
-from ..data.corpus import DataArguments
 from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.position_augmentation import SAMPLINGS
+from ..model_loading import check_vocab_size, load_model, load_model_tokenizer
+from ..tasks.arguments import DataArguments
 
 
 @dataclass
 class SavedModelArguments:
-    """A saved model of the family to go on with."""
+    """A saved model of the family to continue with."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model of the family."})
     pos_embedding_type: str | None = field(
         default=None,
         metadata={
-            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its own."
+            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its scheme."
         },
     )
     position_sampling: str | None = field(
@@ -104,7 +102,7 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
     if config.max_positions is None:
         config.max_position_embeddings = max(config.max_position_embeddings, block_size)
     elif not draws_positions(config) and "max_position_embeddings" not in fields:
-        config.max_position_embeddings = block_size  # rows that no training step would touch are no rows
+        config.max_position_embeddings = block_size  # a larger table would have rows that no training step reaches
     return config
 
 
@@ -120,7 +118,7 @@ def parse_json(name: str, text: str | None) -> dict[str, Any]:
 
 
 def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
-    """'sliding/full' → `layer_types` of a configuration, the first again behind the last."""
+    """'sliding/full' → `layer_types` of a configuration, the pattern repeated over the layers."""
     parts = [f"{part.removesuffix('_attention')}_attention" for part in pattern.split("/")]
     return [parts[index % len(parts)] for index in range(num_layers)]
 
@@ -164,7 +162,7 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     """The model and tokenizer of `model_name_or_path`.
 
     Raises:
-        ValueError: if it is no model of the family, or of another scheme or vocabulary than asked for.
+        ValueError: if it is not a model of the family, or of another scheme or vocabulary than asked for.
     """
     name = model_args.model_name_or_path
     others = ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides")
@@ -187,50 +185,6 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to part documents.")
     return model, tokenizer
-
-
-def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(name)`, with one clear error for what is no model.
-
-    Raises:
-        ValueError: if the folder or repository is missing, holds no model, or one that does not fit.
-    """
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`model_name_or_path` {name!r} is no model: it holds no config.json.")
-    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"`model_name_or_path` {name!r} is no folder.")
-    if model_class is RelPosForCausalLM:
-        try:
-            saved, _ = RelPosConfig.get_config_dict(name)
-        except OSError as error:
-            raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {error}") from error
-        if saved.get("model_type") != RelPosConfig.model_type:
-            raise ValueError(
-                f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
-                f"got model_type {saved.get('model_type')!r}."
-            )
-    try:
-        model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    wrong = sorted(report["missing_keys"])
-    if isinstance(model, RelPosForCausalLM):
-        wrong += sorted(report["unexpected_keys"])
-    if wrong:
-        raise ValueError(f"`model_name_or_path` {name!r} holds other weights than its configuration says: {wrong[0]}.")
-    return model
-
-
-def load_model_tokenizer(name: str, model: Any) -> Any:
-    """The tokenizer of `model`, by its name; raises `ValueError` if there is none or it has more entries."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {name!r}.") from error
-    if len(tokenizer) > model.config.vocab_size:
-        check_vocab_size(tokenizer, model.config.vocab_size)
-    return tokenizer
 
 
 def extend_learned_positions(model: RelPosForCausalLM, length: int) -> None:

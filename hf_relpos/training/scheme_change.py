@@ -1,25 +1,25 @@
-"""Another position scheme for a saved model: what is taken over, what starts anew, and why."""
+"""Another position scheme for a saved model: which weights are copied, which are reinitialized, and why."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.corpus import DataArguments
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
+from ..tasks.arguments import DataArguments
 from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
 
 
 @dataclass
 class ChangeArguments(SavedModelArguments):
-    """A saved model of the family to go on with, and what changes in its position scheme."""
+    """A saved model of the family to continue with, and what changes in its position scheme."""
 
     pos_embedding_type: str | None = field(
         default=None,
         metadata={
-            "help": "Another position scheme than that of the saved model: its own parameters start anew, all others "
-            "are taken over. 'none' for a rotary model is DroPE."
+            "help": "Another position scheme than that of the saved model: its parameters are initialized, all others "
+            "are copied. 'none' for a rotary model is DroPE."
         },
     )
     pos_embedding_kwargs: str | None = field(default=None, metadata={"help": "Options of the scheme as JSON."})
@@ -48,14 +48,14 @@ def load_changed(
     Args:
         model_args, data_args: what scripts/finetune.py takes.
         block_size: tokens of a block, the rows of a new learned table.
-        seed: of parameters that start anew.
+        seed: of the parameters that are reinitialized.
 
     Returns:
-        the model, its tokenizer, and what was changed: `fields` name → [before, after], `taken_over` in words, `anew`
-        and `dropped` parameter → why; empty if nothing was.
+        the model, its tokenizer, and what was changed: `fields` name → [before, after], `copied` in words,
+        `reinitialized` and `dropped` parameter → why; empty if nothing was changed.
 
     Raises:
-        ValueError: for changes that make no sense.
+        ValueError: for changes that do not fit the model or each other.
     """
     names = ("model_name_or_path", "attn_implementation", "position_sampling")
     plain = SavedModelArguments(**{name: getattr(model_args, name) for name in names})
@@ -68,11 +68,11 @@ def load_changed(
     if not fields:
         return model, tokenizer, {}
     changed = new_model(config, seed, model_args.attn_implementation)
-    return changed, tokenizer, {"fields": fields, **take_over(model, changed)}
+    return changed, tokenizer, {"fields": fields, **copy_weights(model, changed)}
 
 
 def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: int) -> RelPosConfig:
-    """The configuration of `saved` after `changes`; raises `ValueError` for those that make no sense."""
+    """The configuration of `saved` after `changes`; raises `ValueError` if they do not fit it."""
     fields = saved.to_dict()
     rope = fields.pop("rope_parameters", None)
     scheme = fields["pos_embedding_type"] = changes.pos_embedding_type or saved.pos_embedding_type
@@ -91,7 +91,7 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
 
 
 def _rotation(saved: dict[str, Any], given: dict[str, Any], train_length: int | None) -> dict[str, Any]:
-    """The old rotation with what is given; of another type, it keeps its base and its part of the channels alone."""
+    """The old rotation with what is given; of another type, only its base and its share of the channels are kept."""
     if not given:
         return saved
     rope_type = given.get("rope_type", saved.get("rope_type", "default"))
@@ -126,7 +126,7 @@ def _change_positions(fields: dict[str, Any], changes: ChangeArguments, block_si
     if length is not None:
         fields["max_position_embeddings"] = length
     elif has_table and not had_table and not (fields["position_sampling"] or fields["position_start_augmentation"]):
-        fields["max_position_embeddings"] = block_size  # rows that no training step would touch are no rows
+        fields["max_position_embeddings"] = block_size  # a larger table would have rows that no training step reaches
     elif rope_type == "dynamic" and changes.rope_parameters is not None and fields["train_length"]:
         fields["max_position_embeddings"] = fields["train_length"]  # where it has its original length
     if rope_type == "dynamic" and block_size > fields["max_position_embeddings"]:
@@ -136,17 +136,17 @@ def _change_positions(fields: dict[str, Any], changes: ChangeArguments, block_si
         )
 
 
-def take_over(old: RelPosForCausalLM, new: RelPosForCausalLM) -> dict[str, Any]:
-    """Copies the weights that both models have in one shape from `old` to `new`; → what was copied, what not."""
+def copy_weights(old: RelPosForCausalLM, new: RelPosForCausalLM) -> dict[str, Any]:
+    """Copies the weights that both models have in one shape from `old` to `new`; → what was copied and what was not."""
     theirs, ours = old.state_dict(), new.state_dict()
     common = [name for name, weight in ours.items() if name in theirs and theirs[name].shape == weight.shape]
     new.load_state_dict({name: theirs[name] for name in common}, strict=False)
-    anew = {name: _reason(theirs.get(name), "the saved model") for name in ours.keys() - set(common)}
+    reinitialized = {name: _reason(theirs.get(name), "the saved model") for name in ours.keys() - set(common)}
     dropped = {name: _reason(ours.get(name), "the new scheme") for name in theirs.keys() - set(common)}
     size = sum(ours[name].numel() for name in common)
     return {
-        "taken_over": f"{len(common)} tensors of {size:,} numbers",
-        "anew": dict(sorted(anew.items())),
+        "copied": f"{len(common)} tensors of {size:,} numbers",
+        "reinitialized": dict(sorted(reinitialized.items())),
         "dropped": dict(sorted(dropped.items())),
     }
 
@@ -156,9 +156,9 @@ def _reason(other: Any, where: str) -> str:
 
 
 def describe_changes(changes: dict[str, Any]) -> str:
-    """Lines for a person."""
+    """The changes as lines of text, one for each field and parameter."""
     lines = [f"{name}: {before!r} -> {after!r}" for name, (before, after) in changes["fields"].items()]
-    lines.append(f"taken over: {changes['taken_over']}")
-    for kind, word in (("anew", "starts anew"), ("dropped", "dropped")):
-        lines += [f"{word}: {name} ({reason})" for name, reason in changes[kind].items()]
+    lines.append(f"copied: {changes['copied']}")
+    for kind in ("reinitialized", "dropped"):
+        lines += [f"{kind}: {name} ({reason})" for name, reason in changes[kind].items()]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCHEMES, load_script, make_model, make_text, make_tokenizer, save_with_tokenizer
+from conftest import ROOT, SCHEMES, make_model, make_text, make_tokenizer, save_with_tokenizer
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from transformers import LlamaConfig, set_seed
@@ -173,7 +173,7 @@ def test_refuses_on_one_line(run_script, capsys, folders, tmp_path, monkeypatch)
     for words, message in (
         ([], "the following arguments are required: DIR"),
         ([tmp_path / "llama"], "must be a model of the family ('relpos'), got model_type 'llama'"),
-        ([folders[0], tmp_path], "is no model: it holds no config.json"),
+        ([folders[0], tmp_path], "is not a model: it holds no config.json"),
         ([folders[0], "--ports", 1], "unknown flag: '--ports'"),
     ):
         with pytest.raises(SystemExit, match="2"):
@@ -205,7 +205,7 @@ def test_names_a_taken_port(run_script, capsys, folders):
 
 def test_words_without_a_flag(tmp_path):
     (tmp_path / "page.yaml").write_text("port: 80\nshare: true\n", encoding="utf-8")
-    types, config = (load_script("demo").DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
+    types, config = (demo.DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
     args, names = parse_arguments(types, "", ["a", "b", *config, "--port", "81"], positional="DIR")
     assert (names, args.port, args.share, args.host) == (["a", "b"], 81, True, "127.0.0.1")
     (tmp_path / "page.yaml").write_text("words: a\n", encoding="utf-8")

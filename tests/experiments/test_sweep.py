@@ -11,9 +11,11 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, load_script
+from conftest import ROOT
 
-from hf_relpos.experiments.sweep import load_experiment, run_here, run_in_processes, run_on_ray, status
+from hf_relpos.experiments.grid import load_experiment
+from hf_relpos.experiments.sweep import progress_table, run_here, run_in_processes, run_on_ray, status
+from hf_relpos.results.result_file import read_results
 
 
 TINY = {
@@ -196,7 +198,7 @@ def test_the_experiments_can_be_read_whole_and_scaled(path, tmp_path, monkeypatc
 
 def test_the_table_says_how_long_it_takes(tiny, tmp_path):
     runs, root = load_experiment(tiny({"seed": [1, 2, 3, 4]})), tmp_path
-    table = load_script("sweep")._table
+    table = progress_table
     begun = time.time() - 600
     assert table(runs, root, begun).title == "4 waiting"
     for run in runs[:2]:
@@ -247,6 +249,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     assert not runs[1].folder(root).exists()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "2 of 2 results" in done.stdout and "done" in done.stderr
+    assert [result["seed"] for result in read_results(root / "results.jsonl")] == [1, 2]
     resumed = json.loads(runs[0].result(root).read_text())
     assert resumed["training"]["resumed_from_step"] >= 10 and not list(runs[0].folder(root).glob("checkpoint-*"))
     assert run_here(runs[:1], tmp_path / "through") == []

@@ -23,7 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from hf_relpos.results.result_file import hardware, write_json
+from hf_relpos.environment import hardware, write_json
 
 
 HERE = Path(__file__).parent
@@ -137,6 +137,19 @@ def fold(reports: list[dict]) -> dict[str, dict]:
         elif report["subtest"] and report["outcome"] == "skipped":
             test["why"] = report["why"]
     return tests
+
+
+def stored(row: dict) -> dict:
+    """A row as the report holds it, small: by suite its seconds, the tests that passed, and the others by reason."""
+    suites: dict[str, dict] = {}
+    for name, test in row["tests"].items():
+        suite = suites.setdefault(test["suite"], {"seconds": 0.0, "passed": [], "failed": {}, "skipped": {}})
+        suite["seconds"] = round(suite["seconds"] + test["seconds"], 1)
+        if test["outcome"] == "passed":
+            suite["passed"].append(name)
+        else:
+            suite[test["outcome"]].setdefault(test["why"], []).append(name)
+    return {"row": row["row"], "seconds": row["seconds"], "suites": suites}
 
 
 def kind_of_skip(why: str) -> str:
@@ -275,7 +288,7 @@ def main() -> None:
         "rows": rows,
     }
     if not args.only and not args.tests:
-        write_json(REPORT, record)
+        write_json(REPORT, {**record, "rows": [stored(row) for row in rows]})
         PAGE.write_text(page(record), encoding="utf-8")
     for row in rows:
         outcomes = Counter(test["outcome"] for test in row["tests"].values())

@@ -313,7 +313,7 @@ def test_what_the_hub_refuses(hub, client, saved, name, kind):
 def test_a_fault_publishes_nothing_and_the_same_command_completes_it(hub, client, saved, name, fault, expected):
     fault(hub)
     line = client.refuse("push_to_hub", saved, name)
-    assert expected in line and ("The same command goes on." in line) == ("HTTP 403" not in line)
+    assert expected in line and ("The same command continues." in line) == ("HTTP 403" not in line)
     assert ("model", name) not in hub.repos or set(hub.files(name)) == {".gitattributes"}
     client.check("push_to_hub", saved, name)
     assert "model.safetensors" in hub.files(name) and len(hub.commits(name)) == 2
@@ -442,7 +442,7 @@ def spoil(folder, kind):
         return "'generation_config.json' holds a path of this machine"
     if kind == "nothing":
         shutil.rmtree(folder)
-        return "is no saved model"
+        return "is not a saved model"
     raise AssertionError(kind)
 
 
@@ -524,7 +524,7 @@ def test_pickled_weights_are_not_loaded(saved, tmp_path):
 
 
 def test_what_is_pickled_beside_a_checkpoint_holds_no_token(tmp_path):
-    from hf_relpos.training.train import RelPosTrainingArguments
+    from hf_relpos.training.arguments import RelPosTrainingArguments
 
     args = RelPosTrainingArguments(output_dir=str(tmp_path), hub_token=TOKEN, use_cpu=True)
     torch.save(args, tmp_path / "training_args.bin")

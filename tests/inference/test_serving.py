@@ -149,8 +149,8 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
         ([], "usage: hf-relpos serve DIR"),
         (["serve"], "usage: hf-relpos serve DIR"),
         (["train", tmp_path], "usage: hf-relpos serve DIR"),
-        (["serve", tmp_path / "nothing"], "is no folder with a saved model"),
-        (["serve", tmp_path / "llama"], "is no model of the family ('relpos'), got 'llama'"),
+        (["serve", tmp_path / "nothing"], "is not a folder with a saved model"),
+        (["serve", tmp_path / "llama"], "is not a model of the family ('relpos'), got 'llama'"),
         (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
         (["serve", tmp_path / "bias", "--continuous-batching"], "would drop the position bias"),
     ):

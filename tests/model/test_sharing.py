@@ -7,24 +7,11 @@ import sys
 
 import torch
 from conftest import ROOT, SCHEMES, make_config, make_model, make_tokens
+from helpers import run_without_the_package
 
 from hf_relpos import PositionEmbedding, RelPosForCausalLM, register_position_embedding
 from hf_relpos.model.saved_code import AUTO_MAP, code_files
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
-
-
-LIBRARIES = ("hf_relpos", "datasets", "accelerate", "evaluate", "matplotlib")
-
-
-def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked=LIBRARIES) -> str:
-    """Runs code in a process that cannot import hf_relpos, nor anything but torch, transformers and what they need."""
-    guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", guard + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 LOAD = """

@@ -4,14 +4,11 @@ import copy
 import json
 import math
 import re
-import subprocess
 
 import pytest
-from conftest import ROOT
 from scipy import stats
 
 from hf_relpos.results.report import write_report
-from hf_relpos.results.result_file import versions
 from hf_relpos.results.statistics import Interval, compare, group_results, holm, paired_p_value, verdict
 
 
@@ -223,11 +220,3 @@ def test_scores_of_a_task_are_compared_by_length_and_kind(tmp_path):
     assert "score_by_length.png" in {path.name for path in paths}
     with pytest.raises(ValueError, match="`score_name` is 'accuracy' and None"):
         group_results([*results, make_result("none", 7, train_length=64)])
-
-
-def test_a_result_names_the_commit_of_a_checkout():
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    assert commit and versions()["commit"] == commit

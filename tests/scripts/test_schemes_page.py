@@ -1,18 +1,30 @@
-"""docs/schemes.md is what the registry says, and takes up schemes that it has never seen."""
+"""docs/schemes.md and the README's table are what the registry says, and take up schemes they have never seen."""
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from hf_relpos import PositionEmbedding, list_position_embeddings, register_position_embedding
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
-from hf_relpos.scheme_docs import curves, draw_scheme, fresh_model, schemes_page
+
+
+schemes = load_script("schemes")
+curves, fresh_model = schemes.curves, schemes.fresh_model
 
 
 def test_the_page_and_its_pictures_are_those_of_the_registry():
-    assert (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8") == schemes_page(), "run python scripts/schemes.py"
+    assert (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8") == schemes.schemes_page(), (
+        "run python scripts/schemes.py"
+    )
     drawn = {name for name in list_position_embeddings() if curves(name, fresh_model(name))}
     assert {path.stem for path in (ROOT / "docs" / "schemes").iterdir()} == drawn
+
+
+def test_the_readme_has_the_table_of_the_registry():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert schemes.readme_with_table(readme) == readme, "run python scripts/schemes.py"
+    with pytest.raises(ValueError, match="README.md must hold the marks"):
+        schemes.readme_with_table("# no table\n")
 
 
 def test_pictures_show_what_the_schemes_do():
@@ -43,7 +55,6 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
 
         defaults = {"width": 3}
         kind = "relative"
-        extrapolates = "nothing new"
 
         def bias(self, positions):
             return (positions.distance < 3).float()[:, None].expand(-1, 4, -1, -1)
@@ -55,13 +66,20 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
     for name, cls in (("test_recent", Recent), ("test_unseen", Unseen)):
         register_position_embedding(name)(cls)
     try:
-        page = schemes_page()
+        page = schemes.schemes_page()
         recent = page.partition("## test_recent")[2].partition("## test_unseen")[0]
         assert "```text\nb[h, i, j] = 1 if i − j < width 3, else 0\n```" in recent and "\n\nMore words.\n\n" in recent
-        assert "- **Options**: `width` 3." in recent and "with a matrix of pairs: `eager`, `sdpa`" in recent
+        assert "- **Options**: `width` 3." in recent and "from a dense (query, key) matrix: `eager`, `sdpa`" in recent
         assert "- **Paper**: an invention." in recent and "(schemes/test_recent.png)" in recent
+        assert (
+            "| [`test_recent`](#test_recent) | relative | none | from a dense (query, key) matrix | nothing new |"
+            in page
+        )
+        assert (
+            "| `test_recent` | relative | A bias for keys near the query | nothing new |  |" in schemes.readme_table()
+        )
         assert "There is nothing to draw without tokens." in page.partition("## test_unseen")[2]
-        assert draw_scheme("test_recent", tmp_path / "recent.png").stat().st_size > 1000
-        assert draw_scheme("test_unseen", tmp_path / "unseen.png") is None
+        assert schemes.draw_scheme("test_recent", tmp_path / "recent.png").stat().st_size > 1000
+        assert schemes.draw_scheme("test_unseen", tmp_path / "unseen.png") is None
     finally:
         del POSITION_EMBEDDINGS["test_recent"], POSITION_EMBEDDINGS["test_unseen"]

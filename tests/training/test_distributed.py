@@ -12,8 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from test_scripts import data_flags, resumes_on_cpus, training_flags, weights  # noqa: F401
-from test_sharing import run_without_the_package
+from helpers import resumes_on_cpus, run_without_the_package, training_flags, weights
 
 from hf_relpos.model.saved_code import AUTO_MAP, code_files
 
@@ -21,7 +20,7 @@ from hf_relpos.model.saved_code import AUTO_MAP, code_files
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,hidden_dropout=0"
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 FSDP += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
-KINDS = {"DDP": (["--multi_gpu"], "scripts/train.py"), "FSDP2": (FSDP, "tests/train_on_cpu_with_fsdp.py")}
+KINDS = {"DDP": (["--multi_gpu"], "scripts/train.py"), "FSDP2": (FSDP, "tests/training/train_on_cpu_with_fsdp.py")}
 TYPES = {"DDP": "MULTI_CPU", "FSDP2": "FSDP"}
 
 
@@ -53,7 +52,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, data_flags):  # noqa: F811
+def one_process(tmp_path_factory, data_flags):
     folder = tmp_path_factory.mktemp("one") / "run"
     flags = training_flags(data_flags, folder, per_device_train_batch_size=8, **COMMON)
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, flags)], cwd=ROOT)
@@ -65,7 +64,7 @@ COMMON = {"pos_embedding_type": "linear_cpb", "config_overrides": TINY, "seed": 
 
 
 @pytest.mark.parametrize("kind", [pytest.param("DDP", marks=resumes_on_cpus), "FSDP2"])
-def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags, tmp_path):  # noqa: F811
+def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags, tmp_path):
     """The same batches, halved between two processes; killed after a checkpoint, and resumed."""
     folder = tmp_path / "run"
     flags = {**COMMON, "per_device_train_batch_size": 4}

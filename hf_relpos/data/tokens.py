@@ -1,0 +1,200 @@
+"""The tokenizer, and documents → tokens.
+
+Tokenised documents and trained tokenizers are cached in the cache of `datasets`, named by a hash of all that they
+depend on.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import tokenizers
+from datasets import Dataset, IterableDataset
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ..model_loading import check_vocab_size
+from .corpus import Corpus, TextArguments, digest
+
+
+def load_tokenizer(args: TextArguments, corpus: Corpus, vocab_size: int | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that is named, or a byte-level BPE trained on the training split and cached.
+
+    Args:
+        args: `tokenizer_name` and where the corpus came from.
+        corpus: the corpus to train on.
+        vocab_size: number of entries; `None` for that of the named tokenizer, or 8192.
+
+    Raises:
+        ValueError: if the tokenizer cannot be loaded, has no end-of-sequence token, or is not of `vocab_size`.
+    """
+    if args.tokenizer_name is None:
+        return train_tokenizer(corpus, vocab_size or 8192)
+    return load_named_tokenizer(args.tokenizer_name, vocab_size)
+
+
+def load_named_tokenizer(name: str, vocab_size: int | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of that name, of `vocab_size` entries if that is given; raises `ValueError` as `load_tokenizer`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`tokenizer_name` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"`tokenizer_name` {name!r} has no end-of-sequence token to part documents.")
+    check_vocab_size(tokenizer, vocab_size or len(tokenizer))
+    return tokenizer
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` entries, `<|endoftext|>` and `<|pad|>` among them, from the training split."""
+    if vocab_size < 258:
+        raise ValueError(f"`vocab_size` must be at least 258 (256 bytes and 2 special tokens), got {vocab_size}.")
+    if "train" not in corpus.splits:
+        raise ValueError("`train_file` or `tokenizer_name` is needed: there is no text to train a tokenizer on.")
+    cache = _cache_path("tokenizer", corpus.fingerprint, vocab_size, tokenizers.__version__)
+    if corpus.fingerprint and cache.is_dir():
+        return AutoTokenizer.from_pretrained(cache)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    train = corpus.splits["train"]
+    train = train.take(100_000) if isinstance(train, IterableDataset) else train
+    backend.train_from_iterator((batch["text"] for batch in train.iter(batch_size=100)), trainer)
+    if backend.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"`vocab_size` {vocab_size} is more than this corpus gives: {backend.get_vocab_size()} entries."
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    if corpus.fingerprint:
+        with tempfile.TemporaryDirectory(dir=_cache_root()) as folder:
+            tokenizer.save_pretrained(folder)
+            _publish(Path(folder), cache)
+    return tokenizer
+
+
+def tokenize(
+    documents: Dataset | IterableDataset, tokenizer: Any, fingerprint: str = "", num_workers: int | None = None
+) -> Dataset | IterableDataset:
+    """Documents → one row of `input_ids` each, ended by the end-of-sequence token, if the tokenizer has one.
+
+    Args:
+        documents: column "text".
+        tokenizer: any tokenizer of transformers.
+        fingerprint: of the corpus and split; if it is given, the result is cached.
+        num_workers: processes; the tokenizer itself uses all cores in one.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
+
+    if isinstance(documents, IterableDataset):
+        return documents.map(encode, batched=True, batch_size=100, remove_columns=["text"])
+    key = digest("tokens", fingerprint, _tokenizer_hash(tokenizer), tokenizers.__version__)
+    cache = _cache_path("tokens", key).with_suffix(".arrow") if fingerprint else None
+    return documents.map(
+        encode,
+        batched=True,
+        batch_size=100,
+        remove_columns=["text"],
+        num_proc=num_workers,
+        new_fingerprint=key[:32] if fingerprint else None,
+        cache_file_name=str(cache) if cache else None,
+        desc="Tokenising",
+    )
+
+
+def tokenize_split(corpus: Corpus, split: str, tokenizer: Any, args: TextArguments) -> Dataset | IterableDataset:
+    """`tokenize` of one split of a corpus, cached by what the corpus holds."""
+    fingerprint = f"{corpus.fingerprint}-{split}"
+    return tokenize(corpus.splits[split], tokenizer, fingerprint, args.preprocessing_num_workers)
+
+
+class TokenizedDocuments:
+    """Documents as arrays of tokens: read from disk one at a time, as often as they are asked for.
+
+    Args:
+        tokenized: rows of `input_ids`.
+        joined: whether the documents are read as one text, in pieces of 2^20 tokens.
+    """
+
+    piece_length = 2**20
+
+    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False) -> None:
+        self.tokenized, self.joined = tokenized, joined
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        documents = (np.asarray(row["input_ids"], dtype=np.int32) for row in self.tokenized)
+        return self._join(documents) if self.joined else documents
+
+    def _join(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        rest = np.empty(0, dtype=np.int32)
+        for document in documents:
+            rest = np.concatenate((rest, document))
+            while len(rest) >= self.piece_length:
+                yield rest[: self.piece_length]
+                rest = rest[self.piece_length :]
+        if len(rest):
+            yield rest
+
+
+def evaluation_documents(
+    corpus: Corpus, args: TextArguments, tokenizer: Any, split: str | None = None
+) -> tuple[str, TokenizedDocuments]:
+    """→ the split's name and its documents; all as one text with `args.cross_document_attention`.
+
+    Args:
+        corpus: from `load_corpus`.
+        args: how to tokenise.
+        tokenizer: the model's.
+        split: "train", "validation" or "test"; by default the test split if there is one, else the validation split.
+
+    Raises:
+        ValueError: if the corpus has no such split.
+    """
+    split = split or ("test" if "test" in corpus.splits else "validation")
+    if split not in corpus.splits:
+        raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
+    return split, TokenizedDocuments(tokenize_split(corpus, split, tokenizer, args), args.cross_document_attention)
+
+
+# --- the cache
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return digest(content, tokenizer.eos_token_id)
+
+
+def _cache_root() -> Path:
+    root = Path(datasets.config.HF_DATASETS_CACHE) / "hf_relpos"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def _cache_path(kind: str, *parts: Any) -> Path:
+    return _cache_root() / f"{kind}-{digest(kind, *parts)[:24]}"
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Moves a finished folder to its place in the cache; another process may have been first."""
+    staged = folder.with_name(folder.name + "-done")
+    shutil.copytree(folder, staged)
+    try:
+        os.replace(staged, target)
+    except OSError:
+        shutil.rmtree(staged)

@@ -1,0 +1,84 @@
+"""What every room needs: versions and hardware of a run, files written whole, the check of a count.
+
+torch is imported where it is needed only, so that this module costs nothing to import.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the commit of the code if it is a git checkout."""
+    names = ("hf_relpos", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    with suppress(OSError, subprocess.CalledProcessError):
+        if _git("--show-prefix") == "hf_relpos/":  # not an environment inside somebody else's repository
+            found["commit"] = _git("--short", "HEAD")
+    return found
+
+
+def _git(*arguments: str) -> str:
+    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """What the result was computed on."""
+    import torch
+
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["num_gpus"] = torch.cuda.device_count()
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this process in MiB: the GPU's if there is one, else the resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if platform.system() == "Darwin" else kib / 2**10
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file whole or not at all; refuses NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def check_at_least_1(name: str, value: float | None) -> None:
+    """Raises `ValueError` for a value below 1; `None` is left to its default."""
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")

@@ -1,0 +1,234 @@
+"""An experiment: a YAML file states a grid of runs, and each run is named by the hash of all that determines it."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cli import parse_values
+from ..environment import versions
+from ..evaluation.evaluate import EvaluationArguments
+from ..model.configuration_relpos import RelPosConfig
+from ..results.training_record import RESULT_NEUTRAL_FLAGS
+from ..tasks.arguments import DataArguments
+from ..tasks.base import check_task
+from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
+from ..training.model_setup import ModelArguments, new_config
+from ..training.scheme_change import ChangeArguments, changed_config
+
+
+RESULT = "results.json"
+TRAIN_TYPES = (ModelArguments, DataArguments, RelPosTrainingArguments)
+FINETUNE_TYPES = (ChangeArguments, DataArguments, FinetuningArguments)
+EVALUATE_TYPES = (EvaluationArguments, DataArguments)
+SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
+# flags that the sweep sets itself, or that no run of a sweep may have
+RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
+FILES = ("train_file", "validation_file")
+# what --scale multiplies, and the least that it leaves
+SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
+
+
+@dataclass(eq=False)
+class Run:
+    """One model to train and to evaluate.
+
+    Attributes:
+        place: where in the file it comes from.
+        settings: flags of scripts/train.py, or of scripts/finetune.py if there is a base.
+        evaluation: flags of scripts/evaluate.py.
+        base: the run whose model it finetunes.
+    """
+
+    place: str
+    settings: dict[str, Any]
+    evaluation: dict[str, Any]
+    base: "Run | None" = None
+    _key: str = field(default="", repr=False)
+
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits of the hash of what determines the trained model."""
+        if not self._key:
+            facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
+            texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
+            base = self.base and self.base.key
+            self._key = _hash({"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base})
+        return self._key
+
+    @property
+    def label(self) -> str:
+        """A few words for a person."""
+        words = [self.base.label] if self.base else [str(self.settings.get("pos_embedding_type", "linear_cpb"))]
+        if self.base:
+            changes = (self.settings.get(name) for name in ("pos_embedding_type", "rope_parameters"))
+            words += [f"then {change}" for change in changes if change is not None]
+        words += ["augmented"] if self.settings.get("position_start_augmentation") else []
+        words += [f"{sampling} positions"] if (sampling := self.settings.get("position_sampling")) else []
+        names = {"layer_types": "{}", "sliding_window": "window {}", "model_size": "{}", "block_size": "at {}"}
+        names |= {"max_steps": "{} steps"} if self.base else {}
+        words += [text.format(self.settings[name]) for name, text in names.items() if name in self.settings]
+        return " ".join(words) + ("" if self.base else f" seed {self.settings.get('seed', 42)}")
+
+    def folder(self, root: Path) -> Path:
+        """Where the trained model lies."""
+        return root / "runs" / self.key
+
+    def result(self, root: Path) -> Path:
+        """Where its evaluation lies: another one does not train the model again."""
+        facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
+        return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _digest(path: str) -> str:
+    """Hash of a file, or of all files of a folder."""
+    paths = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
+    digest = hashlib.sha256()
+    for each in paths:
+        digest.update(each.name.encode())
+        with each.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# --- the file
+
+
+def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
+    """The runs that a YAML file states.
+
+    The file has the sections `train`, `evaluate` and `finetune` (flags of the scripts of these names) and `grid` (one
+    dictionary or several, flag → list of values): each dictionary of the grid is multiplied out, and so are the lists
+    of `finetune`, whose runs start from each trained model. Bases come before the runs that start from them.
+
+    Args:
+        path: the file.
+        scale: factor of the numbers of steps and of evaluation windows.
+
+    Raises:
+        ValueError: for a file that cannot be read, an unknown key, scheme or size, a grid without runs, or two entries
+            that are the same run, naming the place in the file.
+    """
+    if not math.isfinite(scale) or scale <= 0:
+        raise ValueError(f"`scale` must be above 0, got {scale}.")
+    content = _read_file(path)
+    runs = list(_trained(path, content, scale))
+    if not runs:
+        raise ValueError(f"{path}: `grid` is empty: it must list values of at least one flag.")
+    if content.get("finetune"):
+        runs += _finetuned(path, content["finetune"], runs, scale)
+    _check(runs, drop_repeats=scale < 1)
+    return runs
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"experiment {path!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"experiment {path!r} must hold a dictionary with a `grid`.")
+    unknown = sorted(map(str, set(content) - set(SECTIONS)))
+    if unknown:
+        raise ValueError(f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}.")
+    return content
+
+
+def _trained(path: str, content: dict[str, Any], scale: float) -> Iterator[Run]:
+    """The runs of `grid`, which are trained from scratch."""
+    grids = content.get("grid")
+    grids = grids if isinstance(grids, list) else [grids]
+    train, evaluation = (_section(path, name, content.get(name) or {}) for name in ("train", "evaluate"))
+    for index, grid in enumerate(grids):
+        place = f"grid[{index}]" if len(grids) > 1 else "grid"
+        for number, choice in enumerate(_multiply(path, place, _section(path, "grid", grid or {}, place))):
+            settings = _scaled({**train, **choice}, scale)
+            tested = {"task": settings["task"], **evaluation} if "task" in settings else evaluation
+            yield Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(tested, scale))
+
+
+def _finetuned(path: str, section: Any, bases: list[Run], scale: float) -> list[Run]:
+    """The runs of `finetune`: each of its choices for each trained model."""
+    section, runs = _section(path, "finetune", section), []
+    section = {name: value if isinstance(value, list) else [value] for name, value in section.items()}
+    for run, choice in itertools.product(bases, _multiply(path, "finetune", section)):
+        inherited = {name: value for name, value in run.settings.items() if name in _names(DataArguments)}
+        settings = _scaled({**inherited, "seed": run.settings.get("seed", 42), **choice}, scale)
+        place = f"{path}: finetune {choice} of {run.place.partition(': ')[2]}"
+        runs.append(Run(place, settings, run.evaluation, run))
+    return runs
+
+
+def grid_settings(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The flags of each run of an experiment, as its file holds it, that is trained from scratch; unchecked."""
+    grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
+    return [{**content.get("train", {}), **choice} for grid in grids for choice in _multiply("", "grid", grid)]
+
+
+def _names(*types: type) -> set[str]:
+    return {item.name for each in types for item in fields(each) if item.init}
+
+
+def _section(path: str, name: str, values: Any, place: str | None = None) -> dict[str, Any]:
+    place = place or name
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: `{place}` must be a dictionary of flags, got {values!r}.")
+    for key in values:
+        if key in RESERVED or key == "model_name_or_path":
+            raise ValueError(f"{path}: `{place}.{key}` is not for an experiment to set.")
+        if key not in _names(*SECTIONS[name]):
+            raise ValueError(f"{path}: `{place}` holds an unknown flag: {key!r}.")
+    return values
+
+
+def _multiply(path: str, place: str, section: dict[str, Any]) -> list[dict[str, Any]]:
+    for name, values in section.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: `{place}.{name}` must be a list of values, got {values!r}.")
+    if not section:
+        return []
+    return [dict(zip(section, values)) for values in itertools.product(*section.values())]
+
+
+def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
+    if scale == 1:
+        return settings
+    return {
+        name: max(SCALED[name], round(value * scale)) if name in SCALED and value else value
+        for name, value in settings.items()
+    }
+
+
+def _check(runs: list[Run], drop_repeats: bool) -> None:
+    """Parses all flags and makes sure that no two runs are the same; scaling alone may make some of them equal."""
+    places: dict[str, Run] = {}
+    configs: dict[Run, RelPosConfig] = {}
+    for run in list(runs):
+        try:
+            types = FINETUNE_TYPES if run.base else TRAIN_TYPES
+            model_args, data_args, args = parse_values(types, {**run.settings, "output_dir": "unused"})
+            if data_args.task is not None:
+                check_task(data_args.task)
+            if run.base is None:
+                configs[run] = new_config(model_args, args.block_size)
+            elif run.base in configs:
+                changed_config(configs[run.base], model_args, args.block_size)
+            parse_values(EVALUATE_TYPES, {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"})
+            key = run.key
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{run.place}: {error}") from error
+        if key in places and drop_repeats:
+            runs.remove(run)
+        elif key in places:
+            raise ValueError(f"{run.place} is the same run as {places[key].place}.")
+        places.setdefault(key, run)

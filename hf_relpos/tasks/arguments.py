@@ -1,0 +1,19 @@
+"""Which text or which synthetic task: the data flags of training and evaluation."""
+
+from dataclasses import dataclass, field
+
+from ..data.corpus import TextArguments
+from .base import TASKS
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """Which text, and how it becomes blocks, or which synthetic task; the built-in corpus if none of them is given."""
+
+    task: str | None = field(default=None, metadata={"help": f"A synthetic task instead of text: {', '.join(TASKS)}."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dataset_name", "train_file", "validation_file"):
+            if self.task and getattr(self, name):
+                raise ValueError(f"`task` and `{name}` exclude each other, got both.")

@@ -1,0 +1,109 @@
+"""The recipe: training arguments and their defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from ..environment import check_at_least_1
+from ..model.attention_cpu import cpu_has_fast_bf16
+from ..results.training_record import non_default_fields
+
+
+TOKENS_PER_STEP = 128 * 128
+
+
+def has_fast_bf16(use_cpu: bool) -> bool:
+    """Whether bf16 is faster than fp32 where a run would compute: on GPUs that have it, and on CPUs with matrix units
+    for it (AMX)."""
+    if torch.accelerator.is_available() and not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return cpu_has_fast_bf16()
+
+
+@dataclass
+class RelPosTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
+    16,384 tokens, with data in an order that does not depend on the model's seed."""
+
+    script: ClassVar[str] = "train"
+    default_steps: ClassVar[int] = 10_000
+    fewest_steps: ClassVar[int] = 1
+
+    block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": f"Blocks per device and step; {TOKENS_PER_STEP} tokens' worth by default."}
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Blocks per device in evaluation; as in training by default."}
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Number of passes over the data, instead of --max_steps."}
+    )
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps, unless --num_train_epochs is given."}
+    )
+    data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 1000
+    save_steps: float = 1000
+    save_total_limit: int | None = 2
+    logging_steps: float = 50
+    prediction_loss_only: bool = True
+    dataloader_drop_last: bool = True
+    ddp_find_unused_parameters: bool | None = False
+    ddp_timeout: int = 21600
+    hub_overwrite: bool = field(
+        default=False, metadata={"help": "Let --push_to_hub replace another model of the same name."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Compute in bf16 with fp32 weights; by default on GPUs and CPUs where that is faster."},
+    )
+
+    def __post_init__(self) -> None:
+        self.given = non_default_fields(self)  # before defaults depend on the machine
+        if self.output_dir is None:
+            raise ValueError("--output_dir is required.")
+        if self.block_size < 2:
+            raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
+        if self.max_steps != self.fewest_steps:
+            check_at_least_1("max_steps", self.max_steps)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            check_at_least_1(name, getattr(self, name))
+        check_at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        if self.max_steps is None:
+            self.max_steps = self.default_steps if self.num_train_epochs is None else -1
+        self.num_train_epochs = 1.0 if self.num_train_epochs is None else self.num_train_epochs
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // self.block_size)
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_fast_bf16(self.use_cpu)
+            self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()  # it warns otherwise
+        super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled with a checkpoint: all but the token."""
+        return {name: value for name, value in self.__dict__.items() if name != "given"} | {"hub_token": None}
+
+
+@dataclass
+class FinetuningArguments(RelPosTrainingArguments):
+    """The recipe for finetuning at another length or with another scheme, 1000 steps by default; --block_size is the
+    new length. With --max_steps 0 nothing is trained: the model is saved with its changed configuration."""
+
+    script: ClassVar[str] = "finetune"
+    default_steps: ClassVar[int] = 1000
+    fewest_steps: ClassVar[int] = 0
+    extend_learned_positions: bool = field(
+        default=False,
+        metadata={
+            "help": "Lengthen a learned table to --block_size: the new rows repeat the old ones from the first on."
+        },
+    )

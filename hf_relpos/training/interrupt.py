@@ -1,0 +1,49 @@
+"""Interruption: a run that is stopped finishes its step and saves a checkpoint."""
+
+import signal
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint and stop. Once more, a second later: stop at once.
+
+    Launchers of several processes send each worker signals of their own on top of the terminal's, so there all further
+    ones are ignored; a launcher kills workers that do not end in time.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.stopped = False
+        self.request_time = 0.0
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.world_size = args.world_size
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and self.world_size == 1 and time.monotonic() - self.request_time > 1:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self.request_time = True, time.monotonic()
+
+    def _restore(self) -> None:
+        while self.previous:
+            signal.signal(*self.previous.popitem())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped = self.requested
+        if args.world_size > 1:  # all processes must stop after the same step
+            flag = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(flag)  # a request that came meanwhile waits for the next step
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()

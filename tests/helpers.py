@@ -1,0 +1,77 @@
+"""What tests of several folders use: flags of small runs, scripts in a process, refusals, blocked packages."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from hf_relpos.tasks.base import TEST
+
+
+TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2"
+
+
+def training_flags(data_flags, output_dir, **overrides):
+    flags = {"output_dir": output_dir, "block_size": 32, "max_steps": 6, "per_device_train_batch_size": 4}
+    flags |= {"eval_steps": 6, "save_steps": 3, "logging_steps": 1, "use_cpu": "true", "disable_tqdm": "true"}
+    flags |= {"bf16": "false"}  # the same numbers on every machine
+    flags |= {"vocab_size": 300, "config_overrides": TINY, "learning_rate": "1e-3", **overrides}
+    given = [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+    return [*data_flags, *given]
+
+
+def finetuning_flags(data_flags, model, output_dir, **overrides):
+    fields = {"vocab_size": None, "config_overrides": None, "model_name_or_path": model, **overrides}
+    return training_flags(data_flags, output_dir, **fields)
+
+
+def run_in_shell(name, flags, **kwargs):
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(first, second):
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def refusal(run_script, capsys, name, flags) -> str:
+    """→ the one line on stderr of a script that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(name, *flags)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# with the older torch, a process on "cpu:0" cannot read the optimizer of a checkpoint
+resumes_on_cpus = pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 cannot restore to the device cpu:0")
+
+
+LIBRARIES = ("hf_relpos", "datasets", "accelerate", "evaluate", "matplotlib")
+
+
+def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked=LIBRARIES) -> str:
+    """Runs code in a process that cannot import hf_relpos, nor anything but torch, transformers and what they need."""
+    guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", guard + code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def task_rows(task, length, kind, count=50):
+    """→ test rows of a synthetic task, as (tokens, which of them are the answer)."""
+    return [task.make_row(task.rng(0, TEST, kind, index), length, kind) for index in range(count)]

@@ -1,0 +1,78 @@
+"""Loading a saved model: it needs no library for data or plots, and a spoilt folder is refused everywhere."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, save_with_tokenizer
+from helpers import finetuning_flags, refusal
+from transformers import AutoTokenizer
+
+
+LOAD = """
+import sys
+from transformers import PreTrainedModel
+
+HEAVY = {"datasets", "pyarrow", "scipy", "matplotlib", "pandas", "evaluate", "gradio"}
+before = HEAVY & set(sys.modules)  # transformers itself imports scipy where it is installed
+from hf_relpos import RelPosForCausalLM
+from hf_relpos.model_loading import load_model, load_model_tokenizer
+
+model = load_model(sys.argv[1], RelPosForCausalLM)
+load_model_tokenizer(sys.argv[1], model)
+print(sorted(HEAVY & set(sys.modules) - before), "scipy.stats" in sys.modules)
+"""
+
+
+def test_loading_a_model_imports_no_library_of_data_or_plots(tmp_path):
+    save_with_tokenizer(tmp_path, "alibi")
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[] False", done.stderr
+
+
+def copy_of(model, folder):
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    return folder
+
+
+def other_scheme(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pos_embedding_type": "alibi"}))
+
+
+def truncated_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def larger_tokenizer(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+SPOILT = {
+    "weights of another scheme": (other_scheme, "holds other weights than its configuration says"),
+    "truncated weights": (truncated_weights, "cannot be loaded"),
+    "a larger tokenizer": (larger_tokenizer, "`vocab_size` of the model is 300, but the tokenizer has 301 entries"),
+    "no tokenizer": (no_tokenizer, "no tokenizer can be loaded"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_model_is_refused_everywhere(spoil, message, trained, data_flags, tmp_path, run_script, capsys):
+    spoil(copy_of(trained / "linear_cpb", tmp_path / "spoilt"))
+    model = ["--model_name_or_path", tmp_path / "spoilt"]
+    flags = finetuning_flags(data_flags, tmp_path / "spoilt", tmp_path / "x")
+    assert message in refusal(run_script, capsys, "generate", [*model, "--prompt", "the"])
+    assert message in refusal(run_script, capsys, "evaluate", [*model, "--output_dir", tmp_path / "x", *data_flags])
+    assert message in refusal(run_script, capsys, "finetune", flags)
+    assert not (tmp_path / "x").exists()

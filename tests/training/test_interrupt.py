@@ -1,0 +1,81 @@
+"""Interrupted runs leave a checkpoint that resumes, in one process and in several."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import resumes_on_cpus, run_in_shell, training_flags
+
+from hf_relpos.training.interrupt import InterruptCallback
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_path, run_script, number):
+    overrides = dict(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=5)
+    process = run_in_shell("train", training_flags(data_flags, tmp_path / "run", **overrides))
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "resume with --resume_from_checkpoint last" in output
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    steps = int(checkpoint.name.rpartition("-")[2])
+    assert not (tmp_path / "run" / "training.json").exists()
+    overrides |= dict(max_steps=steps + 2, resume_from_checkpoint="last")
+    run_script("train", *training_flags(data_flags, tmp_path / "run", **overrides))
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (record["resumed_from_step"], record["num_steps"]) == (steps, steps + 2)
+
+
+def test_a_request_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    callback, args = InterruptCallback(), SimpleNamespace(world_size=2, device="cpu")
+    controls = [SimpleNamespace(should_training_stop=False) for _ in range(2)]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: callback._request(2, None))
+    callback.world_size = 2
+    for control in controls:
+        callback.on_step_end(args, None, control)
+    assert [control.should_training_stop for control in controls] == [False, True]
+
+
+@resumes_on_cpus
+def test_two_processes_under_accelerate(data_flags, tmp_path):
+    """A Ctrl-C, which the terminal sends to all processes and the launcher sends again, then the rest of the run."""
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "29711"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "scripts" / "train.py")]
+
+    def start(**overrides):
+        flags = training_flags(data_flags, tmp_path / "ddp", pos_embedding_type="linear_cpb", **overrides)
+        return subprocess.Popen(
+            [*command, *map(str, flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    process = start(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=2)
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode and "resume with --resume_from_checkpoint last" in output, output[-3000:]
+    (checkpoint,) = (tmp_path / "ddp").glob("checkpoint-*")
+    steps = int(checkpoint.name.rpartition("-")[2]) + 2
+
+    process = start(max_steps=steps, eval_steps=steps, resume_from_checkpoint="last")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    record = json.loads((tmp_path / "ddp" / "training.json").read_text())
+    assert record["num_processes"] == 2 and record["num_tokens"] == 2 * steps * 4 * 32
