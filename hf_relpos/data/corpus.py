@@ -5,58 +5,22 @@ import csv
 import glob
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
 
-from ..environment import check_at_least_1
+from .arguments import TextArguments
+from .cache import digest
 
 
 FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer text file is cut at a line's end
-CACHE_VERSION = 1  # raise it when the functions below change what they make
-
-
-@dataclass
-class TextArguments:
-    """Which text, and how it becomes blocks; the built-in corpus unless a data set or a file is given."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set of the Hub or a local folder that datasets.load_dataset takes."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "A txt, jsonl, parquet or csv file to train on, or a folder of one kind."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training documents to evaluate on if nothing else is given."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer to use instead of one trained on the corpus."}
-    )
-    cross_document_attention: bool = field(
-        default=False, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Blocks of the validation split to evaluate on while training; all by default."}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes for tokenising; by default one that uses all cores."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("max_eval_samples", "preprocessing_num_workers"):
-            check_at_least_1(name, getattr(self, name))
 
 
 @dataclass
@@ -273,11 +237,6 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
 
 
 # --- hashes
-
-
-def digest(*parts: Any) -> str:
-    """A hash of JSON values."""
-    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts], sort_keys=True).encode()).hexdigest()
 
 
 def _hash_documents(splits: dict[str, Dataset]) -> str:

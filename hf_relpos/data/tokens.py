@@ -4,14 +4,11 @@ Tokenised documents and trained tokenizers are cached in the cache of `datasets`
 depend on.
 """
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import tokenizers
 from datasets import Dataset, IterableDataset
@@ -19,7 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..model_loading import check_vocab_size
-from .corpus import Corpus, TextArguments, digest
+from .arguments import TextArguments
+from .cache import cache_path, cache_root, digest, store
+from .corpus import Corpus
 
 
 def load_tokenizer(args: TextArguments, corpus: Corpus, vocab_size: int | None) -> PreTrainedTokenizerFast:
@@ -45,7 +44,7 @@ def load_named_tokenizer(name: str, vocab_size: int | None) -> PreTrainedTokeniz
     except (OSError, ValueError) as error:
         raise ValueError(f"`tokenizer_name` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"`tokenizer_name` {name!r} has no end-of-sequence token to part documents.")
+        raise ValueError(f"`tokenizer_name` {name!r} has no end-of-sequence token to separate documents.")
     check_vocab_size(tokenizer, vocab_size or len(tokenizer))
     return tokenizer
 
@@ -56,7 +55,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(f"`vocab_size` must be at least 258 (256 bytes and 2 special tokens), got {vocab_size}.")
     if "train" not in corpus.splits:
         raise ValueError("`train_file` or `tokenizer_name` is needed: there is no text to train a tokenizer on.")
-    cache = _cache_path("tokenizer", corpus.fingerprint, vocab_size, tokenizers.__version__)
+    cache = cache_path("tokenizer", corpus.fingerprint, vocab_size, tokenizers.__version__)
     if corpus.fingerprint and cache.is_dir():
         return AutoTokenizer.from_pretrained(cache)
     backend = tokenizers.Tokenizer(models.BPE())
@@ -78,9 +77,9 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
     )
     if corpus.fingerprint:
-        with tempfile.TemporaryDirectory(dir=_cache_root()) as folder:
+        with tempfile.TemporaryDirectory(dir=cache_root()) as folder:
             tokenizer.save_pretrained(folder)
-            _publish(Path(folder), cache)
+            store(Path(folder), cache)
     return tokenizer
 
 
@@ -104,7 +103,7 @@ def tokenize(
     if isinstance(documents, IterableDataset):
         return documents.map(encode, batched=True, batch_size=100, remove_columns=["text"])
     key = digest("tokens", fingerprint, _tokenizer_hash(tokenizer), tokenizers.__version__)
-    cache = _cache_path("tokens", key).with_suffix(".arrow") if fingerprint else None
+    cache = cache_path("tokens", key).with_suffix(".arrow") if fingerprint else None
     return documents.map(
         encode,
         batched=True,
@@ -171,30 +170,7 @@ def evaluation_documents(
     return split, TokenizedDocuments(tokenize_split(corpus, split, tokenizer, args), args.cross_document_attention)
 
 
-# --- the cache
-
-
 def _tokenizer_hash(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return digest(content, tokenizer.eos_token_id)
-
-
-def _cache_root() -> Path:
-    root = Path(datasets.config.HF_DATASETS_CACHE) / "hf_relpos"
-    root.mkdir(parents=True, exist_ok=True)
-    return root
-
-
-def _cache_path(kind: str, *parts: Any) -> Path:
-    return _cache_root() / f"{kind}-{digest(kind, *parts)[:24]}"
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Moves a finished folder to its place in the cache; another process may have been first."""
-    staged = folder.with_name(folder.name + "-done")
-    shutil.copytree(folder, staged)
-    try:
-        os.replace(staged, target)
-    except OSError:
-        shutil.rmtree(staged)

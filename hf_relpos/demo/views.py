@@ -2,7 +2,6 @@
 
 import functools
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from jinja2 import Environment
 
+from ..evaluation.evaluate import bias_curve_limit
 from ..evaluation.loss_by_length import RunningLoss, evaluation_mode, token_losses
 from ..inference.generate import sample
 from ..model.modeling_relpos import RelPosForCausalLM
@@ -96,7 +96,7 @@ class PageModel:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this file → HTML; what people typed or models said is escaped."""
+    """A template of this file → HTML; typed and generated text is escaped."""
     return _compiled(template).render(**values)
 
 
@@ -111,7 +111,7 @@ def _compiled(template: str) -> Any:
 def generate_cards(
     entries: Sequence[PageModel], prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> Iterator[str]:
-    """→ the page's columns after each round of one token per model; what a model cannot do stands in its column."""
+    """→ the page's columns after each round of one token per model; an error of a model is shown in its column."""
     options = int(max_new_tokens), float(temperature), float(top_p), int(seed)
     streams = {index: sample(entry.model, entry.tokenizer, prompt, *options) for index, entry in enumerate(entries)}
     counts, rows = [0] * len(entries), [[entry, prompt, "", "…", ""] for entry in entries]
@@ -145,7 +145,7 @@ def losses_by_position(entry: PageModel, text: str) -> np.ndarray:
         (tokens,) nats; the first one is NaN: nothing comes before it.
 
     Raises:
-        ValueError: if the text is too short for a loss, or too long for the model or the page.
+        ValueError: if the text is too short for a loss, or too long for the model or this page.
     """
     tokens = entry.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     count, limit = tokens.shape[1], entry.model.config.max_positions
@@ -214,7 +214,7 @@ def bias_page(entries: Sequence[PageModel], layer: int, length: int, scale: str)
         elif layer >= num_layers:
             note = f"No layer {layer}: this model has layers 0 to {num_layers - 1}."
         else:
-            limit = _table_limit(entry, layer)
+            limit = bias_curve_limit([entry.model.model.layers[layer]])
             if limit < length - 1:
                 note = f"Up to distance {limit}: past position {limit} the bias depends on the query's position too."
             with torch.no_grad():
@@ -222,13 +222,6 @@ def bias_page(entries: Sequence[PageModel], layer: int, length: int, scale: str)
             plot = _svg(_draw_bias, (5, 3.8), f"Bias by distance, layer {layer}", entry, table, scale)
         rows.append((entry, plot, note))
     return render(BIASES, rows=sorted(rows, key=lambda row: not row[1]))  # curves first
-
-
-def _table_limit(entry: PageModel, layer: int) -> float:
-    """The largest position of a query whose whole bias in this layer is a function of the distance."""
-    schemes = entry.model.model.layers[layer].self_attn.position_embeddings.values()
-    limits = [limit.item() for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
-    return math.floor(min(limits)) if limits else math.inf
 
 
 def _draw_bias(axes: Any, entry: PageModel, table: np.ndarray, scale: str) -> None:

@@ -1,5 +1,7 @@
 """The evaluation of a saved model: its arguments, and the result file with its plots."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -9,8 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..cli import command, parse_arguments
-from ..data.corpus import load_corpus
-from ..data.tokens import evaluation_documents
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
 from ..model_loading import load_model, load_model_tokenizer
 from ..results.plots import plot_results, plot_scores
@@ -129,6 +129,9 @@ def _measure_text(
     model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
 ) -> dict[str, Any]:
     """Losses by length and by position on the documents of a corpus."""
+    from ..data.corpus import load_corpus  # the data libraries take a second, which --help and tasks do not need
+    from ..data.tokens import evaluation_documents
+
     corpus = load_corpus(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
@@ -160,6 +163,13 @@ def _measure_task(
     }
 
 
+def bias_curve_limit(layers: Iterable[Any]) -> float:
+    """The largest position of a query whose bias in these layers depends on the distance only; infinity without one."""
+    schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in layers))
+    limits = [float(limit) for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
+    return math.floor(min(limits)) if limits else math.inf
+
+
 def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
     """The bias by distance that a model of this family has learned, or `None` for one that has none.
 
@@ -168,10 +178,7 @@ def bias_curves(model: Any, length: int) -> dict[str, Any] | None:
     """
     if not getattr(model.config, "has_distance_table", False):
         return None
-    schemes = (layer.self_attn.position_embeddings.values() for layer in model.base_model.layers)
-    limits = [scheme.table_limit() for scheme in chain(*schemes)]
-    # past them the bias is more than a curve by distance
-    length = min([length, *(int(limit) + 1 for limit in limits if limit is not None)])
+    length = int(min(length, bias_curve_limit(model.base_model.layers) + 1))
     steps = range(8 * length.bit_length() + 1)
     distances = sorted({distance for step in steps if (distance := round(2 ** (step / 8)) - 1) < length})
     with evaluation_mode(model):

@@ -176,13 +176,11 @@ def evaluate_lengths(
         raise ValueError(f"`max_windows` must be at least 1, got {max_windows}.")
     longest = lengths[-1]
     sums = {length: RunningLoss() for length in lengths}
-    by_position = np.zeros(longest)
-    slope, scores = ClusteredMean(), {token: ClusteredMean() for token in IN_CONTEXT_TOKENS}
+    by_position, context = np.zeros(longest), _ContextStatistics(train_length)
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
     available = _count_windows(documents, longest)
     total = min(available, max_windows or available)
-    num_documents, last_document = 0, None
     with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="window") as progress:
         every = document_windows(documents, longest)
         windows = (
@@ -197,19 +195,13 @@ def evaluate_lengths(
                 sums[length].add(losses[:, targets])
             by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
             for (document, _), row in zip(group, losses):
-                num_documents += document != last_document
-                last_document = document
-                for token, score in scores.items():
-                    _add(score, _in_context_score(row, token), document)
-                _add(slope, _slope_past(row, train_length), document)
+                context.add(row, document)
             progress.update(len(group))
     return {
         "lengths": {str(length): sums[length].summary() for length in lengths},
         "loss_by_position": [None, *(by_position[1:] / total).tolist()],
-        "in_context_score": {str(token): _named("score", score) for token, score in scores.items()},
-        "slope": _named("slope", slope),
         "num_windows": total,
-        "num_documents": num_documents,
+        **context.summary(),
     }
 
 
@@ -290,9 +282,29 @@ def _slope_past(losses: np.ndarray, train_length: int | None) -> float | None:
     return float((positions * losses[train_length:]).sum() / (positions**2).sum())
 
 
-def _add(mean: ClusteredMean, value: float | None, cluster: int) -> None:
-    if value is not None:
-        mean.add(value, cluster)
+class _ContextStatistics:
+    """What the loss does with more context, over windows that are clustered by document."""
+
+    def __init__(self, train_length: int | None) -> None:
+        self.train_length, self.num_documents, self.last_document = train_length, 0, -1
+        self.slope, self.scores = ClusteredMean(), {token: ClusteredMean() for token in IN_CONTEXT_TOKENS}
+
+    def add(self, losses: np.ndarray, document: int) -> None:
+        """The losses of one window; windows of a document come one after the other."""
+        self.num_documents += document != self.last_document
+        self.last_document = document
+        means = [(mean, _in_context_score(losses, token)) for token, mean in self.scores.items()]
+        for mean, value in [*means, (self.slope, _slope_past(losses, self.train_length))]:
+            if value is not None:
+                mean.add(value, document)
+
+    def summary(self) -> dict[str, Any]:
+        """→ in_context_score, slope, num_documents."""
+        return {
+            "in_context_score": {str(token): _named("score", score) for token, score in self.scores.items()},
+            "slope": _named("slope", self.slope),
+            "num_documents": self.num_documents,
+        }
 
 
 def _named(name: str, mean: ClusteredMean) -> dict[str, float | None] | None:

@@ -42,7 +42,7 @@ def _size(groups: Sequence[Group]) -> tuple[float, float]:
     """Width and height in inches."""
     if len(groups) > MAX_GROUPS_WITH_LEGEND_INSIDE:
         return 13, 8
-    return (9, 5) if len(groups) > 1 else (6.4, 3.4)
+    return (9, 5) if len(groups) > 1 else (5.8, 3.1)
 
 
 def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str, **style: Any) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..data.corpus import TextArguments
+from ..data.arguments import TextArguments
 from .base import TASKS
 
 

@@ -12,11 +12,11 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ..data.corpus import digest
+from ..data.cache import digest
 
 
 TASKS: dict[str, type["Task"]] = {}
-# a model trained on a task sees new rows all the time: so many before any comes again
+# rows before any is repeated: a model in training sees new ones all the time
 NUM_TRAINING_ROWS, NUM_VALIDATION_ROWS = 2**20, 256
 TRAINING, VALIDATION, TEST = range(3)  # rows of the same index and seed differ by these
 
@@ -56,8 +56,8 @@ class Task:
         score_name: what is scored.
         words: the task's vocabulary, in the order of the ids after the special tokens; empty for a task in plain text,
             which takes any tokenizer.
-        kinds: kinds of test rows, each scored apart; the first is what training sees most like.
-        whole_answers: whether a row counts as a whole, right or wrong, or each token of its answers by itself.
+        kinds: kinds of test rows, each scored separately; training rows are like the first.
+        whole_answers: whether a row is right or wrong as a whole; otherwise each token of its answers is scored.
         shortest: tokens of the shortest row.
     """
 
@@ -78,7 +78,7 @@ class Task:
         self.ids = {word: vocabulary[word] for word in self.words}
 
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
-        """A tokenizer of the task's words, parted by spaces."""
+        """A tokenizer of the task's words, separated by spaces."""
         if not self.words:
             raise ValueError(f"`tokenizer_name` or a saved model is needed: `task` {self.name!r} is in plain text.")
         vocabulary = {word: index for index, word in enumerate(("<|endoftext|>", "<|pad|>", *self.words))}
@@ -95,7 +95,7 @@ class Task:
 
     @staticmethod
     def rng(seed: int, use: int, kind: str, index: int) -> np.random.Generator:
-        """Random numbers for one row, apart from those of any other."""
+        """A random generator for one row, independent of those of other rows."""
         return np.random.default_rng([seed, use, *kind.encode(), index])
 
     def check_length(self, name: str, length: int) -> None:
@@ -113,7 +113,7 @@ class Task:
 
 
 class TaskRows(torch.utils.data.Dataset):
-    """Rows of a task to train on or to validate with, each made when it is asked for, the same each time.
+    """Rows of a task to train on or to validate with, each made when it is read, the same every time.
 
     Args:
         task: what to make.

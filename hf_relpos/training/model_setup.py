@@ -62,7 +62,7 @@ class ModelArguments(SavedModelArguments):
         },
     )
     sliding_window: int | None = field(
-        default=None, metadata={"help": "Keys that layers which slide see; all layers slide without --layer_types."}
+        default=None, metadata={"help": "Keys that a sliding layer sees; all layers slide without --layer_types."}
     )
     max_position_embeddings: int | None = field(
         default=None,
@@ -133,7 +133,7 @@ def _sampling(model_args: SavedModelArguments) -> str | None:
 
 
 def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None = None) -> RelPosForCausalLM:
-    """A model with fresh weights. Whatever the scheme, those that all schemes have start the same for the same seed."""
+    """A model with new weights; for one seed, those that all schemes have are the same whatever the scheme."""
     set_seed(seed)
     model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
     fields = {name: value for name, value in config.to_dict().items() if name != "rope_parameters"}
@@ -144,7 +144,7 @@ def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None =
 
 
 def _parse_overrides(overrides: str | None) -> dict[str, Any]:
-    elsewhere = {"train_length", "pad_token_id", "bos_token_id", "eos_token_id"}  # the run and the tokenizer say
+    elsewhere = {"train_length", "pad_token_id", "bos_token_id", "eos_token_id"}  # set by the run and the tokenizer
     allowed = set(RelPosConfig.__annotations__) - elsewhere - set(ModelArguments.__dataclass_fields__)
     fields = {}
     for item in overrides.split(",") if overrides else []:
@@ -179,11 +179,11 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     if model_args.position_sampling is not None:
         kwargs["position_sampling"] = _sampling(model_args)
     model = load_model(name, RelPosForCausalLM, **kwargs)
-    RelPosConfig.from_dict(model.config.to_dict())  # what is set on a saved configuration is not checked otherwise
+    RelPosConfig.from_dict(model.config.to_dict())  # fields that are set on a saved one are not checked otherwise
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or name, model)
     check_vocab_size(tokenizer, model.config.vocab_size)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to part documents.")
+        raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to separate documents.")
     return model, tokenizer
 
 

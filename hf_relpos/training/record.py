@@ -1,4 +1,4 @@
-"""The record of a training run: what was trained on what, how, by which command, and what it cost."""
+"""The record of a training run: model, data, recipe, command, cost and environment."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ from .run import TrainingRun
 
 
 # what the record holds of the arguments and of the configuration
+POSITION_FIELDS = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation")
+POSITION_FIELDS += ("position_sampling", "layer_types", "sliding_window", "train_length")
 RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[str, Any]:
-    """The record as `training.json` holds it, without losses and without what is known of a base model.
+    """The record as `training.json` holds it, without the final losses and the facts of a base model.
 
     Args:
-        run: what was asked for.
+        run: the run that `trainer` has done.
         trainer: after its last step.
         seconds: on the clock since the start or the resumption, evaluations included.
     """
@@ -42,16 +44,9 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[
     recipe |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
     flags = import_flags(config.pos_embedding_type) | given_flags(run.model_args, run.data_args, args)
     return {
-        "pos_embedding_type": config.pos_embedding_type,
-        "pos_embedding_kwargs": config.pos_embedding_kwargs,
-        "rope_parameters": getattr(config, "rope_parameters", None),
-        "position_start_augmentation": config.position_start_augmentation,
-        "position_sampling": config.position_sampling,
-        "layer_types": getattr(config, "layer_types", None),
-        "sliding_window": config.sliding_window,
+        **{name: getattr(config, name, None) for name in POSITION_FIELDS},
         "seed": args.seed,
         "data_seed": args.data_seed,
-        "train_length": config.train_length,
         "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
         "num_parameters": trainer.model.num_parameters(),
         "num_steps": steps,
@@ -80,6 +75,6 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[
 
 def base_facts(name: str, train_length: int | None) -> dict[str, Any]:
     """What the record of a run holds of the model that it continues: its name, length and how it was made."""
-    base, own_name = read_record(name), Path(name).name if Path(name).exists() else name
-    made = [{"name": own_name, "script": base["script"], "flags": base["flags"]}] if "flags" in base else []
-    return {"base_model": own_name, "base_train_length": train_length, "history": base.get("history", []) + made}
+    base, base_name = read_record(name), Path(name).name if Path(name).exists() else name
+    made = [{"name": base_name, "script": base["script"], "flags": base["flags"]}] if "flags" in base else []
+    return {"base_model": base_name, "base_train_length": train_length, "history": base.get("history", []) + made}

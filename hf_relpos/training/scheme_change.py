@@ -34,7 +34,7 @@ class ChangeArguments(SavedModelArguments):
         default=None,
         metadata={"help": "Layers that see --sliding_window keys only, repeated: 'sliding/sliding/full'; or 'full'."},
     )
-    sliding_window: int | None = field(default=None, metadata={"help": "Keys that layers which slide see."})
+    sliding_window: int | None = field(default=None, metadata={"help": "Keys that a sliding layer sees."})
     max_position_embeddings: int | None = field(
         default=None, metadata={"help": "Range of --position_sampling: the length that PoSE prepares for."}
     )

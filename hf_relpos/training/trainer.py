@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class RelPosTrainer(Trainer):
-    """The Trainer of transformers, whose pushes are those of this module: one commit, whole, with the card.
+    """The Trainer of transformers, whose pushes are those of `hf_relpos.hub.push`: a complete repository in one commit.
 
-    `hub_strategy` is "end" or "every_save", which pushes each checkpoint's model in the background. The optimizer's
-    state and the pickled arguments stay where they are.
+    `hub_strategy` is "end" or "every_save"; the latter pushes the model of each checkpoint in the background. The
+    optimizer's state and the pickled arguments are not pushed.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -44,13 +44,13 @@ class RelPosTrainer(Trainer):
             check_not_taken(api, self.hub_model_id, head, there, config, record)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the card of what lies in the output folder; arguments of transformers' draft are not needed."""
+        """Writes the card of the model in the output folder; the arguments that transformers passes are not used."""
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
         try:
             card = repository_files(folder, self.hub_model_id)[CARD]
-        except ValueError as error:  # what is trained is saved all the same
+        except ValueError as error:  # the model is saved already
             logger.warning(f"No card was written: {error}")
         else:
             if isinstance(card, bytes):

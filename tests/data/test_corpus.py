@@ -7,7 +7,8 @@ import pandas
 import pytest
 from conftest import make_text
 
-from hf_relpos.data.corpus import TextArguments, load_corpus, load_sotu
+from hf_relpos.data.arguments import TextArguments
+from hf_relpos.data.corpus import load_corpus, load_sotu
 
 
 def test_built_in_corpus_is_split_by_year_without_importing_its_package():

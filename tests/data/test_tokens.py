@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import make_text
 
-from hf_relpos.data.corpus import TextArguments, load_corpus
+from hf_relpos.data.arguments import TextArguments
+from hf_relpos.data.corpus import load_corpus
 from hf_relpos.data.tokens import load_tokenizer, tokenize, train_tokenizer
 from hf_relpos.model_loading import check_vocab_size
 

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, make_model, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_relpos.data.corpus import TextArguments, load_corpus
+from hf_relpos.data.arguments import TextArguments
+from hf_relpos.data.corpus import load_corpus
 from hf_relpos.data.tokens import TokenizedDocuments, evaluation_documents, train_tokenizer
 from hf_relpos.evaluation.loss_by_length import (
     ClusteredMean,

@@ -139,17 +139,18 @@ def fold(reports: list[dict]) -> dict[str, dict]:
     return tests
 
 
-def stored(row: dict) -> dict:
-    """A row as the report holds it, small: by suite its seconds, the tests that passed, and the others by reason."""
-    suites: dict[str, dict] = {}
-    for name, test in row["tests"].items():
-        suite = suites.setdefault(test["suite"], {"seconds": 0.0, "passed": [], "failed": {}, "skipped": {}})
-        suite["seconds"] = round(suite["seconds"] + test["seconds"], 1)
-        if test["outcome"] == "passed":
-            suite["passed"].append(name)
-        else:
-            suite[test["outcome"]].setdefault(test["why"], []).append(name)
-    return {"row": row["row"], "seconds": row["seconds"], "suites": suites}
+def stored(rows: list[dict]) -> dict[str, object]:
+    """Rows as the report holds them, small: the seconds of each, and by suite and test who passed and who did not."""
+    seconds: dict[str, dict[str, float]] = {row["row"]: {"all": row["seconds"]} for row in rows}
+    outcomes: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        for name, test in row["tests"].items():
+            spent, suite = seconds[row["row"]], test["suite"]
+            spent[suite] = round(spent.get(suite, 0.0) + test["seconds"], 1)
+            outcome = f"{test['outcome']}: {test['why']}" if test["why"] else test["outcome"]
+            families = outcomes.setdefault(suite, {}).setdefault(name, {})
+            families[outcome] = f"{families[outcome]}, {row['row']}" if outcome in families else row["row"]
+    return {"seconds": seconds, "tests": outcomes}
 
 
 def kind_of_skip(why: str) -> str:
@@ -288,7 +289,8 @@ def main() -> None:
         "rows": rows,
     }
     if not args.only and not args.tests:
-        write_json(REPORT, {**record, "rows": [stored(row) for row in rows]})
+        facts = {name: value for name, value in record.items() if name != "rows"}
+        write_json(REPORT, facts | stored(rows))
         PAGE.write_text(page(record), encoding="utf-8")
     for row in rows:
         outcomes = Counter(test["outcome"] for test in row["tests"].values())

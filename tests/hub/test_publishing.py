@@ -23,6 +23,7 @@ from hf_relpos.hub.model_card import is_generated
 from hf_relpos.hub.repository import check_weights, repository_files, write_files
 from hf_relpos.model.saved_code import code_files
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
+from hf_relpos.results.result_file import RESULTS, read_results
 
 
 LOOP = """
@@ -429,7 +430,7 @@ def spoil(folder, kind):
         (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
         return "must hold a model of the family"
     if kind == "another's result":
-        result = json.loads((ROOT / "docs" / "results" / "rotary.json").read_text())
+        *_, result = read_results(ROOT / "docs" / "results" / "sotu" / RESULTS)
         (folder / "evaluation").mkdir()
         (folder / "evaluation" / "results.json").write_text(json.dumps(result))
         return "is the result of another model: its `pos_embedding_type` is 'rotary', not 'alibi'"

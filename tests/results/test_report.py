@@ -1,6 +1,5 @@
 """Statistics over seeds against values by hand and by scipy, and the page that they are written to."""
 
-import copy
 import json
 import math
 import re
@@ -8,7 +7,9 @@ import re
 import pytest
 from scipy import stats
 
+from hf_relpos.environment import write_json
 from hf_relpos.results.report import write_report
+from hf_relpos.results.result_file import RESULTS, read_results, smooth_by_position, write_results
 from hf_relpos.results.statistics import Interval, compare, group_results, holm, paired_p_value, verdict
 
 
@@ -99,13 +100,11 @@ def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
     groups = group_results(results)
     alibi = next(c for c in compare(groups, "none") if (c.label, c.condition) == ("alibi", "128"))
     rotary = next(c for c in compare(groups, "none") if (c.label, c.condition) == ("rotary", "128"))
-    assert alibi.difference.mean == pytest.approx(-0.02) and alibi.is_real and not rotary.is_real
+    assert alibi.difference.mean == pytest.approx(-0.02) and alibi.significant and not rotary.significant
     unpaired = stats.ttest_ind(*([*group.values("128", "loss").values()] for group in groups[:2])).pvalue
     assert unpaired > 0.05 > alibi.corrected
-    assert "**alibi** is better than none by 0.0200 nats (-2.0 % in perplexity): a real difference" in verdict(
-        alibi, "none"
-    )
-    assert "cannot be told apart" in verdict(rotary, "none")
+    assert "**alibi** is better than none by 0.0200 nats (-2.0 % in perplexity): significant" in verdict(alibi, "none")
+    assert "do not differ significantly" in verdict(rotary, "none")
     with pytest.raises(ValueError, match=r"`baseline` must be one of \['none', 'alibi', 'rotary'\], got 'alibii'"):
         compare(groups, "alibii")
 
@@ -177,24 +176,75 @@ def test_finetuning_is_drawn_against_its_steps(tmp_path):
     assert "loss_after_finetuning.png" in names
 
 
-def test_report_of_a_sweep_leaves_out_what_it_cannot_read(results, run_script, tmp_path, capsys):
+def test_report_of_a_sweep(results, run_script, tmp_path, capsys):
     root = tmp_path / "sweep"
-    root.mkdir()
-    names = [f"{index}.json" for index in range(len(results))]
-    for name, result in zip(names, copy.deepcopy(results)):
-        (root / name).write_text(json.dumps(result))
-    (root / "cut.json").write_text(json.dumps(results[0])[:50])
-    (root / "foreign.json").write_text("[1]")
-    spoilt = ["cut.json", "foreign.json", "hollow.json"]
-    (root / "hollow.json").write_text(json.dumps({**results[0], "lengths": {"128": 3}}))
-    (root / "results.txt").write_text("\n".join([*names, *spoilt]) + "\n")
+    write_results(root / RESULTS, results)
     run_script("report", "--sweep", root, "--output_dir", tmp_path / "report", "--baseline", "alibi")
-    printed = capsys.readouterr()
-    assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in spoilt)
     assert "Difference to alibi" in (tmp_path / "report" / "report.md").read_text()
-    with pytest.raises(SystemExit):
-        run_script("report", "--output_dir", tmp_path / "other")
-    assert "either --results or --sweep is required" in capsys.readouterr().err
+    for flags, message in (
+        (("--sweep", tmp_path), f"holds no finished sweep: there is no {RESULTS}"),
+        ((), "either --results or --sweep is required"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script("report", *flags, "--output_dir", tmp_path / "other")
+        assert message in capsys.readouterr().err
+
+
+def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, tmp_path, capsys):
+    write_results(tmp_path / "good.jsonl", results[:3])
+    write_json(tmp_path / "one.json", results[3])
+    (tmp_path / "cut.json").write_text(json.dumps(results[0])[:50])
+    (tmp_path / "foreign.json").write_text("[1]")
+    (tmp_path / "hollow.json").write_text(json.dumps({**results[0], "lengths": {"128": 3}}))
+    names = ("good.jsonl", "one.json", "cut.json", "foreign.json", "hollow.json")
+    run_script("report", "--results", *(tmp_path / name for name in names), "--output_dir", tmp_path / "report")
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in names[2:])
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert len(table.splitlines()) == 2 + 4 and "| none (1337) |" in table
+
+
+def test_stored_results_give_the_same_report(results, tmp_path):
+    """Rounding and binning lose nothing that a report shows; the figures are drawn from the same points."""
+    write_results(tmp_path / RESULTS, results)
+    stored = read_results(tmp_path / RESULTS)
+    first, second = (write_report(each, tmp_path / name) for each, name in ((results, "whole"), (stored, "stored")))
+    assert first[0].read_text(encoding="utf-8") == second[0].read_text(encoding="utf-8")
+    for result, small in zip(results, stored):
+        whole, bins = smooth_by_position(result["loss_by_position"]), smooth_by_position(small["loss_by_position"])
+        assert bins[0] == pytest.approx(whole[0], rel=1e-4) and bins[1] == pytest.approx(whole[1], rel=1e-4)
+    assert write_results(tmp_path / "again.jsonl", stored) is None
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / RESULTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda lines: lines[1:1] or lines.insert(1, lines[0][:70]), "line 2 cannot be read: "),
+        (lambda lines: lines.append(lines[0]), "line 4 repeats line 1"),
+        (lambda lines: lines.insert(2, ""), "line 3 cannot be read: "),
+        (lambda lines: lines.append(lines[0].replace('"seed":42,', "")), r"line 4 lacks \['seed'\]"),
+        (lambda lines: lines.append(lines[0].replace('"seed":42', '"seed":NaN')), "line 4 cannot be read: NaN is not"),
+        (lambda lines: lines.append("[1]"), "line 4 lacks"),
+        (lambda lines: lines.clear(), "holds no results"),
+    ],
+    ids=["cut", "repeated", "empty line", "key missing", "NaN", "no result", "empty"],
+)
+def test_a_broken_line_is_named(spoil, message, results, tmp_path):
+    path = tmp_path / RESULTS
+    write_results(path, results[:3])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    spoil(lines)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"results.jsonl'.* {message}"):
+        read_results(path)
+
+
+def test_results_are_written_without_nan(results, tmp_path):
+    results[0]["slope"]["slope"] = math.nan
+    with pytest.raises(ValueError):
+        write_results(tmp_path / RESULTS, results)
+    assert not (tmp_path / RESULTS).exists()
 
 
 def make_score(scheme, seed, score):
