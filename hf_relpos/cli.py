@@ -72,6 +72,7 @@ def main() -> None:
         raise ValueError(f"unknown sub-command: {name!r}{_nearest(name, COMMANDS)}; --help lists those that exist.")
     if name == "serve":  # its flags are those of `transformers serve`, which other parsers read
         import_schemes(_pop_import_files(flags))
+        _check_schemes_are_imported(flags[0] if flags else None)
         sys.argv[1:] = [name, *flags]
     else:
         sys.argv = [f"{PROGRAM} {name}", *flags]

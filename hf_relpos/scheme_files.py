@@ -50,8 +50,10 @@ def import_scheme_file(path: str | Path) -> ModuleType:
         raise ValueError(f"`import_file` {str(path)!r} does not exist.")
     if not file.stem.isidentifier() or file.stem in reserved_names():
         raise ValueError(f"`import_file` {str(path)!r} has a name that cannot be imported or is in use: rename it.")
-    package = __package__ + ".model." if imports_relatively(file) else ""
-    name = package + file.stem
+    try:
+        name = f"{__package__}.model.{file.stem}" if imports_relatively(file) else file.stem
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`import_file` {str(path)!r} is not UTF-8 text (near byte {error.start}).") from error
     if (module := sys.modules.get(name)) is not None:
         if Path(getattr(module, "__file__", None) or "/").resolve() != file:
             raise ValueError(f"`import_file` {str(path)!r} has the name of another module, {name!r}: rename it.")
