@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, LlamaConfig, MptConfig, PreTrainedModel
 
 from hf_relpos.evaluation.loss_by_length import evaluation_mode, token_losses
-from hf_relpos.model.attention_distance_bias import distance_bias_attention, table_kernel
-from hf_relpos.model.attention_triton import triton_backward, triton_forward
+from hf_relpos.model.attention_distance_bias import distance_bias_attention
+from hf_relpos.model.attention_kernel import TableCall
+from hf_relpos.model.attention_triton import TritonKernel, triton_backward, triton_forward
 from hf_relpos.model.configuration_relpos import RelPosConfig
 from hf_relpos.model.modeling_relpos import RelPosForCausalLM
 from hf_relpos.model.scheme_distance_bias import AlibiBias
-from hf_relpos.model.scheme_registry import list_position_embeddings
+from hf_relpos.model.scheme_registry import distance_table, list_position_embeddings
 
 
 NUM_HEADS, HEAD_DIM, VOCAB_SIZE = 4, 64, 8192
@@ -105,22 +106,21 @@ class _FastTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> Any:
-        arguments = (table, query.shape[3] ** -0.5, True, 0)
-        out, lse = triton_forward(query, key, value, *arguments)
+        out, lse = triton_forward(query, key, value, table, TableCall(query.shape[3] ** -0.5))
         ctx.save_for_backward(query, key, value, out, lse, table)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
         *tensors, table = ctx.saved_tensors
-        arguments = (table, tensors[0].shape[3] ** -0.5, True, 0)
-        return triton_backward(grad_out, *tensors, *arguments, is_deterministic=False)
+        call = TableCall(tensors[0].shape[3] ** -0.5)
+        return triton_backward(grad_out, *tensors, table, call, is_deterministic=False)
 
 
 def distance_bias_fast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    if table_kernel(query, table) != "triton":
+    if not TritonKernel.supports(query, key, table, TableCall(1.0)):
         raise Unsupported("needs a GPU and Triton")
     return _FastTriton.apply(query, key, value, table)
 
@@ -184,7 +184,7 @@ def _build_attention(case: Case) -> Callable[[], None]:
     with torch.device(case.device):
         scheme = AlibiBias(RelPosConfig.from_size("xsmall", pos_embedding_type="alibi"))
         # a learned table that has come to look like ALiBi's, where most weights underflow
-        table = scheme.table(case.length, torch.device(case.device))
+        table = distance_table(scheme, case.length, torch.device(case.device))
     has_gradient = case.mode == "forward_backward"
     for x in inputs:
         x.requires_grad_(has_gradient)

@@ -1,4 +1,4 @@
-"""Fair timings: cases take turns in one process, each case's memory is taken in a process of its own."""
+"""Fair timings: cases take turns in one process, the memory of each case is measured in a separate process."""
 
 import multiprocessing
 import statistics

@@ -3,8 +3,8 @@
 
 python -m benchmarks.run --output_dir output/benchmark
 
-All of one length take turns in one process; peak memory, and the evaluation of one long row, is taken in a process of
-its own each. Writes benchmark.json, benchmark.md and plots of cost against length.
+All cases of one length take turns in one process; each peak memory, and the evaluation of one long row, is measured in
+a separate process. Writes benchmark.json, benchmark.md and plots of cost against length.
 """
 
 from collections.abc import Iterator

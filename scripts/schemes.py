@@ -15,9 +15,9 @@ import torch
 from hf_relpos import RelPosConfig, RelPosForCausalLM
 from hf_relpos.cli import command
 from hf_relpos.environment import write_text
-from hf_relpos.model.attention_distance_bias import check_implementation
+from hf_relpos.model.attention_mask import check_implementation
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
-from hf_relpos.model.scheme_registry import build_position_embeddings
+from hf_relpos.model.scheme_registry import PositionEmbeddings, build_position_embeddings
 from hf_relpos.results.plots import FEW_COLORS, new_figure, save_figure
 from hf_relpos.scheme_docs import link_papers, read_scheme
 
@@ -26,9 +26,6 @@ ROOT = Path(__file__).parent.parent
 # of the pictures: the training length, the largest distance, and where a bias is cut
 TRAIN_LENGTH, LONGEST, LARGEST = 128, 1024, 12.0
 BEGIN, END = "<!-- schemes: made by scripts/schemes.py -->\n", "<!-- end -->"
-HOOKS = ("embed", "rotation", "rotate", "distance_bias", "max_table_position", "dense_bias", "key_bias", "score_bias")
-# names that some hooks have today → those in `HOOKS`
-FORMER_HOOKS = {"bias": "dense_bias", "key_state": "key_bias", "table_limit": "max_table_position"}
 IMPLEMENTATIONS = {
     "eager": "`eager`",
     "sdpa": "`sdpa`",
@@ -78,7 +75,7 @@ def readme_table() -> str:
     for name, cls in POSITION_EMBEDDINGS.items():
         read = read_scheme(cls)
         paper = re.search(r"arXiv \d{4}\.\d{5}", read.get("Paper", read.get("Source", "")))
-        what = _first_sentence(read["title"]) + " (experimental: O(L²) memory)" * ("score_bias" in hooks_of(cls))
+        what = _first_sentence(read["title"]) + " (experimental: O(L²) memory)" * ("score_bias" in cls.hooks)
         cells = (f"`{name}`", cls.kind, what, past_training_length(cls), link_papers(paper[0]) if paper else "")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -122,15 +119,6 @@ def _config(name: str, num_heads: int = 4) -> RelPosConfig:
     return RelPosConfig(pos_embedding_type=name, train_length=TRAIN_LENGTH, **sizes)
 
 
-def hooks_of(cls: type[PositionEmbedding]) -> set[str]:
-    """Which hooks a scheme overrides."""
-
-    def overrides(name: str) -> bool:
-        return getattr(cls, name, None) is not getattr(PositionEmbedding, name, None)
-
-    return {name for name in HOOKS if overrides(name)} | {new for old, new in FORMER_HOOKS.items() if overrides(old)}
-
-
 # --- the text
 
 
@@ -166,7 +154,7 @@ def _parameters(name: str) -> str:
 
 
 def _cost(cls: type[PositionEmbedding]) -> str:
-    hooks, once = hooks_of(cls), "once per forward" if cls.shared_across_layers else "in each layer"
+    hooks, once = cls.hooks, "once per forward" if cls.shared_across_layers else "in each layer"
     costs = {
         "embed": "a vector per token is added before the first layer",
         "rotate": "q or k is multiplied in each layer; the factors are computed once per forward",
@@ -190,7 +178,7 @@ def _path(model: RelPosForCausalLM, implementation: str) -> str:
     first, _, suffix = path.partition(":")
     if first == "distance_bias":  # the rest names a kernel of this machine
         scheme = POSITION_EMBEDDINGS[model.config.pos_embedding_type]
-        return PATHS["key_bias" if "key_bias" in hooks_of(scheme) else first]
+        return PATHS["key_bias" if "key_bias" in scheme.hooks else first]
     return PATHS.get(suffix, suffix)
 
 
@@ -211,7 +199,7 @@ def curves(name: str, model: RelPosForCausalLM) -> tuple[str, str, dict[str, tor
     """
     scheme = {**model.model.position_embeddings, **model.model.layers[0].self_attn.position_embeddings}[name]
     cls, positions = type(scheme), torch.arange(LONGEST + 1)[None]
-    hooks = hooks_of(cls)
+    hooks = cls.hooks
     with torch.no_grad():
         bias = _bias(scheme, model.config)
         if bias is not None:
@@ -234,15 +222,15 @@ def curves(name: str, model: RelPosForCausalLM) -> tuple[str, str, dict[str, tor
 
 def _bias(scheme: PositionEmbedding, config: RelPosConfig) -> torch.Tensor | None:
     """→ (H, LONGEST + 1): the bias of the query at position LONGEST, by distance; `None` if there is none."""
-    if "key_bias" in hooks_of(type(scheme)):
+    if "key_bias" in scheme.hooks:
         hidden = torch.randn(1, LONGEST + 1, config.hidden_size)
-        says = scheme.key_state(hidden)[0].flip(-1)
+        says = scheme.key_bias(hidden)[0].flip(-1)
         return says.cumsum(-1) - says
     key = torch.arange(LONGEST + 1)[None]
     distance = (LONGEST - key)[:, None]
     visible = torch.ones(1, 1, 1, LONGEST + 1, dtype=torch.bool)
-    positions = Positions(key[:, -1:], key, distance, LONGEST + 1, visible=visible)
-    bias = scheme.bias(positions)
+    positions = Positions(key[:, -1:], key, distance, visible)
+    bias = PositionEmbeddings({config.pos_embedding_type: scheme}).dense_bias(positions, LONGEST + 1)
     return None if bias is None else bias[0, :, 0].flip(-1)
 
 

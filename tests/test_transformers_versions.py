@@ -1,6 +1,7 @@
 """The names that transformers 5.24 changed, under whichever version is installed."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_both_names_at_once_are_refused(model):
     assert model(make_tokens(1, 4), **{**caches, CACHE_NAMES[1]: None}).logits.shape[1] == 4
 
 
+def test_the_old_name_warns_where_transformers_has_the_new_one(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in CACHE_NAMES:
+            model(make_tokens(1, 4), **{name: DynamicCache(config=model.config)})
+    told = [str(warning.message) for warning in caught if warning.category is FutureWarning]
+    expected = ["`past_key_values` is deprecated. Use `cache` instead."] if CACHE_NAME == CACHE_NAMES[0] else []
+    assert told == expected
+
+
 def test_the_signature_has_the_name_of_the_installed_version(model):
     for part in (model, model.model, model.model.layers[0]):
         assert [name for name in CACHE_NAMES if name in inspect.signature(part.forward).parameters] == [CACHE_NAME]
@@ -81,3 +92,12 @@ def test_other_keywords_are_none_of_ours():
     assert FORWARD_KEYWORDS >= {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
     model, tokens = make_model("alibi"), make_tokens(1, 5)
     assert torch.equal(model(tokens, tokenizer="any", num_items_in_batch=torch.tensor(5)).logits, model(tokens).logits)
+
+
+def test_a_loss_of_the_users_gets_its_keywords():
+    model, tokens = make_model("alibi"), make_tokens(1, 5)
+    model.loss_function = lambda logits, labels, vocab_size, token_weights: (logits.sum(-1) * token_weights).sum()
+    loss = model(tokens, labels=tokens, token_weights=torch.ones(1, 5)).loss
+    torch.testing.assert_close(loss, model(tokens).logits.sum())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'token_weight'"):
+        model(tokens, labels=tokens, token_weight=torch.ones(1, 5))

@@ -166,7 +166,7 @@ def _measure_task(
 def bias_curve_limit(layers: Iterable[Any]) -> float:
     """The largest position of a query whose bias in these layers depends on the distance only; infinity without one."""
     schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in layers))
-    limits = [float(limit) for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
+    limits = [float(limit) for limit in (scheme.max_table_position() for scheme in schemes) if limit is not None]
     return math.floor(min(limits)) if limits else math.inf
 
 

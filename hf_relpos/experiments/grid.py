@@ -83,11 +83,11 @@ class Run:
         return " ".join(words) + ("" if self.base else f" seed {self.settings.get('seed', 42)}")
 
     def folder(self, root: Path) -> Path:
-        """Where the trained model lies."""
+        """The folder of the trained model."""
         return root / "runs" / self.key
 
     def result(self, root: Path) -> Path:
-        """Where its evaluation lies: another one does not train the model again."""
+        """The file of its evaluation: another evaluation does not train the model again."""
         facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
         return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
 

@@ -68,7 +68,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def run_one(run: Run, root: Path) -> None:
-    """Trains a model, from its last checkpoint if it was interrupted, and evaluates it. What is done stays as it is.
+    """Trains a model, from its last checkpoint if it was interrupted, and evaluates it. What is done is kept.
 
     Everything that it prints goes to log.txt in the run's folder.
 
@@ -328,7 +328,7 @@ class SweepArguments:
     output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
     num_parallel: int = field(
-        default=1, metadata={"help": "Runs at once, each in a process of its own; GPUs are used in turn."}
+        default=1, metadata={"help": "Runs at once, each in its own process; GPUs are used in turn."}
     )
     executor: str = field(
         default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}

@@ -14,13 +14,15 @@ from ..results.result_file import markdown, score_cells
 FAILING_PERPLEXITY_RATIO, FAILING_SCORE_RATIO = 1.1, 0.9
 
 
-def evaluation_section(runs: Sequence[dict[str, Any]], config: dict[str, Any], picture: str | None) -> dict[str, Any]:
+def evaluation_section(
+    runs: Sequence[dict[str, Any]], config: dict[str, Any], picture: Sequence[str]
+) -> dict[str, Any]:
     """What the template needs to show an evaluation.
 
     Args:
         runs: a result, or those of all seeds of a setting.
         config: fields of the model's configuration.
-        picture: path of the picture beside the card.
+        picture: path of the picture beside the card, if there is one.
     """
     result = mean_result(runs)
     corpus, is_task = result["corpus"], "task" in result
@@ -38,7 +40,7 @@ def evaluation_section(runs: Sequence[dict[str, Any]], config: dict[str, Any], p
         "title": f"{'Score' if is_task else 'Loss'} by length: {what}",
         "about": (spread + about).strip(),
         "table": _task_table(runs) if is_task else _text_table(runs),
-        "picture": picture,
+        "picture": picture[0] if picture else None,
         "caption": f"{'Score by length' if is_task else 'Loss by position'}, {result['pos_embedding_type']}",
         "failure": ("Judged by the means over the seeds. " if len(runs) > 1 else "") + _failure(result, config),
     }

@@ -61,43 +61,36 @@ def model_card(
         a `huggingface_hub.ModelCard`; the same for the same arguments.
     """
     (architecture,) = config.get("architectures") or ["RelPosForCausalLM"]
-    record, facts = record or {}, [scheme_facts(*item) for item in position_classes(config).items()]
+    record = record or {}
     records = [record, *(result["training"] for result in other_seeds)]
     base_model = base_model or record.get("base_model")
     if commands is None:
         commands = reproduction(name, record, results)
-    data = ModelCardData(
-        model_name=name,
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[architecture],
-        license=license,
-        tags=[*dict.fromkeys(("relpos", "position-embedding", *position_classes(config), *(tags or ())))],
-        base_model=base_model if base_model and "/" in base_model else None,
-        eval_results=[each for result in results for each in eval_results([result, *other_seeds])] or None,
-    )
+    evaluations = [[result, *other_seeds] for result in results]
     auto_class = next(auto for auto, reference in AUTO_MAP.items() if reference.rpartition(".")[2] == architecture)
-    commit = (results[0] if results else record).get("versions", {}).get("commit")
     return ModelCard.from_template(
-        data,
+        ModelCardData(
+            model_name=name,
+            library_name="transformers",
+            pipeline_tag=PIPELINE_TAGS[architecture],
+            license=license,
+            tags=[*dict.fromkeys(("relpos", "position-embedding", *position_classes(config), *(tags or ())))],
+            base_model=base_model if base_model and "/" in base_model else None,
+            eval_results=[each for runs in evaluations for each in eval_results(runs)] or None,
+        ),
         template_path=str(TEMPLATE),
         name=name,
         summary=_summary(config, records, base_model),
-        schemes=facts,
-        evaluations=[
-            evaluation_section([result, *other_seeds], config, pictures[i] if i < len(pictures) else None)
-            for i, result in enumerate(results)
-        ],
-        untested="It has not been evaluated yet: `scripts/evaluate.py` of hf_relpos scores it at several lengths.",
+        schemes=[scheme_facts(*item) for item in position_classes(config).items()],
+        evaluations=[evaluation_section(runs, config, pictures[i : i + 1]) for i, runs in enumerate(evaluations)],
         auto_class=auto_class,
         generates=auto_class == "AutoModelForCausalLM" and not any("task" in result for result in results),
         repo_id=repo_id or name,
         training=_training_list(records) if record else None,
         setting=_setting(record),
         commands="\n".join(commands) or None,
-        commit=f" at commit `{commit}`" if commit else "",
-        license_line=f"`{license}`, weights and code."
-        if license == "apache-2.0"
-        else f"`{license}`; code: Apache 2.0.",
+        commit=(results[0] if results else record).get("versions", {}).get("commit"),
+        license=license,
     )
 
 

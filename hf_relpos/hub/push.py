@@ -85,7 +85,7 @@ def _reason(error: BaseException) -> str:
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:
-    """ "name" → "user/name"; raises `ValueError` for what is no name, or without a token."""
+    """ "name" → "user/name"; raises `ValueError` for an invalid name, or without a token."""
     validate_repo_id(repo_id)
     check_token(token)
     if "/" in repo_id:
@@ -114,7 +114,7 @@ def publish(
 ) -> CommitInfo:
     """Puts the files into a repository of the Hub in one commit; what is there already is not sent again.
 
-    Weights and code that an earlier push left there and this one does not bring are taken out in the same commit.
+    Weights and code that an earlier push left there and this one does not bring are deleted in the same commit.
 
     Args:
         files: as `repository_files` gives them.
@@ -149,14 +149,9 @@ def publish(
         if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
             print(f"the card of {repo_id} was edited there: it stays")
             files = {name: content for name, content in files.items() if name != CARD}
-        stale = [
-            name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED_FILES)
-        ]
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
             repo_id,
-            operations,
+            _operations(files, there),
             commit_message=commit_message or "Upload model",
             commit_description=commit_description,
             revision=revision,
@@ -169,6 +164,14 @@ def publish(
     if commit.oid == head:
         print(f"{repo_id} holds all of this already: nothing was sent")
     return commit
+
+
+def _operations(
+    files: dict[str, Path | bytes], there: Sequence[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What a commit does: adds the files, and deletes weights and code of an earlier push that they do not replace."""
+    stale = [name for name in there if name not in files and any(fnmatch(name, x) for x in REPLACED_FILES)]
+    return [*(CommitOperationAdd(*item) for item in files.items()), *map(CommitOperationDelete, stale)]
 
 
 def _read(api: HfApi, repo_id: str, name: str, revision: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils.import_utils import is_serve_available
 
 from ..cli import command
-from ..model.attention_distance_bias import check_implementation
+from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_tracing
+
+from .attention_kernel import TableCall, TableKernel
 
 
 # private, but the one kernel of torch on CPUs that takes a mask and gives the logarithms that the backward pass needs
@@ -38,38 +41,35 @@ def is_line(bias_table: torch.Tensor) -> bool:
     return torch.equal(bias_table, bias_table[:, 1:2] * distance)
 
 
-def key_bias_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias_table: torch.Tensor,
-    scaling: float,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+class KeyBiasKernel(TableKernel):
     """Causal attention with a table that `is_line`, on a CPU, by one call of torch's kernel without a bias per pair.
 
     −m · (N − 1 − j) for key j differs from −m · (i − j) by what all keys of query i share, which the softmax takes out.
     It grows with the position instead of the distance, and so does its rounding in fp32: m · N · 2^−24, far below that
     of bf16 inputs, but above that of fp32 ones.
-
-    Args:
-        query: (B, H, N, D).
-        key, value: (B, G, N, D).
-        bias_table: (H, at least N) fp32.
-        scaling: factor of q · k.
-        key_mask: (B, N) boolean, False on padding.
-
-    Returns:
-        (B, H, N, D); 0 for a query that sees no key.
     """
-    length, repeats = key.shape[2], query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    mask = bias_table[:, :length].flip(1)[None, :, None]
-    if key_mask is not None:
-        mask = mask.masked_fill(~key_mask[:, None, None], -math.inf)
-    mask = mask.expand(-1, -1, length, -1)
-    return CPU_FLASH(query, key, value, 0.0, True, attn_mask=mask, scale=scaling)[0]
+
+    name = "key_bias"
+    is_operator = False
+
+    @staticmethod
+    def supports(query: torch.Tensor, key: torch.Tensor, bias_table: torch.Tensor, call: TableCall) -> bool:
+        is_plain = call.is_causal and call.documents is None and call.window is None
+        is_square = is_plain and query.shape[2] == key.shape[2]  # and so begins at slot 0
+        return is_square and is_fast_on_cpu(query) and not is_tracing(query) and is_line(bias_table)
+
+    @staticmethod
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias_table: torch.Tensor, call: TableCall
+    ) -> torch.Tensor:
+        length, repeats = key.shape[2], query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        mask = bias_table[:, :length].flip(1)[None, :, None]
+        if call.key_mask is not None:
+            mask = mask.masked_fill(~call.key_mask[:, None, None], -math.inf)
+        mask = mask.expand(-1, -1, length, -1)
+        return CPU_FLASH(query, key, value, 0.0, True, attn_mask=mask, scale=call.scaling)[0]
 
 
 # --- threads

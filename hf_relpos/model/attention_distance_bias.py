@@ -1,45 +1,22 @@
-"""Attention over tensors: with a bias that depends on the distance alone, the eager reference, and masks that carry a
-position bias into the kernels of others.
+"""Attention with a bias that depends on the head and the distance alone: the operator, and FlexAttention with a table.
 
 Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, L length of a
 table.
 """
 
 import zlib
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.integrations import flex_attention
 from transformers.utils.import_utils import is_tracing
 
-from .attention_cpu import is_fast_on_cpu, is_line, key_bias_attention
-from .attention_torch import block_backward, block_forward
-from .attention_triton import triton_available, triton_backward, triton_forward
-
-
-# the implementations that take a position bias; all others would drop it
-BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
-
-
-def check_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
-    """Raises `ValueError` for an attention implementation that would serve the scheme wrongly."""
-    allowed, reason = BIAS_IMPLEMENTATIONS, "it would drop the position bias"
-    if not config.has_position_bias:
-        allowed += ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-        reason = "its rows hold several sequences, and the angles of the rope_type follow the length of the row"
-        if not config.needs_whole_rows:
-            return
-    if attn_implementation not in (None, *allowed):
-        raise ValueError(
-            f"`attn_implementation` must be one of {list(allowed)} for pos_embedding_type "
-            f"{config.pos_embedding_type!r}, got {attn_implementation!r}: {reason}."
-        )
-
-
-# --- attention with a table
+from .attention_cpu import KeyBiasKernel  # noqa: F401  (importing a kernel registers it)
+from .attention_kernel import TABLE_KERNELS, TableCall, select_kernel
+from .attention_torch import BlockKernel  # noqa: F401
+from .attention_triton import TritonKernel  # noqa: F401
 
 
 def distance_bias_attention(
@@ -84,15 +61,20 @@ def distance_bias_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     offset = key.shape[2] - query.shape[2] if offset is None else offset
-    _check_arguments(query, key, value, bias_table, is_causal, offset, key_mask, documents, window)
-    if window is not None and window >= offset + query.shape[2]:
-        window = None
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    is_plain = is_causal and documents is None and window is None
-    is_square = is_plain and query.shape[2] == key.shape[2]  # and so begins at slot 0
-    if is_square and table_kernel(query, bias_table) == "key_bias":
-        return key_bias_attention(query, key, value, bias_table, scaling, key_mask)
-    return _attend(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window)[0]
+    call = TableCall(scaling, is_causal, offset, key_mask, documents, window)
+    _check_arguments(query, key, value, bias_table, call)
+    if window is not None and window >= offset + query.shape[2]:
+        call = replace(call, window=None)
+    kernel = select_kernel(query, key, bias_table, call)
+    if not kernel.is_operator:
+        return kernel.attend(query, key, value, bias_table, call)
+    return _attend(query, key, value, bias_table, kernel.name, *_flat(call))[0]
+
+
+def _flat(call: TableCall) -> tuple:
+    """As the operators take it: a schema of torch knows no dataclass."""
+    return tuple(getattr(call, item.name) for item in fields(call))
 
 
 def _check_arguments(
@@ -100,12 +82,11 @@ def _check_arguments(
     key: torch.Tensor,
     value: torch.Tensor,
     bias_table: torch.Tensor,
-    is_causal: bool,
-    offset: int,
-    key_mask: torch.Tensor | None,
-    documents: torch.Tensor | None,
-    window: int | None,
+    call: TableCall,
 ) -> None:
+    is_causal, offset, key_mask = call.is_causal, call.offset, call.key_mask
+    documents, window = call.documents, call.window
+
     def refuse(what: str) -> None:
         tensors = {"query": query, "key": key, "value": value, "bias_table": bias_table}
         shapes = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors.items())
@@ -148,41 +129,26 @@ def _check_arguments(
 _NAMESPACE = f"relpos_{zlib.crc32(__name__.encode()):08x}"
 
 
-def table_kernel(query: torch.Tensor, bias_table: torch.Tensor) -> str:
-    """Who computes `distance_bias_attention` of whole rows, by the device and dtype of `query`.
-
-    Returns:
-        "triton" on a GPU where Triton is installed; "key_bias" for a fixed line in bf16 on a CPU that is fast in it;
-        else "blocks".
-    """
-    if _uses_triton(query):
-        return "triton"
-    return "key_bias" if is_fast_on_cpu(query) and not is_tracing(query) and is_line(bias_table) else "blocks"
-
-
-def _uses_triton(query: torch.Tensor) -> bool:
-    return query.is_cuda and triton_available() and query.dtype != torch.float64
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::distance_bias_attention", mutates_args=())
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias_table: torch.Tensor,
+    kernel: str,
     scaling: float,
     is_causal: bool,
     offset: int,
     key_mask: torch.Tensor | None,
     documents: torch.Tensor | None,
-    window: int | None = None,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    forward = triton_forward if _uses_triton(query) else block_forward
-    return forward(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window)
+    call = TableCall(scaling, is_causal, offset, key_mask, documents, window)
+    return TABLE_KERNELS[kernel].forward(query, key, value, bias_table, call)
 
 
 @_attend.register_fake
-def _(query, key, value, bias_table, scaling, is_causal, offset, key_mask, documents, window=None):
+def _(query, key, value, bias_table, *call):
     return _like_layers(query), query.new_empty(query.shape[:3], dtype=bias_table.dtype)
 
 
@@ -195,20 +161,20 @@ def _attend_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     bias_table: torch.Tensor,
+    kernel: str,
     scaling: float,
     is_causal: bool,
     offset: int,
     key_mask: torch.Tensor | None,
     documents: torch.Tensor | None,
-    window: int | None = None,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    backward = triton_backward if _uses_triton(query) else block_backward
-    masks = (key_mask, documents, window)
-    return backward(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, *masks)
+    call = TableCall(scaling, is_causal, offset, key_mask, documents, window)
+    return TABLE_KERNELS[kernel].backward(grad_out, query, key, value, out, lse, bias_table, call)
 
 
 @_attend_backward.register_fake
-def _(grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window=None):
+def _(grad_out, query, key, value, out, lse, bias_table, *call):
     return *(_like_layers(x) for x in (query, key, value)), bias_table.new_empty(bias_table.shape)
 
 
@@ -218,16 +184,16 @@ def _like_layers(x: torch.Tensor) -> torch.Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window = inputs
+    *tensors, ctx.kernel, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window = inputs
     ctx.save_for_backward(*tensors, key_mask, documents, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple:
     query, key, value, bias_table, key_mask, documents, out, lse = ctx.saved_tensors
-    arguments = (ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window)
-    gradients = _attend_backward(grad_out, query, key, value, out, lse, bias_table, *arguments)
-    return *gradients, None, None, None, None, None, None
+    call = (ctx.kernel, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window)
+    gradients = _attend_backward(grad_out, query, key, value, out, lse, bias_table, *call)
+    return *gradients, *(None for _ in call)
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)
@@ -267,78 +233,3 @@ def flex_distance_attention(
         scale=scaling,
         training=module.training,
     )
-
-
-# --- attention with a mask
-
-
-def row_mask(bias: torch.Tensor, key_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    """The additive mask of one query that sees all keys but padding: (H, K) fp32 bias → (B or 1, H, 1, K)."""
-    mask = bias[None, :, None]
-    if key_mask is not None:
-        mask = hide(mask, key_mask[:, None, None], query)
-    return _fit(mask, query)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference: scores, mask, softmax in fp32 (fp64 beside fp64), weighted sum, one operation after the other.
-
-    Args:
-        query: (B, H, Q, D).
-        key, value: (B, G, K, D).
-        attention_mask: (B or 1, H or 1, Q, K), boolean (True attends) or additive; `None` for no mask.
-        scaling: factor of the scores.
-        dropout: probability of dropping an attention weight.
-
-    Returns:
-        (B, Q, H, D) output and (B, H, Q, K) attention weights.
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, Q, K)
-    lowest = torch.finfo(scores.dtype).min
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, lowest)
-        else:  # rows of -inf give NaN, which spreads from padding to all tokens
-            scores = (scores + attention_mask).clamp(min=lowest)
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def merge_position_bias(position_bias: torch.Tensor, attention_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Makes one additive mask of a position bias and a mask that hides the future, for any kernel that takes a mask.
-
-    Args:
-        position_bias: (B or 1, H, Q, K) fp32.
-        attention_mask: (B or 1, 1 or H, Q, K), boolean (True attends) or additive.
-        query: (B, H, Q, D); gives the dtype: CUDA kernels want the mask in that of the query, the CPU takes fp32.
-
-    Returns:
-        (B or 1, H, Q, K).
-    """
-    if attention_mask.dtype == torch.bool:
-        return _fit(hide(position_bias, attention_mask, query), query)
-    return _fit(position_bias + attention_mask, query)
-
-
-def hide(bias: torch.Tensor, visible: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """`bias` where `visible`, elsewhere the least number of the dtype of `query`, which fp32 does not hold for fp64."""
-    return torch.where(visible, bias.to(torch.promote_types(bias.dtype, query.dtype)), torch.finfo(query.dtype).min)
-
-
-def _fit(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """An additive mask in the dtype and the range that the kernels want beside `query`."""
-    # a large negative bias must not carry a masked score past the range of the query's dtype: -inf rows give NaN
-    mask = mask.clamp(min=torch.finfo(query.dtype).min)
-    return mask.to(query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32))

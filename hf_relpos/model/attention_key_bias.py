@@ -1,7 +1,7 @@
 """A bias that every key between the query and the key adds to: b[i, j] = Σ s_k, k = j+1..i, over the keys that i sees.
 
 With c the running sum of s it is c_i − c_j, and c_i, the same for all keys of a query, leaves the softmax as it is. So
-a kernel needs no bias at all: the keys carry −c_j in further channels, which the queries meet with a constant.
+a kernel needs no bias at all: the keys carry −c_j in extra dimensions, which the queries meet with a constant.
 
 Shape letters: B batch, H query heads, G key and value heads, N or Q, K tokens, D head size.
 """
@@ -17,17 +17,17 @@ FACTOR = 64.0  # of the queries' constant: keeps the keys' channels within the r
 
 def check_cache(config: PreTrainedConfig, cache: Cache | None) -> None:
     """Raises `ValueError` for a cache that would round what the keys carry."""
-    if config.has_key_state and isinstance(cache, QuantizedCache):
+    if isinstance(cache, QuantizedCache):
         raise ValueError(
-            f"`cache` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, whose sums "
-            "over the keys would carry the rounding of each: got a QuantizedCache."
+            f"`cache` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, whose sums over the "
+            "keys would carry the rounding of each: got a QuantizedCache."
         )
 
 
-def to_channels(state: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:
+def to_channels(key_bias: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:
     """(B, H, N) fp32 → (B, G, N, NUM_TERMS · H / G) in `dtype`: the values of a key head's query heads, each as terms
     that bf16 holds exactly."""
-    terms, rest = [], state
+    terms, rest = [], key_bias
     for _ in range(NUM_TERMS):
         terms.append(rest.to(torch.bfloat16).float())
         rest = rest - terms[-1]
@@ -41,14 +41,14 @@ def from_channels(channels: torch.Tensor) -> torch.Tensor:
 
 
 def add_key_bias(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Puts the bias into further channels, for any kernel of causal attention.
 
     Args:
         query: (B, H, Q, D).
         key, value: (B, G, K, D).
-        state: (B, H, K) fp32, s; 0 on padding.
+        key_bias: (B, H, K) fp32, s; 0 on padding.
         scaling: factor of the scores.
 
     Returns:
@@ -60,7 +60,7 @@ def add_key_bias(
     dtype = torch.get_autocast_dtype(device_type) if is_autocast else query.dtype
     num_groups, head_dim = key.shape[1], key.shape[3]
     repeats = query.shape[1] // num_groups
-    total = state.cumsum(-1)
+    total = key_bias.cumsum(-1)
     # adds 0, and takes the mean out of its gradient, which is 0 but for rounding that the sum's gradient would pile up
     total = total - (total - total.detach()).mean(-1, keepdim=True)
     per_key = to_channels(total / (-FACTOR * scaling), num_groups, dtype)
@@ -74,7 +74,7 @@ def add_key_bias(
     return query, key, F.pad(value.to(dtype), (0, width - head_dim))
 
 
-def dense_key_bias(state: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def dense_key_bias(key_bias: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """(B, H, K) fp32 s, (B or 1, 1, Q, K) boolean → (B, H, Q, K) fp32 bias: the definition, for any mask."""
-    seen = torch.where(visible, state[:, :, None], 0.0)
+    seen = torch.where(visible, key_bias[:, :, None], 0.0)
     return seen.flip(-1).cumsum(-1).flip(-1) - seen

@@ -1,202 +1,355 @@
-"""What the layers of each kind get, where layers differ: positions, masks, and the biases that they share.
+"""How the layers of a group attend in one forward: an object that knows its name and attends, so that layers know no
+kernel. `attention_planner.py` chooses it. A further way to attend is a further class here; a further kernel for a table
+of the distances is a `TableKernel`.
 
-Shape letters: B batch, H query heads, Q query length, K key length, C hidden size.
+Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, C hidden size.
 """
 
-import math
-from itertools import chain
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
-from transformers import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.utils import logging
-from transformers.utils.import_utils import is_tracing
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_distance_bias import table_kernel
-from .attention_key_bias import check_cache
-from .position_augmentation import sample_positions
+from .attention_distance_bias import distance_bias_attention, flex_distance_attention
+from .attention_kernel import TableCall, select_kernel
+from .attention_key_bias import add_key_bias, dense_key_bias
+from .attention_mask import (
+    eager_attention_forward,
+    hide,
+    merge_position_bias,
+    row_mask,
+)
 from .scheme_base import Positions
-from .scheme_registry import LayerKind
-from .token_positions import build_positions, count_positions, inspect_positions, is_exported, same_document
-from .transformers_versions import CACHE_NAME
+from .scheme_registry import LayerGroup, PositionEmbeddings, add_biases
 
 
-logger = logging.get_logger(__name__)
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What one layer brings to its plan.
+
+    Attributes:
+        query: (B, H, Q, D), rotated.
+        key, value: (B, G, K, D), those of the cache among them.
+        key_bias: (B, H, K) fp32, what the keys add to the bias of earlier keys; `None` if no scheme has any.
+        shard_heads: (H, ..) values of all heads → those of this rank, where tensor parallelism shares heads out.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_bias: torch.Tensor | None
+    shard_heads: Callable[[torch.Tensor], torch.Tensor]
+
+    def with_key_bias_in_channels(self, key_mask: torch.Tensor | None, scaling: float) -> "AttentionInputs":
+        """The same with the key bias in extra dimensions of queries and keys, for kernels that know no bias."""
+        if self.key_bias is None:
+            return self
+        key_bias = mask_key_bias(self.key_bias, key_mask)
+        query, key, value = add_key_bias(self.query, self.key, self.value, key_bias, scaling)
+        return replace(self, query=query, key=key, value=value, key_bias=None)
 
 
-class StillCache(Cache):
-    """A view of a cache whose lengths do not change with it: a static cache counts in place, and FlexAttention asks its
-    mask for pairs of tokens only when the layers have moved the counter on."""
-
-    def __init__(self, cache: Cache) -> None:
-        super().__init__(layers=cache.layers)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
-        length = super().get_seq_length(layer_idx)
-        return length.clone() if isinstance(length, torch.Tensor) else length
+def mask_key_bias(key_bias: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, H, K), 0 on padding."""
+    return key_bias if key_mask is None else key_bias.masked_fill(~key_mask[:, None], 0.0)
 
 
-class KindsOfLayers:
-    """The part of a model that goes by the kinds of its layers: what a layer sees, and which schemes act in it."""
+# --- the plans
 
-    def attention_path(self) -> str:
-        """What computes the attention over rows without gaps in their positions, on this device and in this mode.
 
-        Returns:
-            "eager", "sdpa", "flex_attention", ..: the implementation of transformers of that name, without a bias;
-            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias:
-            "distance_bias:triton" or "distance_bias:blocks": `distance_bias_attention`, on a table of the distances,
-            by a Triton kernel or in torch operations; "distance_bias:key_bias": the same for a fixed line in bf16, as a
-            value per key, where a CPU is fast in bf16;
-            "flex_attention:table": FlexAttention, which reads the table;
-            "sdpa:key_bias": "sdpa" with further channels, in which the keys hold their bias, as they do beside a table;
-            "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
-            Where layers differ, what they have, in the order of the layers, joined by "/".
+@dataclass
+class AttentionPlan:
+    """Attention with a mask and without a bias.
+
+    Attributes:
+        group: the schemes and the window of the layers.
+        implementation: the attention implementation of transformers.
+        schemes: those that layers share.
+        mask: as that implementation takes it; `None` where it needs none.
+        key_mask: (B, K) boolean, False on padding, or `None`.
+        keywords: of the attention function, beside those that the caller gives.
+    """
+
+    group: LayerGroup
+    implementation: str
+    schemes: PositionEmbeddings
+    mask: Any = None
+    key_mask: torch.Tensor | None = None
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What `attention_path` returns."""
+        return self.implementation
+
+    def shared_bias(self) -> torch.Tensor | None:
+        """What the schemes that layers share add to the scores, computed once per forward."""
+        return None
+
+    def attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """→ (B, Q, H, ≥ D), of which the first D channels count, and (B, H, Q, K) weights from kernels that have them.
+
+        Args:
+            layer: the attention layer; its own schemes are `layer.position_embeddings`.
+            inputs: queries, keys and values.
+            shared_bias: what `shared_bias` returned.
+            **kwargs: of the attention function.
         """
-        return "/".join(dict.fromkeys(self._kind_path(kind) for kind in self._kinds()))
+        return self._call(layer, inputs, self.mask, **kwargs)
 
-    def _kinds(self) -> dict[LayerKind, list[int]]:
-        """The kinds of layers that there are → the indices of those layers."""
-        kinds: dict[LayerKind, list[int]] = {}
-        for index, layer in enumerate(self.base_model.layers[: self.config.num_hidden_layers]):
-            kinds.setdefault(layer.self_attn.kind, []).append(index)
-        return kinds
-
-    def _kind_path(self, kind: LayerKind) -> str:
-        implementation = self.config._attn_implementation
-        if not kind.has_bias:
-            return implementation
-        if self._table_limit(kind) < 0:
-            by_keys = implementation == "sdpa" and not kind.has_pair_bias
-            return f"{implementation}:key_bias" if by_keys else f"{implementation}:dense_bias"
-        if implementation == "flex_attention":
-            return "flex_attention:table"
-        is_autocast = torch.is_autocast_enabled(self.device.type)
-        dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
-        query, layer = torch.empty(0, device=self.device, dtype=dtype), self._kinds()[kind][0]
-        table = self.base_model.distance_bias(64)[layer] if kind.has_table else query.new_zeros(1, 64)
-        kernel = table_kernel(query, table)
-        return "distance_bias:blocks" if kernel == "key_bias" and kind.window else f"distance_bias:{kernel}"
-
-    def _table_limit(self, kind: LayerKind) -> float:
-        """The largest position of a query that is served by a table of the distances; −1 if none is."""
-        implementation, drops = self.config._attn_implementation, self.training and self.config.attention_dropout > 0
-        readers = ("sdpa",) if kind.has_key_state else ("sdpa", "flex_attention")
-        # weights below 2^−126, of which a bias in the keys makes many, take torch's kernel for CPUs several times as
-        # long, and ours not: a table of zeros
-        has_table = kind.has_table or (not kind.has_pair_bias and self.device.type == "cpu")
-        if not kind.has_bias or not has_table or implementation not in readers or drops:
-            return -1.0
-        layers = [self.base_model.layers[index] for index in self._kinds()[kind]]
-        schemes = chain(*(layer.self_attn.position_embeddings.values() for layer in layers))
-        limits = [limit for limit in (scheme.table_limit() for scheme in schemes) if limit is not None]
-        if not limits:
-            return math.inf
-        # one look at the device for all layers; a graph cannot look, and FlexAttention takes all queries at once
-        return -1.0 if implementation == "flex_attention" or is_tracing(limits[0]) else float(torch.stack(limits).min())
-
-    def _needs_pairs(self, kind: LayerKind, attention_mask: torch.Tensor | None) -> bool:
-        """Whether the scores need something for each pair of a query and a key, where no table serves them."""
-        in_channels = self.config._attn_implementation == "sdpa" and not (
-            attention_mask is not None and attention_mask.ndim == 4
+    def _call(
+        self, layer: nn.Module, inputs: AttentionInputs, mask: Any, bias: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Calls the attention function of the implementation; `bias` is (B or 1, H, Q, K) fp32 or `None`."""
+        query, is_flex = inputs.query, self.implementation == "flex_attention"
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.implementation, eager_attention_forward
         )
-        return kind.has_pair_bias or (kind.has_key_state and not in_channels)
-
-    def _tell_of_dense_bias(
-        self, attention_mask: torch.Tensor | None, positions: Positions, table_limit: float
-    ) -> None:
-        if not self.config.has_distance_table or is_tracing(positions.query):
-            return
-        if self.training and self.config.attention_dropout > 0:
-            reason = f"`attention_dropout` is {self.config.attention_dropout}"
-        elif attention_mask is not None and attention_mask.ndim == 4:
-            reason = "`attention_mask` has 4 dimensions"
-        elif positions.tail is not None or positions.span > table_limit + 1:
-            reason = "it is no function of the distance alone at all of these positions"
-        else:
-            reason = "the positions leave numbers out, or padding stands between tokens"
-        logger.warning_once(
-            f"The position bias is computed for each pair of tokens, which takes more time and memory: {reason}."
+        if is_flex and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+            # it adds a mask that is a tensor to the scores, a boolean one too
+            mask = hide(query.new_zeros(()), mask, query)
+        if bias is not None and is_flex:  # indexes the bias by the row, also where all rows share one
+            kwargs["position_bias"] = bias.expand(query.shape[0], -1, -1, -1)
+        elif bias is not None:
+            mask = merge_position_bias(bias, mask, query)
+        if self.group.window is not None:  # flash attention makes its mask of it
+            kwargs["sliding_window"] = self.group.window
+        return attention_interface(
+            layer,
+            query,
+            inputs.key,
+            inputs.value,
+            mask,
+            dropout=layer.attention_dropout if layer.training else 0.0,
+            scaling=layer.scaling,
+            **{**self.keywords, **kwargs},
         )
 
-    def _place(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        past_length: int | torch.Tensor,
-    ) -> tuple[dict[LayerKind, Positions], bool]:
-        """→ where queries and keys stand in each kind of layers, and whether a cache may hold these tokens."""
-        config, (batch_size, query_length, _), ready = self.config, inputs_embeds.shape, attention_mask
-        check_cache(config, cache)
-        if isinstance(attention_mask, dict):  # ready masks of several kinds, which say nothing about positions
-            attention_mask = next(iter(attention_mask.values()))
-        elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and config.sliding_window:
-            raise ValueError(
-                "`attention_mask` of 4 dimensions must be a dictionary with a mask for each of `layer_types` where "
-                f"some layers have a `sliding_window`, got a tensor of shape {tuple(attention_mask.shape)}."
-            )
-        documents, cacheable, is_counted, span = None, True, position_ids is None, None
-        if is_counted:
-            position_ids = count_positions(attention_mask, past_length, query_length, inputs_embeds.device)
-        elif attention_mask is None or attention_mask.ndim == 2:
-            documents, cacheable = inspect_positions(
-                position_ids, attention_mask, past_length, cache is not None, config.reads_distance
-            )
-        if self.training and config.position_sampling is not None and cache is None:
-            span, is_counted, cacheable = config.max_position_embeddings, False, False
-            drawing = (attention_mask, documents, batch_size, span)
-            position_ids = sample_positions(config.position_sampling, position_ids, *drawing)
-        placed = {}
-        for kind, layers in self._kinds().items():
-            table_limit = self._table_limit(kind)
-            positions = placed[kind] = build_positions(
-                position_ids,
-                ready.get(kind.layer_type) if isinstance(ready, dict) else ready,
-                documents,
-                cache,
-                past_length,
-                needs_pairs=self._needs_pairs(kind, attention_mask),
-                table_limit=-1.0 if is_exported(inputs_embeds) else table_limit,
-                is_counted=is_counted,
-                span=span,
-                layer_idx=layers[0],
-                window=kind.window,
-            )
-            if (positions.visible is not None or positions.tail is not None) and config._attn_implementation == "sdpa":
-                self._tell_of_dense_bias(attention_mask, positions, table_limit)
-        return placed, cacheable
 
-    def _mask(
-        self,
-        kind: LayerKind,
-        positions: Positions,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
-        cache: Cache | None,
-    ) -> Any:
-        """→ the mask of a kind of layers, as their attention implementation takes it; `None` where it needs none."""
-        if positions.offset is not None and self.config._attn_implementation != "flex_attention":
-            return None
-        is_lazy = self.config._attn_implementation == "flex_attention"
-        if is_lazy and cache is not None and cache.is_compileable:
-            cache = StillCache(cache)
-        create = create_causal_mask if kind.window is None else create_sliding_window_causal_mask
-        return create(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask.get(kind.layer_type) if isinstance(attention_mask, dict) else attention_mask,
-            **{CACHE_NAME: cache},
-            and_mask_function=None if positions.documents is None else same_document(positions.documents),
-            allow_is_causal_skip=positions.visible is None,
+@dataclass
+class KeyBiasPlan(AttentionPlan):
+    """Attention with a mask and a number per key, which the keys carry in extra dimensions."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation}:key_bias"
+
+    def attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs = inputs.with_key_bias_in_channels(self.key_mask, layer.scaling)
+        return self._call(layer, inputs, self.mask, **kwargs)
+
+
+@dataclass
+class DensePlan(AttentionPlan):
+    """Attention with a mask and a (Q, K) bias: O(L²) memory, for what no table of the distances serves.
+
+    Attributes:
+        positions: of queries and keys.
+        span: exclusive upper bound of the distances.
+    """
+
+    positions: Positions = None
+    span: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation}:dense_bias"
+
+    def shared_bias(self) -> torch.Tensor | None:
+        """→ (B or 1, H, Q, K) fp32 or `None`."""
+        return self.schemes.dense_bias(self.positions, self.span, names=self.group.schemes)
+
+    def attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if shared_bias is not None:
+            shared_bias = inputs.shard_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
+        of_layer = layer.position_embeddings.dense_bias(self.positions, self.span, inputs.shard_heads)
+        of_keys = None
+        if inputs.key_bias is not None:
+            of_keys = dense_key_bias(mask_key_bias(inputs.key_bias, self.key_mask), self.positions.visible)
+        bias = add_biases((shared_bias, of_layer, of_keys))
+        if self.group.has_score_bias:
+            bias = add_biases((bias, layer.score_bias(inputs.query, inputs.key, bias, self.positions)))
+        return self._call(layer, inputs, self.mask, bias, **kwargs)
+
+
+@dataclass
+class TablePlan(AttentionPlan):
+    """Attention with a table of the distances, by the fastest kernel that supports it: the distance of any query to any
+    key that it sees is that of their slots.
+
+    Attributes:
+        layer: an attention layer of the group.
+        device, dtype: of queries.
+        offset: the key slot of the first query.
+        span: number of distances in the table.
+        documents: (B or 1, K) document of each key, or `None`.
+    """
+
+    supports_key_bias: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = False
+
+    layer: nn.Module = None
+    device: torch.device = None
+    dtype: torch.dtype = None
+    offset: int = 0
+    span: int = 0
+    documents: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        device_type = self.device.type
+        is_autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_autocast else self.dtype
+        query = torch.empty(0, 1, 64, 1, device=self.device, dtype=dtype)
+        table = self._sum_tables(self.layer, self.schemes.table(64, self.device, self.group.schemes), 64)
+        table = query.new_zeros(1, 64) if table is None else table
+        call = TableCall(scaling=1.0, window=self.group.window)
+        return f"distance_bias:{select_kernel(query, query, table, call).name}"
+
+    def shared_bias(self) -> torch.Tensor | None:
+        """→ (H, span) fp32 or `None`."""
+        return self.schemes.table(self.span, self.device, self.group.schemes)
+
+    def attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs = inputs.with_key_bias_in_channels(self.key_mask, layer.scaling)
+        return self._attend(layer, inputs, shared_bias, **kwargs)
+
+    def _attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = distance_bias_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            self._table(layer, inputs, shared_bias),
+            scaling=layer.scaling,
+            offset=self.offset,
+            key_mask=self.key_mask,
+            documents=self.documents,
+            window=self.group.window,
         )
+        return output.transpose(1, 2), None
 
-    def _shared_bias(self, kind: LayerKind, positions: Positions, layer_idx: int) -> torch.Tensor | None:
-        """→ what the schemes that layers share add to the scores: (H, span), or (B or 1, H, Q, K), or `None`."""
-        if positions.offset is None:
-            return self.position_embeddings.bias(positions, kind.schemes)
-        if positions.kept_table(layer_idx) is not None:
-            return None
-        return self.position_embeddings.table(positions.span, positions.query.device, kind.schemes)
+    def _table(self, layer: nn.Module, inputs: AttentionInputs, shared_table: torch.Tensor | None) -> torch.Tensor:
+        """→ (H, span) fp32 (fp64 beside fp64), from distance 0 on, for the heads of this rank."""
+        query, dtype = inputs.query, torch.promote_types(inputs.query.dtype, torch.float32)
+        table = self._sum_tables(layer, shared_table, self.span)
+        if table is None:  # the bias is all in the keys
+            return query.new_zeros(query.shape[1], self.span, dtype=dtype)
+        return inputs.shard_heads(table).to(dtype)
+
+    def _sum_tables(self, layer: nn.Module, shared_table: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        return add_biases((shared_table, layer.position_embeddings.table(length, self.device)))
+
+
+@dataclass
+class FlexTablePlan(TablePlan):
+    """The same by FlexAttention, which reads the table for each score."""
+
+    supports_key_bias: ClassVar[bool] = False
+    needs_mask: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation}:table"
+
+    def _attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = inputs.query, inputs.key, inputs.value
+        table = self._table(layer, inputs, shared_bias)
+        output = flex_distance_attention(layer, query, key, value, table, self.mask, self.offset, layer.scaling)
+        return output.transpose(1, 2), None
+
+
+@dataclass
+class RowPlan(TablePlan):
+    """One query, as in a step of generation: its row of the bias is a slice of the table, a mask for any kernel.
+
+    Attributes:
+        kept: layer index → (H, n) table from distance n − 1 down to 0, kept from step to step with the cache of keys;
+            `None` where tables must not be kept.
+    """
+
+    kept: dict[int, torch.Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation}:row_bias"
+
+    @property
+    def num_seen(self) -> int:
+        """The number of keys that the query sees, padding among them."""
+        return min(self.offset + 1, self.group.window or self.offset + 1)
+
+    def shared_bias(self) -> torch.Tensor | None:
+        is_kept = self._kept_table(self.layer) is not None
+        return None if is_kept else super().shared_bias()
+
+    def _attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        seen = slice(self.offset + 1 - self.num_seen, self.offset + 1)
+        inputs_seen = replace(inputs, key=inputs.key[:, :, seen], value=inputs.value[:, :, seen])
+        key_mask = None if self.key_mask is None else self.key_mask[:, seen]
+        table = self._kept_table(layer)
+        if table is None:
+            table = self._table(layer, inputs, shared_bias).flip(1)
+            if self.kept is not None:
+                self.kept[layer.layer_idx] = table
+        row = table[:, table.shape[1] - self.num_seen :]
+        return self._call(layer, inputs_seen, row_mask(row, key_mask, inputs.query), **kwargs)
+
+    def _kept_table(self, layer: nn.Module) -> torch.Tensor | None:
+        table = None if self.kept is None else self.kept.get(layer.layer_idx)
+        return table if table is not None and table.shape[1] >= self.num_seen else None
+
+
+@dataclass
+class SplitPlan(AttentionPlan):
+    """The first queries by a table, the last ones, which no table serves, by a bias for every pair.
+
+    Attributes:
+        first: the plan of the first queries, over the slots up to the last query.
+        last: the plan of the last queries.
+    """
+
+    first: TablePlan = None
+    last: DensePlan = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}+{self.last.name}"
+
+    def shared_bias(self) -> torch.Tensor | None:
+        """→ (H, span) fp32 or `None`."""
+        return self.first.shared_bias()
+
+    def attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs = inputs.with_key_bias_in_channels(self.key_mask, layer.scaling)
+        num_first = inputs.query.shape[2] - self.last.positions.query.shape[1]
+        slots = self.first.offset + num_first
+        query, key, value = inputs.query[:, :, :num_first], inputs.key[:, :, :slots], inputs.value[:, :, :slots]
+        head, _ = self.first.attend(layer, replace(inputs, query=query, key=key, value=value), shared_bias, **kwargs)
+        if shared_bias is not None:
+            shared_bias = shared_bias[:, self.last.positions.distance].transpose(0, 1)
+        tail_inputs = replace(inputs, query=inputs.query[:, :, num_first:])
+        tail, _ = self.last.attend(layer, tail_inputs, shared_bias, **kwargs)
+        return torch.cat((head, tail), dim=1), None
+
+
+# implementation of transformers → how it reads a table of the distances
+TABLE_PLANS: dict[str, type[TablePlan]] = {"sdpa": TablePlan, "flex_attention": FlexTablePlan}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_cpu import CPU_FLASH, is_fast_on_cpu, num_workers, run_in_threads
+from .attention_kernel import TableCall, TableKernel
 
 
 # exp2 is the fast exponential of torch on CPUs: its exp takes several times as long, and far longer where the
@@ -98,21 +99,18 @@ class DistanceBias:
         return folded
 
 
-def hidden_keys(
-    key_mask: torch.Tensor | None, documents: torch.Tensor | None, batch: slice, queries: torch.Tensor, keys: slice
-) -> torch.Tensor | None:
+def hidden_keys(call: TableCall, batch: slice, queries: torch.Tensor, keys: slice) -> torch.Tensor | None:
     """→ (b, 1, rows, keys) boolean, True where padding or another document hides a key; `None` if nothing does.
 
     Args:
-        key_mask: (B, K) boolean, False on padding.
-        documents: (B or 1, K) integers, the document of each slot.
+        call: has the padding and the documents.
         batch: rows of the batch.
         queries: (rows,) slots of the queries.
         keys: slots of the keys.
     """
-    hidden = None
-    if key_mask is not None:
-        hidden = ~key_mask[batch, None, None, keys]
+    hidden, documents = None, call.documents
+    if call.key_mask is not None:
+        hidden = ~call.key_mask[batch, None, None, keys]
     if documents is not None:
         documents = documents[batch if documents.shape[0] > 1 else slice(None)]
         other = (documents[:, queries, None] != documents[:, None, keys])[:, None]
@@ -125,21 +123,17 @@ def block_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     bias_table: torch.Tensor,
-    scaling: float,
-    is_causal: bool,
-    offset: int,
-    key_mask: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-    window: int | None = None,
+    call: TableCall,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ (B, H, Q, D) in the dtype of `query` and the (B, H, Q) logarithm of the sum of exponentials of each row.
 
-    Arguments as in `distance_bias_attention`, checked there; query i stands at slot `offset` + i.
+    Arguments as in `TableKernel.forward`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch_size, num_heads, query_length, head_dim = query.shape
     # the kernel sums in fp32 whatever it multiplies
     taken_dtype = query.dtype if is_fast_on_cpu(query) else dtype
+    offset, is_causal, window = call.offset, call.is_causal, call.window
     slots, num_groups = offset + query_length, key.shape[1]
     num_keys = slots if is_causal else key.shape[2]
     block = min(query_length, 64 if num_keys <= 128 else 128 if num_keys <= LONGEST_COPY else 256)
@@ -157,7 +151,7 @@ def block_forward(
         for start, rows, end, queries in iterate_blocks(query_length, block, offset, bias):
             keys = slice(first_key(end - rows, window), end if is_causal else num_keys)
             mask = bias.window(strip, rows, end, keys)[None]
-            hidden = hidden_keys(key_mask, documents, batch, queries, keys)
+            hidden = hidden_keys(call, batch, queries, keys)
             if hidden is not None:
                 mask = torch.where(hidden, -math.inf, mask)
             taken = query[batch, heads, start : start + rows].to(taken_dtype)
@@ -167,7 +161,7 @@ def block_forward(
             # the heads that share a key are rows of one
             taken = taken.reshape(shape[0], held_key.shape[1], -1, head_dim)
             mask = mask.reshape(mask.shape[0], held_key.shape[1], -1, mask.shape[-1])
-            block_out, block_lse = _attend(taken, held_key[:, :, keys], held_value[:, :, keys], mask, scaling)
+            block_out, block_lse = _attend(taken, held_key[:, :, keys], held_value[:, :, keys], mask, call.scaling)
             block_out, block_lse = block_out.reshape(shape), block_lse.reshape(shape[:3])
             if bias.is_reversed:
                 block_out, block_lse = block_out.flip(2), block_lse.flip(2)
@@ -229,17 +223,22 @@ def block_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     bias_table: torch.Tensor,
-    scaling: float,
-    is_causal: bool,
-    offset: int,
-    key_mask: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-    window: int | None = None,
+    call: TableCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of query, key, value and `bias_table`, each in its dtype. Arguments as in `block_forward`."""
-    return _Backward(
-        grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window
-    ).run()
+    return _Backward(grad_out, query, key, value, out, lse, bias_table, call).run()
+
+
+class BlockKernel(TableKernel):
+    """The kernel of this file, for any device."""
+
+    name = "blocks"
+    is_fallback = True
+    forward, backward = staticmethod(block_forward), staticmethod(block_backward)
+
+    @staticmethod
+    def supports(query: torch.Tensor, key: torch.Tensor, bias_table: torch.Tensor, call: TableCall) -> bool:
+        return True
 
 
 @dataclass
@@ -261,27 +260,25 @@ class _Chunk:
 class _Backward:
     """One backward pass: chunks that fit a core's cache, each computed by one thread from start to end."""
 
-    def __init__(
-        self, grad_out, query, key, value, out, lse, bias_table, scaling, is_causal, offset, key_mask, documents, window
-    ) -> None:
+    def __init__(self, grad_out, query, key, value, out, lse, bias_table, call: TableCall) -> None:
         self.grad_out, self.query, self.key, self.value, self.out, self.lse = grad_out, query, key, value, out, lse
-        self.bias_table, self.scaling, self.is_causal, self.offset = bias_table, scaling, is_causal, offset
-        self.key_mask, self.documents, self.window = key_mask, documents, window
+        self.bias_table, self.call = bias_table, call
+        self.is_causal, self.offset, self.window = call.is_causal, call.offset, call.window
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.query_length, self.group_size = query.shape[2], query.shape[1] // key.shape[1]
-        slots = offset + self.query_length
-        self.num_keys = slots if is_causal else key.shape[2]
+        slots = self.offset + self.query_length
+        self.num_keys = slots if self.is_causal else key.shape[2]
         self.block = min(self.query_length, 128)
         self.tile = min(self.num_keys, TILE_KEYS)
         self.bias = DistanceBias.build(
             bias_table.to(self.dtype) * LOG2_E,
             self.block,
-            offset,
+            self.offset,
             slots,
             self.num_keys,
-            is_causal,
+            self.is_causal,
             self.num_keys > LONGEST_COPY_BACKWARD,
-            window,
+            self.window,
         )
         # as the layers lay them out; no query sees the keys behind the last one
         self.grad_query, self.grad_key, self.grad_value = (
@@ -353,7 +350,7 @@ class _Backward:
         query, grad_out, lse, delta = (
             self._rows(x, start, rows) for x in (chunk.query, chunk.grad_out, chunk.lse, chunk.delta)
         )
-        query = query * (self.scaling * LOG2_E)  # scores in units of ln 2
+        query = query * (self.call.scaling * LOG2_E)  # scores in units of ln 2
         # the last block comes first and, without a window, sees all keys: it finds their gradients empty
         kept = 0 if start + rows == self.query_length and self.window is None else 1
         heads = _query_heads(chunk.groups, self.group_size)
@@ -369,7 +366,7 @@ class _Backward:
 
             scores = torch.bmm(query, key.transpose(1, 2), out=weights).view(by_head)
             scores += self.bias.window(self.bias.strip[heads], rows, end, keys)
-            hidden = hidden_keys(self.key_mask, self.documents, chunk.batch, queries, keys)
+            hidden = hidden_keys(self.call, chunk.batch, queries, keys)
             if hidden is not None:
                 scores.masked_fill_(hidden, -math.inf)
             weights.sub_(lse).exp2_()
@@ -379,7 +376,9 @@ class _Backward:
             total = grad_scores.view(by_head)
             total = total[0] if len(total) == 1 else total.sum(0)
             self.bias.window(strip[heads], rows, end, keys).add_(total)
-            torch.baddbmm(grad_query, grad_scores, key, beta=int(first > begin), alpha=self.scaling, out=grad_query)
+            torch.baddbmm(
+                grad_query, grad_scores, key, beta=int(first > begin), alpha=self.call.scaling, out=grad_query
+            )
             torch.baddbmm(grad_key, grad_scores.transpose(1, 2), query, beta=kept, alpha=LN_2, out=grad_key)
         grad_query = grad_query.view(chunk.batch.stop - chunk.batch.start, -1, rows, query.shape[-1])
         grad_query = grad_query.flip(2) if self.bias.is_reversed else grad_query

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .attention_kernel import TableCall, TableKernel
+
 
 try:
     import triton
@@ -22,11 +24,6 @@ except ImportError:
 LOG2_E = 1.4426950408889634
 # programs that keep a large GPU busy; the kernel of the table's gradient is split until there are so many
 NUM_PROGRAMS = 1024
-
-
-def triton_available() -> bool:
-    """Whether Triton is installed."""
-    return triton is not None
 
 
 if triton is not None:
@@ -284,16 +281,12 @@ class _Launch:
         value: torch.Tensor,
         bias_table: torch.Tensor,
         like_out: torch.Tensor,
-        scaling: float,
-        is_causal: bool,
-        offset: int,
-        key_mask: torch.Tensor | None,
-        documents: torch.Tensor | None,
-        window: int | None,
+        call: TableCall,
     ) -> None:
+        key_mask, documents = call.key_mask, call.documents
         self.batch_size, self.num_heads, self.query_length, head_dim = query.shape
         self.num_groups, self.num_keys = key.shape[1:3]
-        self.scaling, self.is_causal, self.offset = scaling, is_causal, offset
+        self.is_causal, self.offset = call.is_causal, call.offset
         self.length = bias_table.shape[1]
         empty = bias_table  # a pointer that is not read
         key_mask_rows = empty if key_mask is None else key_mask.to(torch.int8).contiguous()
@@ -309,13 +302,13 @@ class _Launch:
             mask_stride,
             document_stride,
         )
-        sizes = (self.num_heads // self.num_groups, self.query_length, self.num_keys, self.length, offset)
-        self.sizes = (self.num_heads, *sizes, scaling * LOG2_E)
+        sizes = (self.num_heads // self.num_groups, self.query_length, self.num_keys, self.length, call.offset)
+        self.sizes = (self.num_heads, *sizes, call.scaling * LOG2_E)
         self.flags = {
-            "IS_CAUSAL": is_causal,
+            "IS_CAUSAL": call.is_causal,
             "HAS_MASK": key_mask is not None,
             "HAS_DOCUMENTS": documents is not None,
-            "WINDOW": window or 0,
+            "WINDOW": call.window or 0,
             # the interpreter, which runs on CPUs, multiplies no bf16
             "WIDEN": query.device.type == "cpu",
             "D": head_dim,
@@ -348,20 +341,15 @@ def triton_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     bias_table: torch.Tensor,
-    scaling: float,
-    is_causal: bool,
-    offset: int,
-    key_mask: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-    window: int | None = None,
+    call: TableCall,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ (B, H, Q, D) in the dtype of `query` and the (B, H, Q) fp32 logarithms of the sums of exponentials.
 
-    Arguments as in `distance_bias_attention`, checked there.
+    Arguments as in `TableKernel.forward`.
     """
     out = _like_layers(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    launch = _Launch(query, key, value, bias_table, out, scaling, is_causal, offset, key_mask, documents, window)
+    launch = _Launch(query, key, value, bias_table, out, call)
     tiles = launch.tiles(is_backward=False)
     grid = (triton.cdiv(launch.query_length, tiles["BLOCK_Q"]), launch.num_heads, launch.batch_size)
     with _on(query.device):
@@ -377,12 +365,7 @@ def triton_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     bias_table: torch.Tensor,
-    scaling: float,
-    is_causal: bool,
-    offset: int,
-    key_mask: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-    window: int | None = None,
+    call: TableCall,
     is_deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the gradients of query, key, value and `bias_table`. Arguments as in `triton_forward`.
@@ -391,7 +374,7 @@ def triton_backward(
         is_deterministic: whether the table's gradient is summed in a fixed order, by a kernel of its own, in place of
             atomic additions.
     """
-    launch = _Launch(query, key, value, bias_table, grad_out, scaling, is_causal, offset, key_mask, documents, window)
+    launch = _Launch(query, key, value, bias_table, grad_out, call)
     delta = torch.linalg.vecdot(grad_out.float(), out.float())
     tensors = (*launch.tensors, grad_out, lse, delta.contiguous())
     grad_query, grad_key, grad_value = _like_layers(query), _like_layers(key), _like_layers(value)
@@ -401,7 +384,7 @@ def triton_backward(
     with _on(query.device):
         grid = (triton.cdiv(launch.num_keys, tiles["BLOCK_K"]), launch.num_groups, launch.batch_size)
         strides = (*launch.strides, *grad_key.stride(), *grad_value.stride())
-        _key_value_kernel[grid](*tensors, grad_key, grad_value, *strides, *launch.sizes, scaling, **options)
+        _key_value_kernel[grid](*tensors, grad_key, grad_value, *strides, *launch.sizes, call.scaling, **options)
         grid = (triton.cdiv(launch.query_length, tiles["BLOCK_Q"]), launch.num_heads, launch.batch_size)
         strides = (*launch.strides, *grad_query.stride())
         _query_kernel[grid](
@@ -410,13 +393,24 @@ def triton_backward(
             grad_table,
             *strides,
             *launch.sizes,
-            scaling,
+            call.scaling,
             ADD_TABLE=not is_deterministic,
             **options,
         )
         if is_deterministic:
             grad_table = _table_gradient(launch, tensors)
     return grad_query, grad_key, grad_value, grad_table
+
+
+class TritonKernel(TableKernel):
+    """The kernels of this file, on a GPU where Triton is installed."""
+
+    name = "triton"
+    forward, backward = staticmethod(triton_forward), staticmethod(triton_backward)
+
+    @staticmethod
+    def supports(query: torch.Tensor, key: torch.Tensor, bias_table: torch.Tensor, call: TableCall) -> bool:
+        return query.is_cuda and triton is not None and query.dtype != torch.float64
 
 
 def _table_gradient(launch: _Launch, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -7,7 +7,8 @@ from transformers.activations import ACT2FN
 
 from .position_augmentation import SAMPLINGS
 from .scheme_base import POSITION_EMBEDDINGS
-from .scheme_registry import layer_kinds, position_embedding_classes
+from .scheme_registry import layer_groups, position_embedding_classes
+from .scheme_rotary import LENGTH_DEPENDENT_ROPE_TYPES
 
 
 MODEL_SIZES = {
@@ -145,31 +146,19 @@ class RelPosConfig(PreTrainedConfig):
 
     @property
     def has_position_bias(self) -> bool:
-        """Whether any of the schemes adds a bias to the attention scores."""
-        return any(cls.has_bias() for cls in position_embedding_classes(self.pos_embedding_type).values())
+        """Whether any layer adds a bias to the attention scores."""
+        return any(group.has_bias for group in layer_groups(self))
 
     @property
     def has_distance_table(self) -> bool:
-        """Whether the schemes add a bias that is a function of the head and the distance alone."""
-        classes = position_embedding_classes(self.pos_embedding_type).values()
-        others = any(cls.has_other_bias() or cls.has_score_bias() for cls in classes)
-        return any(cls.has_distance_bias() for cls in classes) and not others
+        """Whether any layer adds a bias that is a function of the head and the distance alone."""
+        return any(group.has_distance_table for group in layer_groups(self))
 
     @property
-    def reads_distance(self) -> bool:
-        """Whether the schemes add a bias that goes by the positions of queries and keys."""
-        classes = position_embedding_classes(self.pos_embedding_type).values()
-        return any(cls.has_distance_bias() or cls.has_other_bias() for cls in classes)
-
-    @property
-    def has_key_state(self) -> bool:
-        """Whether the schemes keep numbers beside the cached keys."""
-        return any(cls.has_key_state() for cls in position_embedding_classes(self.pos_embedding_type).values())
-
-    @property
-    def needs_whole_rows(self) -> bool:
-        """Whether any of the schemes must see each sequence in a row of its own."""
-        return any(cls.needs_whole_rows(self) for cls in position_embedding_classes(self.pos_embedding_type).values())
+    def requires_unpacked(self) -> bool:
+        """Whether each sequence must have a row of its own, since the angles of the rotation depend on its length."""
+        rope_parameters = getattr(self, "rope_parameters", None) or {}
+        return rope_parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE_TYPES
 
     def _check_sizes(self) -> None:
         optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length", "sliding_window")
@@ -276,9 +265,9 @@ class RelPosConfig(PreTrainedConfig):
                 f"got {self.sliding_window} with {layer_types}."
             )
         self.layer_types = list(layer_types)
-        for kind in layer_kinds(self):
-            refused = [name for name, cls in zip(kind.schemes, kind.classes) if not cls.serves_windows()]
-            if kind.window is not None and refused:
+        for group in layer_groups(self):
+            refused = [name for name, cls in zip(group.schemes, group.classes) if "dense_bias" in cls.hooks]
+            if group.window is not None and refused:
                 raise ValueError(
                     f"`layer_types` must be 'full_attention' where `pos_embedding_type` is {refused[0]!r}, whose bias "
                     "is no function of the distance alone, got 'sliding_attention'."

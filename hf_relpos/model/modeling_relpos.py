@@ -4,7 +4,7 @@ Shape letters: B batch, H query heads, Q query length, K key length, C hidden si
 this file: `scheme_base.py` has the interface, `scheme_registry.py` the choice.
 """
 
-from itertools import chain
+import inspect
 from typing import Any
 
 import torch
@@ -22,25 +22,21 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_distance_bias import check_implementation
-from .attention_plan import KindsOfLayers
+from .attention_mask import check_implementation
+from .attention_plan import AttentionPlan
+from .attention_planner import plan_attention
 from .chunked_loss import linear_cross_entropy
 from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
+from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
-from .scheme_registry import add_biases, build_position_embeddings
-from .token_positions import (
-    augment_starts,
-    cached_length,
-    check_mask,
-    flash_lengths,
-    keep_tables,
-    simplify_mask,
-)
+from .scheme_registry import LayerGroup, add_biases, build_position_embeddings
+from .token_positions import TokenPositions, locate_tokens
 from .transformers_versions import (
     CACHE_NAME,
     CACHE_NAMES,
+    FORWARD_KEYWORDS,
     CausalLMOutput,
     ModelOutput,
     check_keywords,
@@ -49,7 +45,7 @@ from .transformers_versions import (
 )
 
 
-class RelPosPreTrainedModel(KindsOfLayers, SelfContainedModel, PreTrainedModel):
+class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
     config_class = RelPosConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -79,6 +75,25 @@ class RelPosPreTrainedModel(KindsOfLayers, SelfContainedModel, PreTrainedModel):
         """As in transformers; its paged attention has no place for a position bias, so bias schemes are refused."""
         check_implementation(self.config, f"paged|{self.config._attn_implementation}")
         return super().init_continuous_batching(*args, **kwargs)
+
+    def attention_path(self) -> str:
+        """What computes the attention over rows without gaps in their positions, on this device and in this mode.
+
+        Returns:
+            "eager", "sdpa", "flex_attention", ..: the implementation of transformers of that name, without a bias;
+            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias:
+            "distance_bias:triton", "distance_bias:blocks", ..: `distance_bias_attention`, on a table of the distances,
+            by the `TableKernel` of that name; "distance_bias:key_bias": the same for a fixed line in bf16, as a value
+            per key, where a CPU is fast in bf16;
+            "flex_attention:table": FlexAttention, which reads the table;
+            "sdpa:key_bias": "sdpa" with extra dimensions, in which the keys hold their bias, as they do beside a table;
+            "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
+            Where layers differ, what they have, in the order of the layers, joined by "/".
+        """
+        model, shape = self.base_model, (1, 2, self.config.hidden_size)
+        inputs_embeds = torch.empty(shape, device=self.device, dtype=self.dtype)
+        plans = model._plans(model._locate_tokens(inputs_embeds), inputs_embeds)
+        return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SelfInitialized):
@@ -142,7 +157,7 @@ class RelPosModel(RelPosPreTrainedModel):
             raise ValueError(f"`length` must be at least 1, got {length}.")
         device, tables = self.embed_tokens.weight.device, []
         for attention in (layer.self_attn for layer in self.layers):
-            shared = self.position_embeddings.table(length, device, attention.kind.schemes)
+            shared = self.position_embeddings.table(length, device, attention.group.schemes)
             tables.append(add_biases((shared, attention.position_embeddings.table(length, device))))
         if all(table is None for table in tables):
             raise ValueError(
@@ -191,47 +206,60 @@ class RelPosModel(RelPosPreTrainedModel):
             check_keywords(kwargs, position_ids, self.config._attn_implementation)
         else:  # continuous batching says itself which tokens see which
             cache = None
-        past_length = cached_length(cache)
-        check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
-        attention_mask = simplify_mask(attention_mask)
-        placed, cacheable = self._place(inputs_embeds, attention_mask, position_ids, cache, past_length)
-        masks = {
-            kind: self._mask(kind, positions, inputs_embeds, attention_mask, cache)
-            for kind, positions in placed.items()
-        }
-        first = next(iter(placed.values()))
-        position_ids, documents, batch_size = first.query, first.documents, inputs_embeds.shape[0]
-        if documents is not None and "flash" in self.config._attn_implementation and "cu_seq_lens_q" not in kwargs:
-            kwargs |= flash_lengths(documents, next(iter(masks.values())), batch_size)
-        if self.training and self.config.position_start_augmentation and cache is None:
-            # distances stay: only what acts on absolute positions sees the shift
-            position_ids = augment_starts(position_ids, documents, batch_size, self.config.max_position_embeddings)
+        tokens = self._locate_tokens(inputs_embeds, attention_mask, position_ids, cache)
+        position_ids = self._augment(tokens, inputs_embeds.shape[0])
         rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype)
-        own = (layer.self_attn.position_embeddings.parameters() for layer in self.layers)
-        parameters = [*self.position_embeddings.parameters(), *chain(*own)]
-        biases = {}
-        for kind, positions in placed.items():
-            positions.query = position_ids
-            positions.rotations = tuple(rotations[name] for name in kind.schemes if name in rotations)
-            if cache is not None and not torch.is_grad_enabled():
-                keep_tables(positions, cache, parameters)
-            biases[kind] = self._shared_bias(kind, positions, self._kinds()[kind][0])
-        if use_cache and cache is None and cacheable:
+        plans, biases, rotations_of = self._plans(tokens, inputs_embeds), {}, {}
+        for group, plan in plans.items():
+            biases[group] = plan.shared_bias()
+            rotations_of[group] = tuple(rotations[name] for name in group.schemes if name in rotations)
+        if use_cache and cache is None and paged is None and tokens.cacheable:
             cache = DynamicCache(config=self.config)
 
         hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, position_ids))
         for layer in self.layers[: self.config.num_hidden_layers]:
-            kind = layer.self_attn.kind
+            group = layer.self_attn.group
             hidden_states = layer(
                 hidden_states,
-                biases[kind],
-                positions=placed[kind],
-                attention_mask=masks[kind],
+                biases[group],
+                plan=plans[group],
+                rotations=rotations_of[group],
                 use_cache=use_cache,
                 **{CACHE_NAME: cache if paged is None else paged},
                 **kwargs,
             )
         return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+
+    def _locate_tokens(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> TokenPositions:
+        has_position_bias = any(group.has_position_bias for group in self._layer_groups())
+        given = (inputs_embeds, attention_mask, position_ids, cache)
+        return locate_tokens(self.config, *given, has_position_bias, self.training)
+
+    def _augment(self, tokens: TokenPositions, batch_size: int) -> torch.Tensor:
+        """→ the positions that schemes see which act on positions themselves; distances stay as they are."""
+        if not (self.training and self.config.position_start_augmentation) or tokens.cache is not None:
+            return tokens.position_ids
+        limit = self.config.max_position_embeddings
+        return augment_starts(tokens.position_ids, tokens.documents, batch_size, limit)
+
+    def _layer_groups(self) -> dict[LayerGroup, list[int]]:
+        """→ the groups of layers and the indices of their layers."""
+        groups: dict[LayerGroup, list[int]] = {}
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            groups.setdefault(layer.self_attn.group, []).append(index)
+        return groups
+
+    def _plans(self, tokens: TokenPositions, inputs_embeds: torch.Tensor) -> dict[LayerGroup, AttentionPlan]:
+        return {
+            group: plan_attention(self, group, layers, tokens, inputs_embeds)
+            for group, layers in self._layer_groups().items()
+        }
 
 
 class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
@@ -281,6 +309,10 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         Returns:
             the mean loss in nats, if there are labels, and (B, Q, V) logits, unless `skip_logits` leaves them out.
         """
+        of_model = kwargs
+        if labels is not None and self.loss_function is not ForCausalLMLoss:  # a loss of the user's, with its keywords
+            taken = inspect.signature(self.loss_function).parameters
+            of_model = {name: value for name, value in kwargs.items() if name not in taken or name in FORWARD_KEYWORDS}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -288,7 +320,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **of_model,
         )
         loss, logits = None, None
         if labels is not None and self.skip_logits and self._has_plain_head(outputs.last_hidden_state):

@@ -1,4 +1,4 @@
-"""Positions drawn at random in training, so that distances occur that no training sequence is long enough for.
+"""Positions drawn at random in training: positions and distances occur that no training sequence is long enough for.
 
 Shape letters: B batch, Q query length.
 """
@@ -98,3 +98,34 @@ SAMPLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] 
     "randomized": randomized_positions,
     "pose": skipping_positions,
 }
+
+
+def augment_starts(
+    position_ids: torch.Tensor, documents: torch.Tensor | None, batch_size: int, max_positions: int
+) -> torch.Tensor:
+    """Position-start augmentation: each document of each row starts at k ~ U{0 .. max_positions − length}.
+
+    Args:
+        position_ids: (B or 1, Q).
+        documents: (B or 1, Q) or `None`, from `find_documents`.
+        batch_size: B.
+        max_positions: exclusive upper bound of the positions given out; length is Q, whatever the documents' lengths.
+
+    Returns:
+        (B, Q).
+
+    Raises:
+        ValueError: if the sequence is longer than `max_positions`.
+    """
+    length = position_ids.shape[1]
+    if length > max_positions:
+        raise ValueError(
+            f"`position_start_augmentation` needs sequences of at most `max_position_embeddings`={max_positions} "
+            f"tokens, got {length}."
+        )
+    starts = torch.randint(max_positions - length + 1, (batch_size, length), device=position_ids.device)
+    if documents is None:
+        starts = starts[:, :1]
+    else:
+        starts = starts.gather(1, documents.expand(batch_size, -1))
+    return position_ids + starts

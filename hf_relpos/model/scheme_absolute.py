@@ -21,7 +21,6 @@ class SinusoidalEmbedding(PositionEmbedding):
     """
 
     kind = "absolute"
-    extrapolates = "no limit; unseen vectors"
 
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +74,6 @@ class LearnedEmbedding(PositionEmbedding):
 
     kind = "absolute"
     has_position_limit = True
-    extrapolates = "refuses positions past its table"
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config)

@@ -3,9 +3,10 @@
 Shape letters: B batch, H heads, Q query length, K key length, D head size, C hidden size.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,80 +14,54 @@ from torch import nn
 
 POSITION_EMBEDDINGS: dict[str, type["PositionEmbedding"]] = {}
 
+# methods of a scheme that act in a forward; any of them makes a model differ from one without positions
+HOOKS = (
+    "embed",
+    "rotation",
+    "rotate",
+    "distance_bias",
+    "max_table_position",
+    "dense_bias",
+    "key_bias",
+    "score_bias",
+)
+# of these, what adds to the attention scores
+BIAS_HOOKS = frozenset(("distance_bias", "dense_bias", "key_bias", "score_bias"))
+# called once for all layers, or once in each layer: on the other kind of scheme nobody would call them
+SHARED_HOOKS = frozenset(("embed", "rotation", "rotate"))
+LAYER_HOOKS = frozenset(("max_table_position", "key_bias", "score_bias"))
+# hooks that mean nothing without others
+REQUIRED_HOOKS = {
+    "rotation": ("rotate",),
+    "rotate": ("rotation",),
+    "max_table_position": ("distance_bias", "dense_bias"),
+}
+# hooks of version 0.1.0 → what they are called now
+RENAMED_HOOKS = {"bias": "dense_bias", "key_state": "key_bias", "table_limit": "max_table_position"}
 
-@dataclass
+
+@dataclass(frozen=True)
 class Positions:
-    """Where the queries and the keys of one forward stand: integers counted over real tokens, never tensor indices.
+    """Where the queries and the keys of some layers stand: integers counted over real tokens, never tensor indices.
+
+    Layers with a sliding window may cache other keys than layers without one, so that keys are those of some layers.
 
     Attributes:
         query: (B or 1, Q) int64, the position of each query token.
-        key: (B or 1, K) int64, the position of each cached or current key token. Layers with a window may cache other
-            keys than layers without: slots and positions here are those of some layers.
-        distance: (B or 1, Q, K) int64, query − key, 0 where the key lies ahead (the causal mask hides it); `None` if
-            no scheme asks for pairs or if `offset` says it all. The first dimension is 1 wherever all rows agree.
-        span: exclusive upper bound of the distances.
-        offset: the key slot of the first query, if the distance of any query to any key that it sees is that of their
-            slots, so that a table of the distances is all that the attention needs; else `None`.
-        key_mask: (B, K) boolean, False on padding, or `None`.
-        documents: (B or 1, K) document indices, or `None`.
-        visible: (B or 1, 1, Q, K) boolean, the keys that each query sees; beside `distance`.
-        tail: beside `offset`, the last queries, if a table does not serve these, with `distance` and `visible`; else
-            `None`.
-        window: a query sees the keys at slots less than this many before its own; `None` for all.
-        reversed_tables: layer index → (H, n) table from the longest distance down to 0, kept as long as the cache of
-            keys that the forward goes on from; `None` where tables must not be kept.
-        rotations: for each scheme that transforms q and k, its `rotate` function and what it computed once from
-            `query`; filled in by the model.
-        mesh: the device mesh whose ranks share the heads out among them (tensor parallelism), or `None`.
+        key: (B or 1, K) int64, the position of each cached or current key token.
+        distance: (B or 1, Q, K) int64, query − key, 0 where the key is a later one (the causal mask hides it). The
+            first dimension is 1 wherever all rows agree.
+        visible: (B or 1, 1, Q, K) boolean, the keys that each query sees.
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    distance: torch.Tensor | None
-    span: int
-    offset: int | None = None
-    key_mask: torch.Tensor | None = None
-    documents: torch.Tensor | None = None
-    visible: torch.Tensor | None = None
-    tail: "Positions | None" = None
-    window: int | None = None
-    reversed_tables: dict[int, torch.Tensor] | None = None
-    rotations: tuple[tuple[Callable, Any], ...] = ()
-    mesh: Any = None
-
-    def kept_table(self, layer_idx: int) -> torch.Tensor | None:
-        """→ (H, n) table from distance n − 1 down to 0 that a step before left, if it reaches as far as this one."""
-        table = None if self.reversed_tables is None else self.reversed_tables.get(layer_idx)
-        return table if table is not None and table.shape[1] >= self.num_seen else None
-
-    @property
-    def num_seen(self) -> int:
-        """The number of keys that the first query sees, by `offset` and `window`."""
-        return min(self.offset + 1, self.window or self.offset + 1)
-
-    def local_heads(self, values: torch.Tensor) -> torch.Tensor:
-        """(H, ..) values of all heads → (H / ranks, ..), those of this rank. The gradient is that of all heads."""
-        return values if self.mesh is None else _LocalHeads.apply(values, self.mesh)
-
-
-class _LocalHeads(torch.autograd.Function):
-    """Forward: a rank's slice of the first dimension. Backward: the slices of all ranks, so that parameters that every
-    rank holds whole get the same whole gradient everywhere."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, mesh: Any) -> torch.Tensor:
-        ctx.mesh = mesh
-        return values.tensor_split(mesh.size())[mesh.get_local_rank()].clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gathered = [torch.empty_like(gradient) for _ in range(ctx.mesh.size())]
-        torch.distributed.all_gather(gathered, gradient.contiguous(), group=ctx.mesh.get_group())
-        return torch.cat(gathered), None
+    distance: torch.Tensor
+    visible: torch.Tensor
 
 
 class SelfInitialized:
-    """Marks a module with parameters that `reset_parameters` initialises, in place of the rule for its kind of layer.
+    """Marks a module with parameters that `reset_parameters` initialises, in place of the rule for its class of layer.
 
     transformers skips modules without parameters of their own, so the mark belongs on the module that holds them.
     """
@@ -101,24 +76,32 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     Class attributes:
         defaults: option name → default value; the only keys that `pos_embedding_kwargs` may hold for the scheme.
-        shared_across_layers: one module for the whole model (True) or one per layer (False). `embed` and `rotation`
-            act before the layers and are only called on shared schemes.
-        has_position_limit: whether only `max_position_embeddings` positions can be served.
-        extrapolates: what happens past the training length, in a few words; the README's table shows it.
-        kind: "absolute" (goes by the positions themselves), "relative" (by distances alone) or "none".
-        uses_rope_parameters: whether `config.rope_parameters` is for it.
+        shared_across_layers: one module for the whole model (True) or one per layer (False). `embed`, `rotation` and
+            `rotate` are for shared schemes; `key_bias`, `score_bias` and `max_table_position` for those of a layer.
+        has_position_limit: whether only `max_position_embeddings` positions are supported.
+        kind: "absolute" (depends on the positions themselves), "relative" (on distances alone) or "none".
+        uses_rope_parameters: whether it reads `config.rope_parameters`.
+        hooks: the names of the hooks that the class overrides; set when the class is created.
 
     Args:
         config: a `RelPosConfig`.
         **options: the scheme's `defaults`, overridden by `config.pos_embedding_kwargs`.
+
+    Raises:
+        TypeError: when a subclass is created, for hooks that nobody would call or that contradict each other.
     """
 
-    defaults: dict[str, Any] = {}
-    shared_across_layers: bool = True
-    has_position_limit: bool = False
-    kind: str = "none"
-    extrapolates: str = ""
-    uses_rope_parameters: bool = False
+    defaults: ClassVar[dict[str, Any]] = {}
+    shared_across_layers: ClassVar[bool] = True
+    has_position_limit: ClassVar[bool] = False
+    kind: ClassVar[str] = "none"
+    uses_rope_parameters: ClassVar[bool] = False
+    hooks: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.hooks = frozenset(name for name in HOOKS if getattr(cls, name) is not getattr(PositionEmbedding, name))
+        _check_hooks(cls)
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__()
@@ -148,79 +131,72 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         """(n,) integer distances → (H, n) fp32, what the attention adds to the scaled scores at each distance."""
         return None
 
-    def bias(self, positions: Positions) -> torch.Tensor | None:
-        """→ (B or 1, H, Q, K) fp32, added to the scaled scores; `None` for no bias.
-
-        The default evaluates `distance_bias` once on the distances 0..span−1 and looks the values up; it only serves
-        what the attention cannot serve from the table itself. A scheme that overrides it is always served from here,
-        unless it says by `table_limit` how far the table goes, and returns the heads that `positions.local_heads`
-        leaves.
-        """
-        if not self.has_distance_bias():
-            return None
-        table = positions.local_heads(self.table(positions.span, positions.query.device))
-        return table[:, positions.distance].movedim(0, 1)
-
-    def table_limit(self) -> torch.Tensor | None:
-        """→ () the largest position, counted from the first token, of a query whose whole bias is `distance_bias`;
-        `None`: there is no limit. A scheme that has one gives each layer a module of its own."""
+    def max_table_position(self) -> torch.Tensor | None:
+        """→ () the last position, counted from the first token, of a query whose whole bias is `distance_bias`; later
+        queries get `dense_bias`. `None`: there is no such limit."""
         return None
 
-    def key_state(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, cached with the keys: the bias between a query and a
-        key is the sum of what the tokens behind the key say, up to the query. Only called on schemes of a layer."""
+    def dense_bias(self, positions: Positions) -> torch.Tensor | None:
+        """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that is no function of the
+        distance alone. It is evaluated for every pair, unless `max_table_position` says that `distance_bias` serves
+        most queries."""
+        return None
+
+    def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept with the cached keys: the bias between a query
+        and a key is the sum over the tokens after the key, up to the query."""
         return None
 
     def score_bias(
         self, scores: torch.Tensor, bias: torch.Tensor | None, query: torch.Tensor, positions: Positions
     ) -> torch.Tensor | None:
         """(B, H, Q, K) fp32 scaled scores, all other biases of them or `None`, (B, H, Q, D) query → a further bias,
-        (B, H, Q, K) fp32. Only called on schemes of a layer; takes matrices of pairs in every forward."""
+        (B, H, Q, K) fp32. Takes O(Q · K) memory in every forward."""
         return None
 
-    @classmethod
-    def needs_whole_rows(cls, config: Any) -> bool:
-        """Whether it must see each sequence in a row of its own, which servers that lay requests end to end break."""
-        return False
 
-    @classmethod
-    def serves_windows(cls) -> bool:
-        """Whether a layer with it may hide the keys that lie far behind, and drop them from its cache."""
-        return not cls.has_other_bias() and cls.table_limit is PositionEmbedding.table_limit
+def _check_hooks(cls: type[PositionEmbedding]) -> None:
+    """Raises `TypeError` for a class whose hooks would not be called, or would differ between attention kernels."""
 
-    @classmethod
-    def has_distance_bias(cls) -> bool:
-        return cls.distance_bias is not PositionEmbedding.distance_bias
+    def refuse(hook: str, reason: str) -> None:
+        raise TypeError(f"position scheme {cls.__name__!r}: `{hook}` {reason}.")
 
-    @classmethod
-    def has_other_bias(cls) -> bool:
-        """Whether its bias is more than a table of the distances, for queries at any position."""
-        return cls.bias is not PositionEmbedding.bias and cls.table_limit is PositionEmbedding.table_limit
-
-    @classmethod
-    def has_key_state(cls) -> bool:
-        return cls.key_state is not PositionEmbedding.key_state
-
-    @classmethod
-    def has_score_bias(cls) -> bool:
-        return cls.score_bias is not PositionEmbedding.score_bias
-
-    @classmethod
-    def has_bias(cls) -> bool:
-        return cls.has_distance_bias() or cls.has_other_bias() or cls.has_key_state() or cls.has_score_bias()
-
-    def table(self, length: int, device: torch.device) -> torch.Tensor:
-        """→ (H, length) fp32: `distance_bias` on 0..length−1, outside of autocast."""
-        with torch.autocast(device.type, enabled=False):
-            return self.distance_bias(torch.arange(length, device=device))
+    wrong = LAYER_HOOKS if cls.shared_across_layers else SHARED_HOOKS
+    for hook in sorted(cls.hooks & wrong):
+        where = "of each layer: set `shared_across_layers = False`"
+        if hook in SHARED_HOOKS:
+            where = "that all layers share: set `shared_across_layers = True`"
+        refuse(hook, f"is only called on schemes {where}")
+    for hook, others in REQUIRED_HOOKS.items():
+        missing = [other for other in others if other not in cls.hooks]
+        if hook in cls.hooks and missing:
+            refuse(hook, f"does nothing without `{missing[0]}`: override both")
+    if {"distance_bias", "dense_bias"} <= cls.hooks and "max_table_position" not in cls.hooks:
+        refuse("distance_bias", "would be ignored beside `dense_bias`: say by `max_table_position` which serves whom")
+    for name, value in vars(cls).items():
+        if callable(value) and name in RENAMED_HOOKS:
+            refuse(name, f"is called `{RENAMED_HOOKS[name]}`: rename it")
+        if callable(value) and not name.startswith("_") and not hasattr(PositionEmbedding, name):
+            near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
+            if near:
+                refuse(name, f"is no hook; did you mean `{near[0]}`?")
 
 
 def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]], type[PositionEmbedding]]:
-    """Class decorator: makes a scheme selectable as `pos_embedding_type=name`."""
+    """Class decorator: makes a scheme selectable as `pos_embedding_type=name`.
+
+    Raises:
+        ValueError: for a name that is taken or that holds "+" or "/".
+        TypeError: for what is no `PositionEmbedding`, or overrides no hook and so would act as `none`.
+    """
 
     def register(cls: type[PositionEmbedding]) -> type[PositionEmbedding]:
+        if not (isinstance(cls, type) and issubclass(cls, PositionEmbedding)):
+            raise TypeError(f"position scheme {name!r} must be a subclass of PositionEmbedding, got {cls!r}.")
         if name in POSITION_EMBEDDINGS or {*name} & {*"+/"}:
             raise ValueError(f"position embedding name must be new and without '+' and '/', got {name!r}")
+        if not cls.hooks and POSITION_EMBEDDINGS:  # the first one is `none`
+            raise TypeError(f"position scheme {name!r} would act as 'none': it must override one of {list(HOOKS)}.")
         POSITION_EMBEDDINGS[name] = cls
         return cls
 
@@ -236,5 +212,3 @@ class NoPositionEmbedding(PositionEmbedding):
     Parameters: none. Past the training length: no limit; attention spreads thinner over more keys.
     Paper: Kazemnejad et al. 2023, arXiv 2305.19466.
     """
-
-    extrapolates = "no limit; degrades gradually"

@@ -26,7 +26,6 @@ class ForgetGate(PositionEmbedding):
     """
 
     kind = "relative"
-    extrapolates = "no limit; far keys fade as the text says"
     shared_across_layers = False
 
     def __init__(self, config: Any, **options: Any) -> None:
@@ -40,7 +39,7 @@ class ForgetGate(PositionEmbedding):
         init.normal_(self.weight, std=self.initializer_range)
         init.zeros_(self.gate_bias)
 
-    def key_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             gate = F.linear(hidden_states.float(), self.weight.float(), self.gate_bias.float())
             return F.logsigmoid(gate).transpose(1, 2)
@@ -60,7 +59,6 @@ class ContextualPositions(PositionEmbedding):
     """
 
     kind = "relative"
-    extrapolates = "no limit; counts stop at the table's end"
     shared_across_layers = False
     defaults = {"max_position": 64}
 
@@ -96,7 +94,6 @@ class DataAdaptiveBias(KerpleLog):
     which would cancel in the softmax.
     """
 
-    extrapolates = "no limit; far keys fade slowly, corrected by the scores"
     shared_across_layers = False
     defaults = {"mlp_width": 32}
 

@@ -1,4 +1,5 @@
-"""Bias schemes: a number for each head and distance d = query − key, added to the scaled scores."""
+"""Bias schemes: a number for each head and distance d = query − key, added to the scaled scores; and FIRE, whose number
+also depends on the position of the query."""
 
 import math
 from typing import Any
@@ -7,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.import_utils import is_tracing
 
-from .scheme_base import PositionEmbedding, SelfInitialized, register_position_embedding
+from .scheme_base import PositionEmbedding, Positions, SelfInitialized, register_position_embedding
 
 
 class Float32Linear(SelfInitialized, nn.Module):
@@ -83,8 +85,6 @@ class LinearCPB(ContinuousPositionBias):
     straight line. Source: see `ContinuousPositionBias`.
     """
 
-    extrapolates = "no limit; each head goes on in a straight line"
-
     def features(self, distance: torch.Tensor) -> torch.Tensor:
         return distance[:, None].float()
 
@@ -111,8 +111,6 @@ class LogCPB(ContinuousPositionBias):
     Source: see `ContinuousPositionBias`; the log spacing is that of the paper.
     """
 
-    extrapolates = "no limit; each head goes on linearly in ln d"
-
     def features(self, distance: torch.Tensor) -> torch.Tensor:
         return torch.log1p(distance.float())[:, None]
 
@@ -127,7 +125,6 @@ class FourierCPB(ContinuousPositionBias):
     Source: see `ContinuousPositionBias`; features as in arXiv 2006.10739.
     """
 
-    extrapolates = "no limit; bounded, unseen phases"
     num_features = 16
 
     def features(self, distance: torch.Tensor) -> torch.Tensor:
@@ -148,7 +145,6 @@ class AlibiBias(PositionEmbedding):
     """
 
     kind = "relative"
-    extrapolates = "no limit; far keys fade"
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config)
@@ -183,7 +179,6 @@ class T5Bias(PositionEmbedding):
     """
 
     kind = "relative"
-    extrapolates = "no limit; far keys share a bucket"
     defaults = {"num_buckets": 32, "max_distance": 128}
 
     @classmethod
@@ -283,8 +278,6 @@ class KerpleLog(KerpleBias):
     slowly. Source: see `KerpleBias`.
     """
 
-    extrapolates = "no limit; far keys fade slowly"
-
     def kernel(self, distance: torch.Tensor, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return p * torch.log1p(a * distance)
 
@@ -299,7 +292,6 @@ class KerplePower(KerpleBias):
     with p > 1 faster than in ALiBi. Source: see `KerpleBias`.
     """
 
-    extrapolates = "no limit; far keys fade"
     largest_p = 2.0
 
     def kernel(self, distance: torch.Tensor, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -317,7 +309,6 @@ class SandwichBias(PositionEmbedding):
     """
 
     kind = "relative"
-    extrapolates = "no limit; far keys fade slowly"
     defaults = {"d_bar": 128}
 
     @classmethod
@@ -335,3 +326,64 @@ class SandwichBias(PositionEmbedding):
         frequency = 10000.0 ** (-2 / self.d_bar * torch.arange(1, self.d_bar // 2 + 1, **kwargs))
         product = ((distance[:, None].float() * frequency).cos() - 1).sum(-1)
         return self.num_heads / 8 / torch.arange(1, self.num_heads + 1, **kwargs)[:, None] * product
+
+
+@register_position_embedding("fire")
+class FIRE(PositionEmbedding):
+    """Functional interpolation of relative positions (FIRE): the distance, relative to the query's position.
+
+    b[h, i, j] = MLP(ψ(i − j) / (ψ(max(i, T)) + 10⁻⁶))[h], ψ(x) = ln(|c|·x + 1), T = |m|·T0; MLP: 1 → 32 → H with ReLU
+
+    i is the query's position, counted from the first token of its document; c is learned from 0.1, m from 1. T0 is the
+    option `threshold`: by default the training length, 512 if the configuration does not say. Each layer has its own c,
+    m and MLP. Up to position T the bias is a function of the distance alone, which the attention reads from a table;
+    the queries behind it take a matrix of pairs.
+
+    Parameters per layer: 66 + 32·H. Past the training length: the argument of the MLP stays in [0, 1].
+    Paper: Li et al. 2023, arXiv 2310.04418. Differs: no bias in the MLP's last layer: it would cancel in the softmax.
+    """
+
+    kind = "relative"
+    shared_across_layers = False
+    defaults = {"threshold": 512}
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        # kept, so that a later training length leaves it as it is
+        return {"threshold": config.train_length or cls.defaults["threshold"], **options}
+
+    def __init__(self, config: Any, threshold: int = 512) -> None:
+        super().__init__(config)
+        self.threshold = threshold
+        self.scale, self.multiplier = nn.Parameter(torch.full((1,), 0.1)), nn.Parameter(torch.ones(1))
+        self.hidden = Float32Linear(1, 32)
+        self.out = Float32Linear(32, config.num_attention_heads, bias=False)
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.scale, 0.1)
+        init.ones_(self.multiplier)
+
+    def max_table_position(self) -> torch.Tensor:
+        return self.multiplier.detach().float().abs()[0] * self.threshold
+
+    def log(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(self.scale.float().abs() * x)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """(..,) → (.., H)."""
+        return self.out(F.relu(self.hidden(x[..., None])))
+
+    def distance_bias(self, distance: torch.Tensor) -> torch.Tensor:
+        reach = self.multiplier.float().abs() * self.threshold
+        return self.mlp(self.log(distance.float()) / (self.log(reach) + 1e-6)).T
+
+    def dense_bias(self, positions: Positions) -> torch.Tensor:
+        with torch.autocast(positions.query.device.type, enabled=False):
+            index = torch.where(positions.visible[:, 0], positions.distance, 0).amax(-1, keepdim=True).float()
+            limit = self.multiplier.float().abs() * self.threshold
+            reach = torch.where(index > limit, index, limit)  # `maximum` would halve the gradient where they are equal
+            x = self.log(positions.distance.float()) / (self.log(reach) + 1e-6)  # (B or 1, Q, K)
+            # a few queries at a time: a pair has 32 hidden units; a graph is for any number of queries
+            pieces = (x,) if is_tracing(x) else x.split(64, dim=1)
+            pieces = [self.mlp(piece).permute(0, 3, 1, 2) for piece in pieces]
+        return torch.cat(pieces, dim=2)

@@ -1,17 +1,17 @@
 """All position schemes by name: what a `pos_embedding_type` selects, and how several act together."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from .scheme_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
-from .scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
+from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions
 from .scheme_content import ForgetGate  # noqa: F401
 from .scheme_distance_bias import AlibiBias  # noqa: F401
-from .scheme_fire import FIRE  # noqa: F401
 from .scheme_rotary import RotaryEmbedding  # noqa: F401
 
 
@@ -30,16 +30,18 @@ def position_embedding_classes(pos_embedding_type: str) -> dict[str, type[Positi
     """
     allowed, text = list_position_embeddings(), pos_embedding_type
     parts = [part.split("+") for part in text.split("/")] if isinstance(text, str) else [[text]]
-    if any(name not in allowed for names in parts for name in names):
+    unknown = [name for names in parts for name in names if name not in allowed]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), allowed, n=1)
         raise ValueError(
             f"`pos_embedding_type` must be one of {allowed}, several of them joined by '+', or these joined by '/' "
-            f"for layers in turn, got {text!r}."
+            f"for layers in turn, got {text!r}." + (f" Did you mean {near[0]!r}?" if near else "")
         )
     if any(len(set(names)) < len(names) or (len(names) > 1 and "none" in names) for names in parts):
         raise ValueError(f"`pos_embedding_type` must join different schemes other than 'none', got {text!r}.")
     classes = {name: POSITION_EMBEDDINGS[name] for names in parts for name in names}
     for name, cls in classes.items():
-        if cls.embed is not PositionEmbedding.embed and any(name not in names for names in parts):
+        if "embed" in cls.hooks and any(name not in names for names in parts):
             raise ValueError(
                 f"`pos_embedding_type` must name {name!r} between all '/' or nowhere, since it acts before the layers, "
                 f"got {text!r}."
@@ -48,59 +50,67 @@ def position_embedding_classes(pos_embedding_type: str) -> dict[str, type[Positi
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """What sets some of a model's layers apart from others.
+class LayerGroup:
+    """What the layers of a group have in common, and no other layer has.
 
     Attributes:
         schemes: the names of the schemes that act in them.
-        window: how many keys, its own among them, a query sees at most; `None` for all.
+        window: how many keys a query sees at most, its own among them; `None` for all.
+        classes: of the schemes.
+        hooks: those that any of the schemes overrides.
     """
 
     schemes: tuple[str, ...]
     window: int | None
+    classes: tuple[type[PositionEmbedding], ...] = field(init=False, compare=False, repr=False)
+    hooks: frozenset[str] = field(init=False, compare=False, repr=False)
 
-    @property
-    def classes(self) -> list[type[PositionEmbedding]]:
-        return [POSITION_EMBEDDINGS[name] for name in self.schemes]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(POSITION_EMBEDDINGS[name] for name in self.schemes))
+        object.__setattr__(self, "hooks", frozenset().union(*(cls.hooks for cls in self.classes)))
 
     @property
     def has_bias(self) -> bool:
         """Whether any of the schemes adds a bias to the attention scores."""
-        return any(cls.has_bias() for cls in self.classes)
+        return bool(self.hooks & BIAS_HOOKS)
 
     @property
-    def has_table(self) -> bool:
-        """Whether the schemes add a bias that is a function of the head and the distance alone."""
-        others = any(cls.has_other_bias() or cls.has_score_bias() for cls in self.classes)
-        return any(cls.has_distance_bias() for cls in self.classes) and not others
-
-    @property
-    def has_pair_bias(self) -> bool:
-        """Whether the schemes add a bias that is more than a number per key."""
-        return self.has_score_bias or any(cls.has_distance_bias() or cls.has_other_bias() for cls in self.classes)
+    def has_key_bias(self) -> bool:
+        """Whether the schemes keep numbers beside the cached keys."""
+        return "key_bias" in self.hooks
 
     @property
     def has_score_bias(self) -> bool:
-        """Whether the schemes add a bias that goes by the scores."""
-        return any(cls.has_score_bias() for cls in self.classes)
+        """Whether the schemes add a bias that depends on the scores."""
+        return "score_bias" in self.hooks
 
     @property
-    def has_key_state(self) -> bool:
-        """Whether the schemes keep numbers beside the cached keys."""
-        return any(cls.has_key_state() for cls in self.classes)
+    def has_position_bias(self) -> bool:
+        """Whether the schemes add a bias that depends on the positions of queries and keys."""
+        return bool(self.hooks & {"distance_bias", "dense_bias"})
+
+    @property
+    def has_distance_table(self) -> bool:
+        """Whether a table of the distances holds all that the schemes add, but for numbers per key."""
+        is_dense = any({"dense_bias", "distance_bias"} & cls.hooks == {"dense_bias"} for cls in self.classes)
+        return "distance_bias" in self.hooks and not (is_dense or self.has_score_bias)
 
     @property
     def layer_type(self) -> str:
-        """As transformers calls it."""
+        """The name that transformers has for layers with and without a window."""
         return "full_attention" if self.window is None else "sliding_attention"
 
 
-def layer_kinds(config: Any) -> list[LayerKind]:
-    """The kind of each layer; its schemes are a part of `pos_embedding_type`, the first one again behind the last."""
+def layer_groups(config: Any) -> list[LayerGroup]:
+    """The group of each layer; its schemes are a part of `pos_embedding_type`, whose parts repeat over the layers."""
     parts = [tuple(part.split("+")) for part in config.pos_embedding_type.split("/")]
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     windows = [None if layer_type == "full_attention" else config.sliding_window for layer_type in layer_types]
-    return [LayerKind(parts[index % len(parts)], window) for index, window in enumerate(windows)]
+    return [LayerGroup(parts[index % len(parts)], window) for index, window in enumerate(windows)]
+
+
+# a scheme's `rotate` and what it needs, computed once per forward
+Rotation = tuple[Callable, Any]
 
 
 class PositionEmbeddings(nn.ModuleDict):
@@ -112,32 +122,60 @@ class PositionEmbeddings(nn.ModuleDict):
             inputs_embeds = scheme.embed(inputs_embeds, positions)
         return inputs_embeds
 
-    def rotations(self, positions: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple]:
-        """(B or 1, Q) → name → one of the `rotations` of `Positions`."""
+    def rotations(self, positions: torch.Tensor, dtype: torch.dtype) -> dict[str, Rotation]:
+        """(B or 1, Q) → name of a scheme → its `rotate` and what that needs, for the schemes that transform q and k."""
         prepared = {name: (scheme.rotate, scheme.rotation(positions, dtype)) for name, scheme in self.items()}
         return {name: pair for name, pair in prepared.items() if pair[1] is not None}
 
-    def bias(self, positions: Positions, names: Iterable[str] | None = None) -> torch.Tensor | None:
-        """→ the sum of the biases of the schemes, or of some by name, (B or 1, H, Q, K) fp32, or `None`."""
-        return add_biases(scheme.bias(positions) for scheme in self._named(names))
-
-    def key_state(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(B, Q, C) → the sum of the schemes' key states, (B, H, Q) fp32, or `None`."""
-        return add_biases(scheme.key_state(hidden_states) for scheme in self.values())
+    def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """(B, Q, C) → the sum of the schemes' key biases, (B, H, Q) fp32, or `None`."""
+        return add_biases(scheme.key_bias(hidden_states) for scheme in self.values())
 
     def score_bias(
         self, scores: torch.Tensor, bias: torch.Tensor | None, query: torch.Tensor, positions: Positions
     ) -> torch.Tensor | None:
-        """→ the sum of the schemes' biases by the scores, (B, H, Q, K) fp32, or `None`."""
+        """→ the sum of the schemes' biases that depend on the scores, (B, H, Q, K) fp32, or `None`."""
         return add_biases(scheme.score_bias(scores, bias, query, positions) for scheme in self.values())
 
     def table(self, length: int, device: torch.device, names: Iterable[str] | None = None) -> torch.Tensor | None:
         """→ the sum of the distance tables of the schemes, or of some by name, (H, length) fp32, or `None`."""
-        schemes = [scheme for scheme in self._named(names) if scheme.has_distance_bias()]
-        return add_biases(scheme.table(length, device) for scheme in schemes)
+        schemes = [scheme for scheme in self._named(names) if "distance_bias" in scheme.hooks]
+        return add_biases(distance_table(scheme, length, device) for scheme in schemes)
+
+    def dense_bias(
+        self,
+        positions: Positions,
+        length: int,
+        shard_heads: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> torch.Tensor | None:
+        """→ the sum of the schemes' biases for every pair, (B or 1, H, Q, K) fp32, or `None`.
+
+        Args:
+            positions: of queries and keys.
+            length: exclusive upper bound of the distances.
+            shard_heads: (H, ..) values of all heads → those of this rank.
+            names: of the schemes, if not of all.
+        """
+        terms = []
+        for scheme in self._named(names):
+            if "dense_bias" in scheme.hooks:
+                bias = scheme.dense_bias(positions)
+                terms.append(bias if shard_heads is None else shard_heads(bias.transpose(0, 1)).transpose(0, 1))
+            elif "distance_bias" in scheme.hooks:
+                table = distance_table(scheme, length, positions.distance.device)
+                table = table if shard_heads is None else shard_heads(table)
+                terms.append(table[:, positions.distance].movedim(0, 1))
+        return add_biases(terms)
 
     def _named(self, names: Iterable[str] | None) -> list[PositionEmbedding]:
         return [scheme for name, scheme in self.items() if names is None or name in names]
+
+
+def distance_table(scheme: PositionEmbedding, length: int, device: torch.device) -> torch.Tensor:
+    """→ (H, length) fp32: `distance_bias` on the distances 0..length−1, outside of autocast."""
+    with torch.autocast(device.type, enabled=False):
+        return scheme.distance_bias(torch.arange(length, device=device))
 
 
 def add_biases(terms: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
@@ -153,7 +191,7 @@ def build_position_embeddings(config: Any, layer_idx: int | None = None) -> Posi
     """The schemes of `config` that layers share, or those that a layer has of its own."""
     schemes = PositionEmbeddings()
     named = position_embedding_classes(config.pos_embedding_type) if layer_idx is None else None
-    named = named or {name: POSITION_EMBEDDINGS[name] for name in layer_kinds(config)[layer_idx].schemes}
+    named = named or {name: POSITION_EMBEDDINGS[name] for name in layer_groups(config)[layer_idx].schemes}
     for name, cls in named.items():
         if cls.shared_across_layers == (layer_idx is None):
             given = config.pos_embedding_kwargs or {}

@@ -29,6 +29,10 @@ ROPE_TYPES = {
 }
 
 
+# their angles depend on the length of the sequence, which servers that lay requests end to end do not know
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """(..., D) → (..., D): the second half negated, in front of the first."""
     first, second = x.chunk(2, dim=-1)
@@ -65,7 +69,6 @@ class RotaryEmbedding(PositionEmbedding):
 
     kind = "relative"
     uses_rope_parameters = True
-    extrapolates = "no limit; degrades steeply"
     defaults = {"partial_rotary_factor": 1.0, "rope_theta": 10000.0}
 
     @classmethod
@@ -86,10 +89,6 @@ class RotaryEmbedding(PositionEmbedding):
                 )
         config.rope_parameters = parameters
         return {}
-
-    @classmethod
-    def needs_whole_rows(cls, config: Any) -> bool:
-        return config.rope_parameters["rope_type"] in ("dynamic", "longrope")
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config)
@@ -112,7 +111,7 @@ class RotaryEmbedding(PositionEmbedding):
     def inv_freq(self, positions: torch.Tensor) -> torch.Tensor:
         """(B or 1, Q) positions → θ, fp32: (R/2,), or (B or 1, 1, 1, R/2) where it follows the length of the row."""
         device = positions.device
-        if self.rope_type in ("dynamic", "longrope"):
+        if self.rope_type in LENGTH_DEPENDENT_ROPE_TYPES:
             length = self._length(positions)
         if self.frequencies is not None:
             theta = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
@@ -219,7 +218,6 @@ class XPosEmbedding(RotaryEmbedding):
     sequence, which cached keys would have to follow; the half-split layout of `rotary`.
     """
 
-    extrapolates = "degrades; refuses positions that would overflow"
     defaults = {**RotaryEmbedding.defaults, "scale_base": 512}
 
     @classmethod
@@ -277,7 +275,6 @@ class Temperature(PositionEmbedding):
     """
 
     kind = "absolute"
-    extrapolates = "no limit; sharpens as the length grows"
     defaults = {"beta": 0.1}
 
     @classmethod

@@ -1,24 +1,94 @@
-"""Which position each token has: padding, caching, packing and position-start augmentation are decided here.
+"""Where tokens stand: positions, padding, documents of packed rows, and the keys that a cache holds.
 
 Shape letters: B batch, Q query length, K key length.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.utils.import_utils import is_tracing
 
-from .scheme_base import Positions
+from .position_augmentation import sample_positions
 
 
-# cache of keys → what the tables were computed from, and `Positions.reversed_tables`; not an attribute of the cache,
-# which others copy and flatten
-_REVERSED_TABLES: WeakKeyDictionary[Cache, tuple[list, dict[int, torch.Tensor]]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class TokenPositions:
+    """Where the tokens of one forward stand, the same for all layers.
+
+    Attributes:
+        position_ids: (B or 1, Q), integers counted over real tokens.
+        attention_mask: (B, K), 0 on padding; a ready (B, 1, Q, K) mask; a dictionary of ready masks by layer type; or
+            `None`, where nothing is hidden but the future.
+        documents: (B or 1, Q) document indices of packed rows, or `None`.
+        cache: the keys of earlier tokens, before this forward adds to them, or `None`.
+        past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
+        cacheable: whether a cache may hold these tokens.
+        is_counted: whether the positions were counted here, so that they follow the slots.
+        span: a bound of the positions where they are known to skip numbers, or `None`.
+    """
+
+    position_ids: torch.Tensor
+    attention_mask: Any
+    documents: torch.Tensor | None
+    cache: Cache | None
+    past_length: int | torch.Tensor
+    cacheable: bool
+    is_counted: bool
+    span: int | None
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """(B, K) mask, 0 on padding, or `None`."""
+        mask = self.attention_mask
+        return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    def mask_of(self, layer_type: str) -> torch.Tensor | None:
+        """The mask for layers of a type."""
+        return self.attention_mask.get(layer_type) if isinstance(self.attention_mask, dict) else self.attention_mask
+
+
+def locate_tokens(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    has_position_bias: bool,
+    training: bool,
+) -> TokenPositions:
+    """Reads what a forward was given about positions.
+
+    Args:
+        config: of the model.
+        inputs_embeds: (B, Q, C).
+        attention_mask, position_ids, cache: as in `RelPosModel.forward`.
+        has_position_bias: whether any scheme adds a bias that depends on the positions of queries and keys.
+        training: whether positions may be drawn at random.
+
+    Raises:
+        ValueError: for a mask that does not fit, or for a cache with positions that it may not hold.
+    """
+    (batch_size, query_length, _), past_length = inputs_embeds.shape, cached_length(cache)
+    check_mask(attention_mask, batch_size, query_length, past_length)
+    attention_mask = simplify_mask(attention_mask)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and config.sliding_window:
+        raise ValueError(
+            "`attention_mask` of 4 dimensions must be a dictionary with a mask for each of `layer_types` where "
+            f"some layers have a `sliding_window`, got a tensor of shape {tuple(attention_mask.shape)}."
+        )
+    mask = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
+    documents, cacheable, is_counted, span = None, True, position_ids is None, None
+    if is_counted:
+        position_ids = count_positions(mask, past_length, query_length, inputs_embeds.device)
+    elif mask is None or mask.ndim == 2:  # a ready mask says nothing about positions
+        documents, cacheable = inspect_positions(position_ids, mask, past_length, cache is not None, has_position_bias)
+    if training and config.position_sampling is not None and cache is None:
+        span, is_counted, cacheable = config.max_position_embeddings, False, False
+        position_ids = sample_positions(config.position_sampling, position_ids, mask, documents, batch_size, span)
+    return TokenPositions(position_ids, attention_mask, documents, cache, past_length, cacheable, is_counted, span)
 
 
 def is_exported(tensor: torch.Tensor) -> bool:
@@ -185,174 +255,68 @@ def flash_lengths(
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def augment_starts(
-    position_ids: torch.Tensor, documents: torch.Tensor | None, batch_size: int, max_positions: int
-) -> torch.Tensor:
-    """Position-start augmentation: each document of each row starts at k ~ U{0 .. max_positions − length}.
+@dataclass(frozen=True)
+class KeyPositions:
+    """Where the keys of some layers stand: those with a window may have dropped the first ones.
 
-    Args:
-        position_ids: (B or 1, Q).
-        documents: (B or 1, Q) or `None`, from `find_documents`.
-        batch_size: B.
-        max_positions: exclusive upper bound of the positions given out; length is Q, whatever the documents' lengths.
-
-    Returns:
-        (B, Q).
-
-    Raises:
-        ValueError: if the sequence is longer than `max_positions`.
+    Attributes:
+        length: number K of key slots.
+        num_dropped: keys that the layers have dropped.
+        mask: (B, K) boolean, False on padding, or `None`.
+        offset: slot of the first query among the keys that are left.
     """
-    length = position_ids.shape[1]
-    if length > max_positions:
-        raise ValueError(
-            f"`position_start_augmentation` needs sequences of at most `max_position_embeddings`={max_positions} "
-            f"tokens, got {length}."
-        )
-    starts = torch.randint(max_positions - length + 1, (batch_size, length), device=position_ids.device)
-    if documents is None:
-        starts = starts[:, :1]
-    else:
-        starts = starts.gather(1, documents.expand(batch_size, -1))
-    return position_ids + starts
+
+    length: int
+    num_dropped: int
+    mask: torch.Tensor | None
+    offset: int | torch.Tensor
+
+    def positions(self, tokens: TokenPositions) -> torch.Tensor:
+        """→ (B or 1, K) positions of the keys."""
+        slots = torch.arange(self.length, device=tokens.position_ids.device) + self.num_dropped
+        return _key_positions(tokens.position_ids, tokens.padding, tokens.past_length, slots, self.num_dropped)
 
 
-def build_positions(
-    position_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    documents: torch.Tensor | None,
-    cache: Cache | None,
-    past_length: int | torch.Tensor,
-    needs_pairs: bool,
-    table_limit: float,
-    is_counted: bool,
-    span: int | None = None,
-    layer_idx: int = 0,
-    window: int | None = None,
-) -> Positions:
-    """Positions of the queries, of all keys in the cache, and what lies between them.
-
-    Args:
-        position_ids: (B or 1, Q) positions of the queries.
-        attention_mask: (B, K), 0 on padding; anything else says nothing about positions, but what is visible.
-        documents: (B or 1, Q) or `None`, from `find_documents`.
-        cache: the cache before this forward's update, or `None`.
-        past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
-        needs_pairs: whether any scheme looks at pairs of a query and a key.
-        table_limit: the largest position, from the first token on, of a query that a table of the distances serves,
-            where they follow the slots; below 0 if there is no table.
-        is_counted: whether `position_ids` are from `count_positions`.
-        span: a bound of the positions where they are known to leave numbers out.
-        layer_idx: a layer whose keys are meant: layers with a window may have dropped the first ones.
-        window: how many keys a query sees at most, its own among them; `None` for all.
-    """
-    query_length = position_ids.shape[1]
-    key_length, num_dropped = query_length, 0
-    if cache is not None:
-        key_length, num_dropped = cache.get_mask_sizes(query_length, layer_idx)
-    padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    key_mask = padding
-    if padding is not None:
-        key_mask = _pad(padding[:, num_dropped : num_dropped + key_length].bool(), key_length)
-    if not needs_pairs and table_limit < 0:
-        return Positions(
-            position_ids, position_ids, None, key_length, key_mask=key_mask, documents=documents, window=window
-        )
-
-    key_slots = torch.arange(key_length, device=position_ids.device) + num_dropped
-    key = _key_positions(position_ids, padding, past_length, key_slots, num_dropped)
-    past_length = past_length - num_dropped  # from here on slots are those of the keys that are left
-    traced = is_tracing(key)
-    if table_limit >= 0 and isinstance(past_length, int) and padding is attention_mask:
-        slots = past_length + query_length
-        # a graph's shapes cannot follow the data: there is no looking at them
-        by_construction = (is_counted or query_length == 1) and padding is None and documents is None
-        seen_mask = None if key_mask is None else key_mask[:, :slots]
-        if by_construction or (not traced and _is_contiguous(key[:, :slots], seen_mask, documents)):
-            positions = Positions(
-                position_ids,
-                key,
-                None,
-                min(slots, window or slots),
-                past_length,
-                _pad(seen_mask, key_length),
-                documents,
-                window=window,
-            )
-            if table_limit == math.inf or slots <= table_limit + 1:
-                return positions
-            num_served = math.floor(table_limit) + 1 - past_length  # of the queries
-            positions.tail = _pairs(positions, past_length, attention_mask, max(num_served, 0))
-            return positions if num_served > 0 else positions.tail
-    span = max(key_length + num_dropped, span or 0)
-    positions = Positions(position_ids, key, None, span, key_mask=key_mask, documents=documents, window=window)
-    return _pairs(positions, past_length, attention_mask) if needs_pairs else positions
+def locate_keys(tokens: TokenPositions, layer_idx: int) -> KeyPositions:
+    """The keys that a layer sees in a forward, those of this forward among them."""
+    query_length = tokens.position_ids.shape[1]
+    length, num_dropped, mask = query_length, 0, None
+    if tokens.cache is not None:
+        length, num_dropped = tokens.cache.get_mask_sizes(query_length, layer_idx)
+    if tokens.padding is not None:
+        mask = pad_mask(tokens.padding[:, num_dropped : num_dropped + length].bool(), length)
+    return KeyPositions(length, num_dropped, mask, tokens.past_length - num_dropped)
 
 
-def _pairs(
-    positions: Positions, past_length: int | torch.Tensor, attention_mask: torch.Tensor | None, first: int = 0
-) -> Positions:
-    """→ `positions` of the queries from `first` on, with the `distance` of each to each key and what is `visible`."""
-    query, key = positions.query[:, first:], positions.key
-    distance, span = query[:, :, None] - key[:, None, :], positions.span
-    if is_tracing(key):
-        # gaps that lead out of the table stop the run, never clamp
-        torch._assert_async(
-            (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
-        )
-    else:
-        span = max(span, int(distance.max()) + 1)
-    slots = torch.arange(first, positions.query.shape[1], device=key.device) + past_length
-    visible = _visible(slots, key.shape[1], positions.key_mask, positions.documents, attention_mask)
-    if positions.window is not None:
-        ahead = torch.arange(key.shape[1], device=key.device) > slots[:, None] - positions.window
-        visible = visible & ahead
-    return replace(positions, query=query, distance=distance.clamp(min=0), span=span, offset=None, visible=visible)
+def pad_mask(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
+    """(B, k) → (B, K): the slots after the last query are empty yet."""
+    if key_mask is None or key_mask.shape[1] == key_length:
+        return key_mask
+    return torch.nn.functional.pad(key_mask, (0, key_length - key_mask.shape[1]))
 
 
-def _visible(
+def visible_keys(
     query_slots: torch.Tensor,
-    key_length: int,
-    key_mask: torch.Tensor | None,
+    keys: KeyPositions,
     documents: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    window: int | None,
 ) -> torch.Tensor:
     """→ (B or 1, 1, Q, K) boolean: the keys that each query sees, by a ready mask, or by slots, padding, documents."""
     if attention_mask is not None and attention_mask.ndim == 4:
         if attention_mask.dtype != torch.bool:
             attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-        return attention_mask.any(1, keepdim=True)
-    visible = (torch.arange(key_length, device=query_slots.device) <= query_slots[:, None])[None, None]
-    if key_mask is not None:
-        visible = visible & key_mask[:, None, None]
-    if documents is not None:
-        visible = visible & (documents[:, None, query_slots, None] == documents[:, None, None])
+        visible = attention_mask.any(1, keepdim=True)
+    else:
+        key_slots = torch.arange(keys.length, device=query_slots.device)
+        visible = (key_slots <= query_slots[:, None])[None, None]
+        if keys.mask is not None:
+            visible = visible & keys.mask[:, None, None]
+        if documents is not None:
+            visible = visible & (documents[:, None, query_slots, None] == documents[:, None, None])
+    if window is not None:
+        visible = visible & (torch.arange(keys.length, device=query_slots.device) > query_slots[:, None] - window)
     return visible
-
-
-def keep_tables(positions: Positions, cache: Cache, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Lets the single steps of a generation share their tables.
-
-    Args:
-        positions: gets its `reversed_tables`, and room for the steps to come in its `span`.
-        cache: the tables live as long as these keys.
-        parameters: what the tables are computed from: when they change, the tables are computed anew.
-    """
-    if positions.offset is None or positions.query.shape[1] > 1 or is_tracing(positions.query):
-        return
-    state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
-    kept = _REVERSED_TABLES.get(cache)
-    if kept is None or kept[0] != state:
-        kept = _REVERSED_TABLES[cache] = state, {}
-    positions.reversed_tables = kept[1]
-    positions.span = max(64, 2 ** positions.offset.bit_length())
-    positions.span = min(positions.span, positions.window or positions.span)
-
-
-def _pad(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
-    """(B, k) → (B, K): nothing stands in the slots behind the last query yet."""
-    if key_mask is None or key_mask.shape[1] == key_length:
-        return key_mask
-    return torch.nn.functional.pad(key_mask, (0, key_length - key_mask.shape[1]))
 
 
 def _key_positions(
@@ -379,7 +343,7 @@ def _key_positions(
     return counted[:, num_dropped:end] + position_ids[:, -1:] - counted.index_select(1, last_slot)
 
 
-def _is_contiguous(key: torch.Tensor, key_mask: torch.Tensor | None, documents: torch.Tensor | None) -> bool:
+def is_contiguous(key: torch.Tensor, key_mask: torch.Tensor | None, documents: torch.Tensor | None) -> bool:
     """Whether distances between positions are distances between slots, wherever a query may see a key.
 
     Args:

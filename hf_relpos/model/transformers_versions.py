@@ -7,6 +7,7 @@ under every version, in calls of a model and of `generate` and in what a model r
 import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import Cache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
+from transformers.utils.import_utils import is_tracing
 
 
 try:
@@ -34,6 +36,7 @@ CACHE_NAME = NEW_NAME if NEW_NAME in {item.name for item in fields(BaseModelOutp
 BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # keywords of `forward` that transformers defines for all models, beside its parameters
 FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__, "return_dict"}
+FORWARD_KEYWORDS |= {"shift_labels", "ignore_index"}  # of its loss
 FORWARD_PARAMETERS = (
     "input_ids",
     "attention_mask",
@@ -50,7 +53,8 @@ PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 def takes_cache(function: Callable) -> Callable:
     """Decorator of a method: its argument for the keys and values of earlier tokens may be given by either name.
 
-    The signature shows the name that the installed transformers looks for. Raises `ValueError` if both are given.
+    The signature shows the name that the installed transformers looks for; where that is the new one, the old one
+    warns. Raises `ValueError` if both are given.
     """
     signature = inspect.signature(function)
     name = next((name for name in CACHE_NAMES if name in signature.parameters), CACHE_NAME)
@@ -60,6 +64,10 @@ def takes_cache(function: Callable) -> Callable:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if other in kwargs:
             cache = kwargs.pop(other)
+            if (
+                CACHE_NAME == NEW_NAME != other and cache is not None and not is_tracing()
+            ):  # as transformers does from 5.24 on
+                warnings.warn(f"`{OLD_NAME}` is deprecated. Use `{NEW_NAME}` instead.", FutureWarning, stacklevel=2)
             if cache is not None and kwargs.get(name) is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of one argument, got both.")
             kwargs[name] = kwargs.get(name) if cache is None else cache

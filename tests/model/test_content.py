@@ -1,15 +1,13 @@
 """Schemes that look at the tokens' content: what is kept beside the keys, and their ways through a kernel."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import make_model, make_tokens
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from hf_relpos import Positions, RelPosPreTrainedModel
-from hf_relpos.model import decoder_layer
+from hf_relpos import Positions
+from hf_relpos.model import attention_plan, attention_planner
 from hf_relpos.model.attention_key_bias import add_key_bias, dense_key_bias, from_channels, to_channels
 
 
@@ -81,12 +79,12 @@ def test_channels_are_the_definition_with_gradients(dtype, padding):
 def device_kind(request, monkeypatch):
     """Off CPUs the keys' channels go through torch's own kernels, with a mask where there is one."""
     if request.param == "as on a GPU":
-        monkeypatch.setattr(RelPosPreTrainedModel, "_table_limit", lambda self, kind: -1.0)
+        monkeypatch.setattr(attention_planner, "_last_table_position", lambda *args: -1.0)
     return request.param
 
 
 def test_the_fast_path_has_no_bias_for_pairs(device_kind, monkeypatch):
-    monkeypatch.setattr(decoder_layer, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
+    monkeypatch.setattr(attention_plan, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
     model, tokens = make_fox(), make_tokens(3, 20)
     assert model.attention_path() == ("distance_bias:blocks" if device_kind == "as on a CPU" else "sdpa:key_bias")
     mask = torch.ones_like(tokens)
@@ -182,10 +180,10 @@ def test_beside_a_table(scheme):
 def test_heads_that_other_ranks_hold_are_missed():
     """DAPE's MLP sees all heads: with a share of them it would compute something else."""
     model = make_model("dape")
-    positions = Positions(torch.arange(3)[None], torch.arange(3)[None], None, 3, mesh=SimpleNamespace(size=lambda: 2))
+    positions = Positions(torch.arange(3)[None], torch.arange(3)[None], None, None)
     query = torch.zeros(1, 3, 3, 8)
     with pytest.raises(ValueError, match="`tp_plan` must be None for pos_embedding_type 'dape'.*got 2 ranks"):
-        model.model.layers[0].self_attn._score_bias(query, query, None, positions)
+        model.model.layers[0].self_attn.score_bias(query, query, None, positions)
 
 
 def test_cope_counts_what_its_row_sees():
@@ -195,7 +193,7 @@ def test_cope_counts_what_its_row_sees():
     with torch.no_grad():
         cope.weight.copy_(torch.tensor([[0.0], [10.0], [30.0]]))
     visible = torch.tensor([1, 1, 1, 1, 0, 1, 0], dtype=torch.bool)[None, None, None]
-    positions = Positions(torch.tensor([[5]]), torch.arange(7)[None], None, 7, visible=visible)
+    positions = Positions(torch.tensor([[5]]), torch.arange(7)[None], None, visible)
     bias = cope.score_bias(torch.zeros(1, 1, 1, 7), None, torch.ones(1, 1, 1, 1), positions)
     # counts 2.5 (at most 2), 2, 1.5, 1, 0.5 on the keys that are seen
     assert bias[visible].tolist() == [30.0, 30.0, 20.0, 10.0, 5.0]

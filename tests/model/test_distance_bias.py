@@ -13,11 +13,14 @@ from transformers import StaticCache
 
 from hf_relpos import PositionEmbedding, RelPosConfig, RelPosForCausalLM, register_position_embedding
 from hf_relpos.evaluation.evaluate import bias_curves
-from hf_relpos.model import attention_cpu, attention_distance_bias, attention_torch
+from hf_relpos.model import attention_cpu, attention_torch, scheme_registry
 from hf_relpos.model.attention_distance_bias import _attend, _attend_backward, distance_bias_attention
+from hf_relpos.model.attention_kernel import TableCall, select_kernel
+from hf_relpos.model.attention_planner import _KEPT_TABLES
+from hf_relpos.model.attention_torch import BlockKernel
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
-from hf_relpos.model.scheme_fire import FIRE
-from hf_relpos.model.token_positions import _REVERSED_TABLES
+from hf_relpos.model.scheme_distance_bias import FIRE
+from hf_relpos.model.scheme_registry import PositionEmbeddings
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, summed in another order
@@ -170,7 +173,7 @@ def test_half_precision_sums_in_fp32(dtype):
 def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
     """As exact as a table, in one call of a kernel: the blocks are not needed."""
     monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: True)
-    monkeypatch.setattr(attention_distance_bias, "block_forward", lambda *args: pytest.fail("a table"))
+    monkeypatch.setattr(BlockKernel, "forward", lambda *args: pytest.fail("a table"))
     query, key, value, _, grad_out = make_inputs((130, 130, 0), num_groups, dtype=torch.bfloat16)
     table = -torch.linspace(0.01, 0.5, 6)[:, None] * torch.arange(140.0)
     key_mask = make_masks(130, masks).get("key_mask")
@@ -186,15 +189,19 @@ def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
         assert (actual.double() - wanted).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
 
 
+def kernel(query, table):
+    return select_kernel(query, query, table, TableCall(1.0)).name
+
+
 def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(monkeypatch):
     monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: True)
-    query, line = torch.zeros(1, dtype=torch.bfloat16), -torch.arange(9.0)[None] * torch.tensor([[0.5], [0.3]])
-    assert attention_distance_bias.table_kernel(query, line) == "key_bias"
-    assert attention_distance_bias.table_kernel(query.float(), line) == "blocks"
-    assert attention_distance_bias.table_kernel(query, line.clone().requires_grad_()) == "blocks"
+    query, line = torch.zeros(1, 2, 9, 4, dtype=torch.bfloat16), -torch.arange(9.0)[None] * torch.tensor([[0.5], [0.3]])
+    assert kernel(query, line) == "key_bias"
+    assert kernel(query.float(), line) == "blocks"
+    assert kernel(query, line.clone().requires_grad_()) == "blocks"
     bent = line.clone()
     bent[1, 5] -= 1e-6
-    assert attention_distance_bias.table_kernel(query, bent) == "blocks"
+    assert kernel(query, bent) == "blocks"
     model = make_model("alibi").to(torch.bfloat16)
     assert model.attention_path() == "distance_bias:key_bias"
     assert make_model("linear_cpb").to(torch.bfloat16).attention_path() == "distance_bias:blocks"
@@ -281,10 +288,10 @@ def test_memory_is_linear_in_the_length(masks):
     try:
         for length in (2048, 4096):
             *inputs, grad_out = make_inputs((length, length, 0), batch_size=3, num_heads=1, num_groups=1, head_dim=4)
-            arguments = (0.5, True, 0, *make_masks(length, masks).values())
+            call = TableCall(0.5, **make_masks(length, masks))
             with LargestTensor() as mode:
-                out, lse = attention_torch.block_forward(*inputs, *arguments)
-                attention_torch.block_backward(grad_out, *inputs[:3], out, lse, inputs[3], *arguments)
+                out, lse = attention_torch.block_forward(*inputs, call)
+                attention_torch.block_backward(grad_out, *inputs[:3], out, lse, inputs[3], call)
             largest[length] = mode.largest
     finally:
         torch.set_num_threads(threads)
@@ -294,7 +301,8 @@ def test_memory_is_linear_in_the_length(masks):
 def test_operators_keep_the_promises_of_custom_operators():
     for is_causal, masks in itertools.product((True, False), ("nothing", "padding and documents")):
         *inputs, grad_out = make_inputs((12, 20, 8), 2)
-        arguments = (0.3, is_causal, 8, *make_masks(20, masks).values())
+        masks_of_call = make_masks(20, masks)
+        arguments = ("blocks", 0.3, is_causal, 8, masks_of_call.get("key_mask"), masks_of_call.get("documents"), None)
         inputs = [x.requires_grad_() for x in inputs]
         torch.library.opcheck(_attend, (*inputs, *arguments))
         inputs = [x.detach() for x in inputs]
@@ -376,7 +384,9 @@ def test_attention_dropout_needs_the_weights_in_training():
 
 @pytest.fixture
 def dense_is_forbidden(monkeypatch):
-    monkeypatch.setattr(PositionEmbedding, "bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
+    monkeypatch.setattr(
+        PositionEmbeddings, "dense_bias", lambda *args, **options: pytest.fail("a bias for each pair of tokens")
+    )
 
 
 @pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "learned+alibi", "rotary+log_cpb"])
@@ -402,14 +412,14 @@ def test_plain_padded_packed_and_cached_rows_go_by_the_table(scheme, positions, 
 def test_a_bias_for_each_pair_is_never_silent(monkeypatch):
     model, tokens = make_model("alibi"), make_tokens(2, 9)
     told = []
-    monkeypatch.setattr("hf_relpos.model.attention_plan.logger.warning_once", told.append)
+    monkeypatch.setattr("hf_relpos.model.attention_planner.logger.warning_once", told.append)
     model(tokens)
     model(tokens, attention_mask=pads(make_tokens(3, 9))[:2])
     assert not told
     model(tokens, position_ids=torch.arange(9)[None] * 3)
     model(tokens, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool).tril())
     reasons = [
-        "the positions leave numbers out, or padding stands between tokens.",
+        "the positions skip numbers, or padding stands between tokens.",
         "`attention_mask` has 4 dimensions.",
     ]
     assert [text.partition(": ")[2] for text in told] == reasons
@@ -419,7 +429,7 @@ def test_a_scheme_with_a_bias_of_its_own_is_asked_for_it():
     class Parity(PositionEmbedding):
         """A bias that is no function of the distance."""
 
-        def bias(self, positions):
+        def dense_bias(self, positions):
             return (positions.key[:, None, None] % 2).float().expand(-1, 6, positions.query.shape[1], -1)
 
     register_position_embedding("parity")(Parity)
@@ -495,7 +505,7 @@ def fire(implementation="sdpa", threshold=24, multiplier=1.0, **overrides):
 @pytest.mark.parametrize("length, multiplier", [(24, 1.0), (25, 1.0), (25, 1.03), (70, 2.9)])
 def test_rows_up_to_the_limit_go_by_the_table(length, multiplier, monkeypatch):
     """Positions 0..24 reach T = 24 and no further."""
-    monkeypatch.setattr(FIRE, "bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
+    monkeypatch.setattr(FIRE, "dense_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
     model, tokens = fire(multiplier=multiplier), make_tokens(3, length)
     assert model.attention_path() == "distance_bias:blocks"
     model(tokens, attention_mask=pads(tokens), labels=tokens).loss.backward()
@@ -503,8 +513,8 @@ def test_rows_up_to_the_limit_go_by_the_table(length, multiplier, monkeypatch):
 
 @pytest.mark.parametrize("length, multiplier, num_pairs", [(26, 1.0, 1), (25, 0.97, 1), (70, 1.0, 45), (70, 0.02, 69)])
 def test_only_the_queries_behind_the_limit_take_pairs(length, multiplier, num_pairs, monkeypatch):
-    seen, bias = [], FIRE.bias
-    monkeypatch.setattr(FIRE, "bias", lambda self, positions: seen.append(positions) or bias(self, positions))
+    seen, bias = [], FIRE.dense_bias
+    monkeypatch.setattr(FIRE, "dense_bias", lambda self, positions: seen.append(positions) or bias(self, positions))
     fire(multiplier=multiplier)(make_tokens(3, length))
     assert {positions.distance.shape for positions in seen} == {(1, num_pairs, length)}
 
@@ -554,10 +564,9 @@ def test_steps_share_their_tables(scheme, make_cache, monkeypatch):
     model, tokens = make_model(scheme), make_tokens(2, 150)
     expected = model(tokens).logits
     computed = []
-    table = PositionEmbedding.table
-    monkeypatch.setattr(
-        PositionEmbedding, "table", lambda self, length, device: computed.append(length) or table(self, length, device)
-    )
+    table = scheme_registry.distance_table
+    counted = lambda scheme, length, device: computed.append(length) or table(scheme, length, device)  # noqa: E731
+    monkeypatch.setattr(scheme_registry, "distance_table", counted)
     with torch.no_grad():
         past = model(tokens[:, :1], use_cache=True, past_key_values=make_cache(model.config)).past_key_values
         steps = [
@@ -572,16 +581,16 @@ def test_tables_are_computed_anew_when_the_weights_change():
     with torch.no_grad():
         past = model(tokens[:, :10], use_cache=True).past_key_values
         model(tokens[:, 10:11], past_key_values=past)
-        assert past in _REVERSED_TABLES
+        assert past in _KEPT_TABLES
         for layer in model.model.layers:
             for parameter in layer.self_attn.position_embeddings.parameters():
                 parameter.mul_(3.0)
         step = model(tokens[:, 11:], past_key_values=past).logits
-        del _REVERSED_TABLES[past]
+        del _KEPT_TABLES[past]
         past.crop(-1)
         assert torch.equal(step, model(tokens[:, 11:], past_key_values=past).logits)
     del past
-    assert not len(_REVERSED_TABLES), "tables live as long as their cache"
+    assert not len(_KEPT_TABLES), "tables live as long as their cache"
 
 
 def test_a_long_sequence_needs_no_matrix_of_pairs():

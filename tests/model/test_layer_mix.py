@@ -8,7 +8,7 @@ from transformers import AutoConfig, DynamicCache, MistralConfig, MistralForCaus
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM
-from hf_relpos.model.scheme_registry import layer_kinds
+from hf_relpos.model.scheme_registry import layer_groups
 from hf_relpos.results.statistics import VARIED
 from hf_relpos.training.model_setup import ModelArguments, new_config
 
@@ -35,7 +35,7 @@ def make_mix(scheme, **overrides):
 
 def test_schemes_repeat_over_the_layers():
     config = make_config("sinusoidal/alibi+sinusoidal/sinusoidal+rotary", num_hidden_layers=7)
-    assert [kind.schemes for kind in layer_kinds(config)] == [
+    assert [group.schemes for group in layer_groups(config)] == [
         ("sinusoidal",),
         ("alibi", "sinusoidal"),
         ("sinusoidal", "rotary"),

@@ -17,6 +17,7 @@ from transformers import (
 
 from hf_relpos import RelPosForCausalLM, RelPosForSequenceClassification, RelPosForTokenClassification, RelPosModel
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
+from hf_relpos.model.scheme_registry import layer_groups
 
 
 # fp32 logits of magnitude 1..10 computed by another order of operations
@@ -163,7 +164,7 @@ def test_gaps_in_positions_and_in_the_mask(scheme):
         one_by_one.append(output.logits[:, -1])
     whole = model(tokens[:1], position_ids=spread)
     assert_close(whole.logits[0], torch.cat(one_by_one), **CLOSE)
-    if model.config.reads_distance:  # whose distances to cached keys are found by counting
+    if any(group.has_position_bias for group in layer_groups(model.config)):
         assert whole.past_key_values is None
         with pytest.raises(ValueError, match="`cache` must be None for .* positions that leave numbers out"):
             model(tokens[:1], position_ids=spread, past_key_values=past)
@@ -290,7 +291,7 @@ def test_bf16(scheme, implementation):
 @each_scheme
 def test_autocast_leaves_the_bias_in_fp32(scheme):
     model = make_model(scheme)
-    if model.config.reads_distance:
+    if any(group.has_position_bias for group in layer_groups(model.config)):
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(model.model.distance_bias(999), make_model(scheme).model.distance_bias(999))
     with torch.autocast("cpu", torch.bfloat16):
@@ -369,7 +370,7 @@ def test_compiles_without_graph_breaks(scheme):
         assert_close(compiled(padded, attention_mask=mask).logits[1, 4:], expected[1, 4:], **CLOSE)
         packed = torch.cat((torch.arange(6), torch.arange(11)))[None].expand(2, -1)
         assert_close(compiled(tokens, position_ids=packed).logits, model(tokens, position_ids=packed).logits, **CLOSE)
-    if model.config.reads_distance:
+    if any(group.has_position_bias for group in layer_groups(model.config)):
         with pytest.raises(RuntimeError, match="gaps cannot be compiled"):
             compiled(tokens, position_ids=torch.arange(17)[None] * 9)
 

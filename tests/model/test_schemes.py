@@ -229,7 +229,7 @@ def test_distance_bias_is_what_the_formula_adds(scheme):
 
 def test_distance_bias_adds_up_and_refuses_schemes_without_one():
     model = make_model("sinusoidal+linear_cpb").model
-    own = model.layers[1].self_attn.position_embeddings["linear_cpb"].table(9, torch.device("cpu"))
+    own = model.layers[1].self_attn.position_embeddings.table(9, torch.device("cpu"))
     assert torch.equal(model.distance_bias(9)[1], own)
     for scheme in ("none", "rotary", "learned"):
         with pytest.raises(ValueError, match="pos_embedding_type.*" + scheme):
@@ -281,7 +281,7 @@ def test_fox_starts_half_open():
     own = [layer.self_attn.position_embeddings["fox"] for layer in model.model.layers]
     assert own[0].weight.shape == (6, 96) and own[0].weight.std().item() == pytest.approx(0.15, rel=0.1)
     assert not own[0].gate_bias.any() and not torch.equal(own[0].weight, own[1].weight)
-    assert torch.equal(own[0].key_state(torch.zeros(1, 2, 96)), torch.full((1, 6, 2), 0.5).log())
+    assert torch.equal(own[0].key_bias(torch.zeros(1, 2, 96)), torch.full((1, 6, 2), 0.5).log())
 
 
 def test_cope_starts_at_nothing():
@@ -446,7 +446,6 @@ def test_docstring_says_equation_parameters_behaviour_and_source(scheme):
         assert part in doc, f"{scheme} lacks {part!r}"
     assert "Paper:" in doc or "Source:" in doc or "as `" in doc
     assert set("=←") & set(doc.split("\n\n")[1]), "the second paragraph is the equation"
-    assert POSITION_EMBEDDINGS[scheme].extrapolates
 
 
 def test_a_new_scheme_is_one_class():

@@ -91,7 +91,8 @@ def test_the_class_that_saves_does_not_matter(tmp_path):
 def test_a_scheme_from_elsewhere_is_not_saved_without_a_word(tmp_path, caplog):
     @register_position_embedding("test_elsewhere")
     class Elsewhere(PositionEmbedding):
-        pass
+        def distance_bias(self, distance):
+            return -distance.float().expand(6, -1)
 
     try:
         with caplog.at_level("WARNING", logger="transformers"):

@@ -7,6 +7,7 @@ import torch
 from test_distance_bias import make_inputs, make_masks, reference
 
 from hf_relpos.model import attention_triton
+from hf_relpos.model.attention_kernel import TableCall
 
 
 pytest.importorskip("triton", reason="the kernels for GPUs")
@@ -18,9 +19,10 @@ def run(inputs, grad_out, is_deterministic=True, **options):
     """→ out and the gradients of query, key, value and table."""
     query, key, value, table, grad_out = (x.to(DEVICE) for x in (*inputs, grad_out))
     options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    out, lse = attention_triton.triton_forward(query, key, value, table, **options)
+    call = TableCall(**options)
+    out, lse = attention_triton.triton_forward(query, key, value, table, call)
     gradients = attention_triton.triton_backward(
-        grad_out, query, key, value, out, lse, table, **options, is_deterministic=is_deterministic
+        grad_out, query, key, value, out, lse, table, call, is_deterministic=is_deterministic
     )
     return [x.cpu() for x in (out, *gradients)]
 

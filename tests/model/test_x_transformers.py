@@ -67,7 +67,7 @@ def test_fox():
     x = torch.randn(2, 50, 48, generator=torch.Generator().manual_seed(0))
     visible = torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()
     expected = reference(x).where(visible, 0.0)
-    assert_close(dense_key_bias(ours.key_state(x), visible).where(visible, 0.0), expected, rtol=1e-4, atol=1e-5)
+    assert_close(dense_key_bias(ours.key_bias(x), visible).where(visible, 0.0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_cope():
@@ -78,7 +78,7 @@ def test_cope():
     reference.pos_emb = ours.weight
     query, key = torch.randn(2, 2, 6, 50, 8, generator=torch.Generator().manual_seed(0))
     scores, visible = query @ key.mT, torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()
-    positions = Positions(torch.arange(50)[None], torch.arange(50)[None], None, 50, visible=visible)
+    positions = Positions(torch.arange(50)[None], torch.arange(50)[None], None, visible)
     expected = reference(query, scores.masked_fill(~visible, -torch.inf))
     actual = ours.score_bias(scores, None, query, positions)
     assert_close(actual.where(visible, 0.0), expected.where(visible, 0.0), rtol=1e-4, atol=1e-4)

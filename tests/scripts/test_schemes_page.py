@@ -56,12 +56,16 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
         defaults = {"width": 3}
         kind = "relative"
 
-        def bias(self, positions):
+        def dense_bias(self, positions):
             return (positions.distance < 3).float()[:, None].expand(-1, 4, -1, -1)
 
     class Unseen(Recent):
         __doc__ = Recent.__doc__
-        bias = PositionEmbedding.bias
+        shared_across_layers = False
+        dense_bias = PositionEmbedding.dense_bias
+
+        def score_bias(self, scores, bias, query, positions):
+            return -scores
 
     for name, cls in (("test_recent", Recent), ("test_unseen", Unseen)):
         register_position_embedding(name)(cls)

@@ -1,0 +1,280 @@
+"""Which plan a group of layers attends by: decided once per forward, here and nowhere else.
+
+Shape letters: B batch, H query heads, Q query length, K key length, C hidden size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
+
+from .attention_key_bias import check_cache
+from .attention_mask import (
+    check_implementation,
+)
+from .attention_plan import (
+    TABLE_PLANS,
+    AttentionPlan,
+    DensePlan,
+    KeyBiasPlan,
+    RowPlan,
+    SplitPlan,
+    TablePlan,
+)
+from .scheme_base import Positions
+from .scheme_registry import LayerGroup
+from .token_positions import (
+    KeyPositions,
+    TokenPositions,
+    flash_lengths,
+    is_contiguous,
+    is_exported,
+    locate_keys,
+    pad_mask,
+    same_document,
+    visible_keys,
+)
+from .transformers_versions import CACHE_NAME
+
+
+logger = logging.get_logger(__name__)
+
+
+class FrozenLengthCache(Cache):
+    """A view of a cache whose lengths do not change with it: a static cache counts in place, and FlexAttention asks its
+    mask for pairs of tokens only after the layers have moved the counter on."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(layers=cache.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        length = super().get_seq_length(layer_idx)
+        return length.clone() if isinstance(length, torch.Tensor) else length
+
+
+def plan_attention(
+    model: nn.Module, group: LayerGroup, layers: Sequence[int], tokens: TokenPositions, inputs_embeds: torch.Tensor
+) -> AttentionPlan:
+    """How the layers of a group attend in a forward.
+
+    Args:
+        model: the decoder, with `config`, `layers` and `position_embeddings`.
+        group: what the layers have in common.
+        layers: their indices.
+        tokens: where the tokens of the forward stand.
+        inputs_embeds: (B, Q, C).
+
+    Raises:
+        ValueError: for an attention implementation that would drop the bias of the group.
+    """
+    config, mask, window = model.config, tokens.mask_of(group.layer_type), group.window
+    implementation = config._attn_implementation
+    if group.has_bias:
+        check_implementation(config, implementation)
+    if group.has_key_bias:
+        check_cache(config, tokens.cache)
+    keys, layer = locate_keys(tokens, layers[0]), model.layers[layers[0]].self_attn
+    common = {"group": group, "implementation": implementation, "schemes": model.position_embeddings}
+    common |= {"key_mask": keys.mask}
+    # extra dimensions of queries and keys hold numbers per key, where the scores are not needed for each pair
+    in_channels = implementation == "sdpa" and not (mask is not None and mask.ndim == 4)
+    has_pairs = bool(group.hooks & {"distance_bias", "dense_bias", "score_bias"})
+    is_dense = has_pairs or (group.has_key_bias and not in_channels)
+    last = _last_table_position(model, group, layers, inputs_embeds)
+
+    def plain() -> AttentionPlan:
+        made = make_mask(model, group, tokens, inputs_embeds, mask)
+        plan_class = KeyBiasPlan if group.has_key_bias else AttentionPlan
+        keywords = {}
+        if tokens.documents is not None and "flash" in implementation:
+            keywords = flash_lengths(tokens.documents, made, inputs_embeds.shape[0])
+        return plan_class(**common, mask=made, keywords=keywords)
+
+    if not is_dense and last < 0:
+        return plain()
+    key_positions = keys.positions(tokens)
+    table = None
+    if last >= 0 and isinstance(keys.offset, int) and tokens.padding is mask:
+        table = _plan_table(model, layer, keys, key_positions, tokens, inputs_embeds, common)
+    slots = keys.offset + inputs_embeds.shape[1]
+    if table is not None and (last == math.inf or slots <= last + 1):
+        return table
+    if not is_dense:
+        return plain()
+    first = max(math.floor(last) + 1 - keys.offset, 0) if table is not None else 0
+    positions, span = _pair_positions(keys, key_positions, tokens, mask, window, first)
+    if implementation == "sdpa":
+        _warn_of_dense_bias(model, group, tokens, is_late=table is not None)
+    dense = DensePlan(**common, positions=positions, span=span)
+    if first == 0:
+        dense.mask = make_mask(model, group, tokens, inputs_embeds, mask, allow_is_causal_skip=False)
+        return dense
+    dense.mask = positions.visible
+    first_slots = keys.offset + first
+    key_mask, documents = (None if x is None else x[:, :first_slots] for x in (table.key_mask, table.documents))
+    return SplitPlan(**common, first=replace(table, key_mask=key_mask, documents=documents), last=dense)
+
+
+def make_mask(
+    model: nn.Module,
+    group: LayerGroup,
+    tokens: TokenPositions,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    allow_is_causal_skip: bool = True,
+) -> Any:
+    """→ the mask of a group of layers, as their attention implementation takes it; `None` where it needs none."""
+    cache = tokens.cache
+    if model.config._attn_implementation == "flex_attention" and cache is not None and cache.is_compileable:
+        cache = FrozenLengthCache(cache)
+    create = create_causal_mask if group.window is None else create_sliding_window_causal_mask
+    return create(
+        config=model.config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        **{CACHE_NAME: cache},
+        and_mask_function=None if tokens.documents is None else same_document(tokens.documents),
+        allow_is_causal_skip=allow_is_causal_skip,
+    )
+
+
+def _last_table_position(
+    model: nn.Module, group: LayerGroup, layers: Sequence[int], inputs_embeds: torch.Tensor
+) -> float:
+    """The last position of a query that a table of the distances serves; −1 if it serves none."""
+    config = model.config
+    plan_class = TABLE_PLANS.get(config._attn_implementation)
+    drops = model.training and config.attention_dropout > 0
+    if plan_class is None or drops or not group.has_bias or is_exported(inputs_embeds):
+        return -1.0
+    if group.has_key_bias and not plan_class.supports_key_bias:
+        return -1.0
+    # weights below 2^−126, of which a bias in the keys makes many, take torch's kernel for CPUs several times as long,
+    # and ours not: a table of zeros
+    only_keys = not group.hooks & {"distance_bias", "dense_bias", "score_bias"}
+    if not group.has_distance_table and not (only_keys and inputs_embeds.device.type == "cpu"):
+        return -1.0
+    if "max_table_position" not in group.hooks:
+        return math.inf
+    schemes = chain(*(model.layers[index].self_attn.position_embeddings.values() for index in layers))
+    limits = [scheme.max_table_position() for scheme in schemes if "max_table_position" in scheme.hooks]
+    # one look at the device for all layers; a graph cannot look, and FlexAttention takes all queries at once
+    if plan_class.needs_mask or is_tracing(limits[0]):
+        return -1.0
+    return float(torch.stack(limits).min())
+
+
+def _plan_table(
+    model: nn.Module,
+    layer: nn.Module,
+    keys: KeyPositions,
+    key_positions: torch.Tensor,
+    tokens: TokenPositions,
+    inputs_embeds: torch.Tensor,
+    common: dict[str, Any],
+) -> TablePlan | None:
+    """→ the plan with a table, or `None` where distances are not those of the slots."""
+    group, query_length = common["group"], inputs_embeds.shape[1]
+    slots = keys.offset + query_length
+    seen_mask = None if keys.mask is None else keys.mask[:, :slots]
+    # a graph's shapes cannot follow the data: there is no looking at them
+    by_construction = (tokens.is_counted or query_length == 1) and tokens.padding is None and tokens.documents is None
+    if not by_construction:
+        if is_tracing(key_positions) or not is_contiguous(key_positions[:, :slots], seen_mask, tokens.documents):
+            return None
+    plan_class = TABLE_PLANS[common["implementation"]]
+    kept = _kept_tables(model, tokens) if query_length == 1 else None
+    if query_length == 1 and not plan_class.needs_mask:
+        plan_class = RowPlan
+    plan = plan_class(
+        **{**common, "key_mask": pad_mask(seen_mask, keys.length)},
+        layer=layer,
+        device=inputs_embeds.device,
+        dtype=inputs_embeds.dtype,
+        offset=keys.offset,
+        span=min(slots, group.window or slots),
+        documents=tokens.documents,
+    )
+    if plan_class.needs_mask:
+        plan.mask = make_mask(model, group, tokens, inputs_embeds, tokens.mask_of(group.layer_type))
+    if kept is not None:  # room for the steps to come
+        plan.span = max(64, 2 ** keys.offset.bit_length())
+        plan.span = min(plan.span, group.window or plan.span)
+    if isinstance(plan, RowPlan):
+        plan.kept = kept
+    return plan
+
+
+def _pair_positions(
+    keys: KeyPositions,
+    key_positions: torch.Tensor,
+    tokens: TokenPositions,
+    mask: torch.Tensor | None,
+    window: int | None,
+    first: int,
+) -> tuple[Positions, int]:
+    """→ positions and distances of the queries from `first` on to all keys, and an upper bound of the distances."""
+    query = tokens.position_ids[:, first:]
+    distance = query[:, :, None] - key_positions[:, None, :]
+    span = max(keys.length + keys.num_dropped, tokens.span or 0)
+    if is_tracing(key_positions):
+        # gaps that lead out of the table stop the run, never clamp
+        torch._assert_async(
+            (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
+        )
+    else:
+        span = max(span, int(distance.max()) + 1)
+    slots = torch.arange(first, tokens.position_ids.shape[1], device=query.device) + keys.offset
+    visible = visible_keys(slots, keys, tokens.documents, mask, window)
+    return Positions(query, key_positions, distance.clamp(min=0), visible), span
+
+
+def _warn_of_dense_bias(model: nn.Module, group: LayerGroup, tokens: TokenPositions, is_late: bool) -> None:
+    """Says why a bias that is a function of the distance is computed for every pair.
+
+    Args:
+        is_late: whether the distances are those of the slots, but some queries stand too late for the table.
+    """
+    if not group.has_distance_table or is_tracing(tokens.position_ids):
+        return
+    if model.training and model.config.attention_dropout > 0:
+        reason = f"`attention_dropout` is {model.config.attention_dropout}"
+    elif tokens.padding is not tokens.attention_mask:
+        reason = "`attention_mask` has 4 dimensions"
+    elif is_late:
+        reason = "it is no function of the distance alone at all of these positions"
+    else:
+        reason = "the positions skip numbers, or padding stands between tokens"
+    logger.warning_once(
+        f"The position bias is computed for each pair of tokens, which takes more time and memory: {reason}."
+    )
+
+
+# --- tables that steps of a generation share
+
+# cache of keys → what the tables were computed from, and `RowPlan.kept`; not an attribute of the cache, which others
+# copy and flatten
+_KEPT_TABLES: WeakKeyDictionary[Cache, tuple[list, dict[int, torch.Tensor]]] = WeakKeyDictionary()
+
+
+def _kept_tables(model: nn.Module, tokens: TokenPositions) -> dict[int, torch.Tensor] | None:
+    """→ the tables that earlier steps left with the cache, layer index → table; `None` where none may be kept."""
+    if tokens.cache is None or torch.is_grad_enabled() or is_tracing(tokens.position_ids):
+        return None
+    layers = (layer.self_attn.position_embeddings.parameters() for layer in model.layers)
+    parameters = chain(model.position_embeddings.parameters(), *layers)
+    # when they change, the tables are computed again
+    state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+    kept = _KEPT_TABLES.get(tokens.cache)
+    if kept is None or kept[0] != state:
+        kept = _KEPT_TABLES[tokens.cache] = state, {}
+    return kept[1]

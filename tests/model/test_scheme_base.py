@@ -1,0 +1,109 @@
+"""What a scheme's class may not say: hooks that nobody would call, or that differ between kernels."""
+
+import pytest
+import torch
+from conftest import make_model, make_tokens
+
+from hf_relpos import PositionEmbedding, RelPosConfig, register_position_embedding
+from hf_relpos.evaluation.evaluate import bias_curves
+from hf_relpos.model import attention_planner
+from hf_relpos.model.scheme_base import HOOKS, LAYER_HOOKS, POSITION_EMBEDDINGS, SHARED_HOOKS
+from hf_relpos.model.scheme_registry import LayerGroup
+
+
+def hook(self, *args):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "hooks", "message"),
+    [
+        (
+            False,
+            ["embed"],
+            "`embed` is only called on schemes that all layers share: set `shared_across_layers = True`",
+        ),
+        (False, ["rotation", "rotate"], "`rotate` is only called on schemes that all layers share"),
+        (True, ["key_bias"], "`key_bias` is only called on schemes of each layer: set `shared_across_layers = False`"),
+        (True, ["score_bias"], "`score_bias` is only called on schemes of each layer"),
+        (True, ["max_table_position", "distance_bias", "dense_bias"], "`max_table_position` is only called on schemes"),
+        (True, ["rotation"], "`rotation` does nothing without `rotate`: override both"),
+        (True, ["rotate"], "`rotate` does nothing without `rotation`: override both"),
+        (False, ["max_table_position", "distance_bias"], "`max_table_position` does nothing without `dense_bias`"),
+        (False, ["max_table_position", "dense_bias"], "`max_table_position` does nothing without `distance_bias`"),
+        (True, ["distance_bias", "dense_bias"], "`distance_bias` would be ignored beside `dense_bias`"),
+        (True, ["bias"], "`bias` is called `dense_bias`: rename it"),
+        (False, ["key_state"], "`key_state` is called `key_bias`: rename it"),
+        (True, ["distance_bais"], "`distance_bais` is no hook; did you mean `distance_bias`?"),
+    ],
+)
+def test_hooks_that_would_be_lost_are_refused_at_class_creation(is_shared, hooks, message):
+    with pytest.raises(TypeError, match="position scheme 'Wrong': ") as refused:
+        type("Wrong", (PositionEmbedding,), {"shared_across_layers": is_shared, **dict.fromkeys(hooks, hook)})
+    assert message in str(refused.value)
+
+
+def test_every_hook_is_for_shared_schemes_or_for_those_of_a_layer_or_for_both():
+    both = set(HOOKS) - SHARED_HOOKS - LAYER_HOOKS
+    assert both == {"distance_bias", "dense_bias"} and not SHARED_HOOKS & LAYER_HOOKS
+    public = {name for name in vars(PositionEmbedding) if not name.startswith("_") and name != "hooks"}
+    methods = {name for name in public if callable(getattr(PositionEmbedding, name))}
+    assert methods == {*HOOKS, "configure", "reset_parameters"} and len(methods) <= 10 and len(public - methods) <= 5
+
+
+@pytest.mark.parametrize("scheme", POSITION_EMBEDDINGS)
+def test_hooks_are_those_that_a_class_overrides(scheme):
+    cls = POSITION_EMBEDDINGS[scheme]
+    assert cls.hooks == {name for name in HOOKS if getattr(cls, name) is not getattr(PositionEmbedding, name)}
+    assert bool(cls.hooks) == (scheme != "none") == (cls.kind != "none")
+
+
+def test_a_class_without_hooks_is_not_registered():
+    class Nothing(PositionEmbedding):
+        """Helpers and parameters, and no hook."""
+
+        def slopes(self):
+            return torch.ones(4)
+
+    with pytest.raises(TypeError, match="position scheme 'nothing' would act as 'none': it must override one of"):
+        register_position_embedding("nothing")(Nothing)
+    with pytest.raises(TypeError, match="position scheme 'nothing' must be a subclass of PositionEmbedding"):
+        register_position_embedding("nothing")(torch.nn.Linear)
+    with pytest.raises(ValueError, match="position embedding name must be new and without"):
+        register_position_embedding("alibi")(POSITION_EMBEDDINGS["t5"])
+    assert "nothing" not in POSITION_EMBEDDINGS
+
+
+def test_an_unknown_scheme_names_the_nearest():
+    with pytest.raises(
+        ValueError, match="`pos_embedding_type` must be one of .*, got 'linear_cbp'. Did you mean 'linear_c"
+    ):
+        RelPosConfig(pos_embedding_type="linear_cbp")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "has_table"),
+    [
+        ("alibi", True),
+        ("alibi/cope", True),
+        ("cope/dape", False),
+        ("alibi+cope", False),
+        ("fire/none", True),
+        ("fox", False),
+    ],
+)
+def test_in_mixes_the_config_says_what_the_layers_say(scheme, has_table, monkeypatch):
+    told = []
+    monkeypatch.setattr(attention_planner.logger, "warning_once", told.append)
+    model, tokens = make_model(scheme), make_tokens(1, 16)
+    groups = [layer.self_attn.group for layer in model.model.layers]
+    assert model.config.has_distance_table == any(group.has_distance_table for group in groups) == has_table
+    assert model.config.has_position_bias == any(group.has_bias for group in groups)
+    model(tokens, position_ids=torch.arange(16)[None] * 3)
+    assert bool(told) == has_table, "a warning of the dense bias"
+    assert (bias_curves(model, 8) is not None) == has_table
+
+
+def test_a_group_is_told_by_its_schemes_and_its_window():
+    assert LayerGroup(("alibi",), None) == LayerGroup(("alibi",), None) != LayerGroup(("alibi",), 4)
+    assert LayerGroup(("alibi", "fox"), None).hooks == {"distance_bias", "key_bias"}
