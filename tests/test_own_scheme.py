@@ -36,6 +36,7 @@ for number in range(2):  # saved from the loaded code, twice
     assert torch.equal(model(tokens).logits, expected)
 print(model.config.pos_embedding_type)
 """
+BIAS = "def distance_bias(self, distance):\n        return -distance.float().expand(6, -1)"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def example(tmp_path):
     return path
 
 
-def write(path: Path, name: str, text: str = "", top: str = "", body: str = "pass") -> Path:
+def write(path: Path, name: str, text: str = "", top: str = "", body: str = BIAS) -> Path:
     """→ a file that registers a scheme."""
     path.write_text(
         f"from hf_relpos import PositionEmbedding, register_position_embedding\n{top}\n\n"
@@ -116,7 +117,7 @@ def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files
     assert files["my_scheme.py"] == carried.encode() and b"import LogDecay" in files["scheme_registry.py"]
     card = files["README.md"].decode()
     assert "A bias that falls with the logarithm of the distance" in card and "b[h, d] = −s_h · ln(1 + d)" in card
-    assert "--import_file my_scheme.py" in card
+    assert "--import_file my_scheme.py" in card and 'import_scheme_file("my_scheme.py")' in card
 
 
 def test_a_sweep_passes_the_file_to_its_workers(example, corpus_files, tmp_path):
@@ -206,7 +207,8 @@ def test_what_cannot_be_carried_is_refused_by_name(tmp_path, monkeypatch):
 
     @register_position_embedding("one_local")
     class Local(PositionEmbedding):
-        pass
+        def distance_bias(self, distance):
+            return -distance.float().expand(6, -1)
 
     assert "not at the top level" in foreign_schemes("one_local")["one_local"][1]
 
