@@ -30,7 +30,7 @@ COMMANDS = {
     "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
 }
 IMPORT_FILE = "import_file"
-IMPORT_HELP = "A Python file that registers position schemes; may be given several times."
+IMPORT_HELP = "Python files that register position schemes."
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
@@ -71,7 +71,8 @@ def main() -> None:
     if name not in COMMANDS:
         raise ValueError(f"unknown sub-command: {name!r}{_nearest(name, COMMANDS)}; --help lists those that exist.")
     if name == "serve":  # its flags are those of `transformers serve`, which other parsers read
-        import_schemes(_pop_flag(flags, IMPORT_FILE))
+        import_schemes(_pop_import_files(flags))
+        _check_schemes_are_imported(flags[0] if flags else None)
         sys.argv[1:] = [name, *flags]
     else:
         sys.argv = [f"{PROGRAM} {name}", *flags]
@@ -121,11 +122,11 @@ def parse_arguments(
     """
     parser = _parser(types, description)
     parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
-    parser.add_argument(f"--{IMPORT_FILE}", action="append", metavar="FILE", help=IMPORT_HELP)
+    parser.add_argument(f"--{IMPORT_FILE}", nargs="+", metavar="FILE", help=IMPORT_HELP)
     if positional:
         parser.add_argument("words", nargs="+", metavar=positional)
     argv = list(sys.argv[1:] if argv is None else argv)
-    known, files = {action.dest for action in parser._actions if action.option_strings}, _pop_flag(argv, IMPORT_FILE)
+    known, files = {action.dest for action in parser._actions if action.option_strings}, _pop_import_files(argv)
     path = _pop_config(argv)
     if path is not None:
         values = _read_config(path, known)
@@ -198,32 +199,34 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def _pop_flag(argv: list[str], name: str) -> list[str]:
-    """Takes each `--name VALUE` and `--name=VALUE` out of the command line; → the values."""
-    values, kept = [], []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag != f"--{name}":
+def _pop_import_files(argv: list[str]) -> list[str]:
+    """Takes each `--import_file FILE ..` and `--import_file=FILE` out of the command line; → the files."""
+    found, kept, takes = [], [], False
+    for word in argv:
+        flag, equals, path = word.partition("=")
+        if flag == f"--{IMPORT_FILE}":
+            found += [path] if equals else []
+            takes = not equals
+        elif takes and word.endswith(".py"):
+            found.append(word)
+        else:
+            takes = False
             kept.append(word)
-            continue
-        value = value if equals else next(words, "")
-        if not value or (value.startswith("--") and not equals):
-            raise ValueError(f"--{name} needs a file.")
-        values.append(value)
+    if not all(found) or (f"--{IMPORT_FILE}" in argv and not found):
+        raise ValueError(f"--{IMPORT_FILE} takes Python files, NAME.py.")
     argv[:] = kept
-    return values
+    return found
 
 
 def _pop_config(argv: list[str]) -> str | None:
     """Takes `--config FILE` or `--config=FILE` out of the command line."""
-    if any(word.partition("=")[0] == "--config" for word in argv):
-        try:
-            (path,) = _pop_flag(argv, "config")
-        except ValueError as error:
-            raise ValueError("--config takes one file, once.") from error
-        return path
-    return None
+    found = [index for index, word in enumerate(argv) if word.partition("=")[0] == "--config"]
+    if not found:
+        return None
+    _, equals, path = argv.pop(found[0]).partition("=")
+    if len(found) > 1 or not (equals or argv[found[0] :]):
+        raise ValueError("--config takes one file, once.")
+    return path if equals else argv.pop(found[0])
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, Any]:

@@ -10,6 +10,27 @@ from .model.saved_code import carried_files, imports_relatively, reserved_names
 from .model.scheme_base import POSITION_EMBEDDINGS
 
 
+# file → the module that it became
+_IMPORTED: dict[Path, ModuleType] = {}
+
+
+def imported_files(pos_embedding_type: str | None = None) -> list[Path]:
+    """The files that were imported here, in order; only those that define schemes of `pos_embedding_type`, if given."""
+    names = set(POSITION_EMBEDDINGS if pos_embedding_type is None else _names(pos_embedding_type))
+    modules = {scheme.__module__ for name, scheme in POSITION_EMBEDDINGS.items() if name in names}
+    return [file for file, module in _IMPORTED.items() if module.__name__ in modules]
+
+
+def import_flags(pos_embedding_type: str | None) -> dict[str, list[str]]:
+    """→ the flag that imports the files of a model's schemes, as records hold flags; empty if there are none."""
+    files = imported_files(str(pos_embedding_type))
+    return {"import_file": [file.name for file in files]} if files else {}
+
+
+def _names(pos_embedding_type: str) -> list[str]:
+    return pos_embedding_type.replace("/", "+").split("+")
+
+
 def import_scheme_file(path: str | Path) -> ModuleType:
     """Executes a Python file as a module under its stem; a file that was imported before is not executed again.
 
@@ -29,13 +50,15 @@ def import_scheme_file(path: str | Path) -> ModuleType:
         raise ValueError(f"`import_file` {str(path)!r} does not exist.")
     if not file.stem.isidentifier() or file.stem in reserved_names():
         raise ValueError(f"`import_file` {str(path)!r} has a name that cannot be imported or is in use: rename it.")
-    package = __package__ + ".model." if imports_relatively(file) else ""
-    name = package + file.stem
+    try:
+        name = f"{__package__}.model.{file.stem}" if imports_relatively(file) else file.stem
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`import_file` {str(path)!r} is not UTF-8 text (near byte {error.start}).") from error
     if (module := sys.modules.get(name)) is not None:
-        if Path(getattr(module, "__file__", None) or "/").resolve() == file:
-            return module
-        raise ValueError(f"`import_file` {str(path)!r} has the name of another module, {name!r}: rename it.")
-    return _execute(path, name, file)
+        if Path(getattr(module, "__file__", None) or "/").resolve() != file:
+            raise ValueError(f"`import_file` {str(path)!r} has the name of another module, {name!r}: rename it.")
+    _IMPORTED[file] = module or _execute(path, name, file)
+    return _IMPORTED[file]
 
 
 def _execute(path: str | Path, name: str, file: Path) -> ModuleType:
@@ -61,8 +84,7 @@ def check_schemes_are_imported(folder: Path) -> None:
         chosen = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pos_embedding_type")
     except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
         return
-    names = chosen.replace("/", "+").split("+") if isinstance(chosen, str) else []
-    missing = [name for name in names if name not in POSITION_EMBEDDINGS]
+    missing = [name for name in _names(str(chosen)) if name not in POSITION_EMBEDDINGS]
     if missing and (files := carried_files(folder)):
         flags = " ".join(f"--import_file {file}" for file in files)
         raise ValueError(f"{str(folder)!r} has the position embedding {missing[0]!r} of its own code: give {flags}")

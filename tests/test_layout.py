@@ -28,11 +28,11 @@ CONTRACT = {
     "tasks": "data",
     "results": "environment cli",
     "scheme_docs": "model",
-    "evaluation": "model model_loading data tasks results environment cli",
+    "evaluation": "model model_loading data tasks results environment cli scheme_files",
     "hub": "model model_loading results scheme_docs environment cli",
     "demo": "model model_loading evaluation inference results cli",
-    "training": "model model_loading data tasks results hub environment cli",
-    "experiments": "model data tasks training evaluation results environment cli",
+    "training": "model model_loading data tasks results hub environment cli scheme_files",
+    "experiments": "model data tasks training evaluation results environment cli scheme_files",
 }
 
 

@@ -16,6 +16,7 @@ from ..model_loading import load_model, load_model_tokenizer
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import markdown_table
 from ..results.training_record import given_flags, read_record
+from ..scheme_files import import_flags
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task
 from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
@@ -110,7 +111,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         "seed": record.get("seed"),
         "train_length": train_length,
         **measured,
-        "flags": given_flags(args, data_args),
+        "flags": import_flags(getattr(model.config, "pos_embedding_type", None)) | given_flags(args, data_args),
         "distance_bias": bias_curves(model, longest),
         "attn_implementation": model.config._attn_implementation,
         "dtype": args.dtype,

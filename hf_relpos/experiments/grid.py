@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from ..cli import parse_values
+from ..cli import as_list, import_schemes, parse_values
 from ..environment import versions
 from ..evaluation.evaluate import EvaluationArguments
 from ..model.configuration_relpos import RelPosConfig
 from ..results.training_record import RESULT_NEUTRAL_FLAGS
+from ..scheme_files import imported_files
 from ..tasks.arguments import DataArguments
 from ..tasks.base import check_task
 from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
@@ -44,12 +45,14 @@ class Run:
         settings: flags of scripts/train.py, or of scripts/finetune.py if there is a base.
         evaluation: flags of scripts/evaluate.py.
         base: the run whose model it finetunes.
+        import_files: the files that register schemes, which a worker process imports first.
     """
 
     place: str
     settings: dict[str, Any]
     evaluation: dict[str, Any]
     base: "Run | None" = None
+    import_files: tuple[str, ...] = field(default_factory=lambda: tuple(map(str, imported_files())))
     _key: str = field(default="", repr=False)
 
     @property
@@ -59,7 +62,10 @@ class Run:
             facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
             texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
             base = self.base and self.base.key
-            self._key = _hash({"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base})
+            content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base}
+            schemes = imported_files(str(self.settings.get("pos_embedding_type")))
+            content |= {"schemes": [_digest(str(file)) for file in schemes]} if schemes else {}
+            self._key = _hash(content)
         return self._key
 
     @property
@@ -109,7 +115,8 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
 
     The file has the sections `train`, `evaluate` and `finetune` (flags of the scripts of these names) and `grid` (one
     dictionary or several, flag → list of values): each dictionary of the grid is multiplied out, and so are the lists
-    of `finetune`, whose runs start from each trained model. Bases come before the runs that start from them.
+    of `finetune`, whose runs start from each trained model. Bases come before the runs that start from them. It may
+    have `import_file`, a Python file or several that register schemes.
 
     Args:
         path: the file.
@@ -138,6 +145,7 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ValueError(f"experiment {path!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"experiment {path!r} must hold a dictionary with a `grid`.")
+    import_schemes(as_list(content.pop("import_file", None)))
     unknown = sorted(map(str, set(content) - set(SECTIONS)))
     if unknown:
         raise ValueError(f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}.")

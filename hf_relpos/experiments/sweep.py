@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ..cli import command, parse_arguments, parse_values
+from ..cli import command, import_schemes, parse_arguments, parse_values
 from ..environment import write_json
 from ..evaluation.evaluate import evaluate_model
 from ..results.result_file import RESULTS, read_readable, write_results
@@ -80,6 +80,7 @@ def run_one(run: Run, root: Path) -> None:
     (folder / FAILURE).unlink(missing_ok=True)
     with (folder / LOG).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
+            import_schemes(run.import_files)
             if not (folder / TRAINING_RECORD).is_file():
                 _train(run, root)
             if not run.result(root).is_file():

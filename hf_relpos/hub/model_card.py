@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..model.saved_code import AUTO_MAP
+from ..model.saved_code import AUTO_MAP, carried_names
 from ..model.scheme_registry import position_embedding_classes
 from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
@@ -86,6 +86,7 @@ def model_card(
         auto_class=auto_class,
         generates=auto_class == "AutoModelForCausalLM" and not any("task" in result for result in results),
         repo_id=repo_id or name,
+        scheme_files=carried_names(config["pos_embedding_type"]),
         training=_training_list(records) if record else None,
         setting=_setting(record),
         commands="\n".join(commands) or None,

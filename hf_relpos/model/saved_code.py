@@ -69,6 +69,11 @@ def saved_code(pos_embedding_type: str) -> dict[str, bytes]:
     return files
 
 
+def carried_names(pos_embedding_type: str) -> list[str]:
+    """→ the names of the files in a saved folder that define schemes which the family does not have."""
+    return sorted(saved_code(pos_embedding_type).keys() - {file.name for file in code_files()})
+
+
 def foreign_schemes(pos_embedding_type: str) -> dict[str, tuple[str, str]]:
     """Name → module and reason, for the schemes whose code a saved folder cannot carry."""
     classes = _foreign_classes(pos_embedding_type)

@@ -7,6 +7,7 @@ from transformers import Trainer
 
 from ..environment import hardware, peak_memory_mib, versions
 from ..results.training_record import given_flags, read_record
+from ..scheme_files import import_flags
 from .run import TrainingRun
 
 
@@ -41,6 +42,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[
     )
     recipe = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
     recipe |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
+    flags = import_flags(config.pos_embedding_type) | given_flags(run.model_args, run.data_args, args)
     return {
         **{name: getattr(config, name, None) for name in POSITION_FIELDS},
         "seed": args.seed,
@@ -54,7 +56,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[
         "num_tokens": steps * tokens_per_step,
         "recipe": recipe,
         "script": args.script,
-        "flags": given_flags(run.model_args, run.data_args, args) | ({} if args.fp16 else {"bf16": args.bf16}),
+        "flags": flags | ({} if args.fp16 else {"bf16": args.bf16}),
         "resumed_from_step": first_step,
         "seconds": round(seconds, 1),
         "tokens_per_second": round((steps - first_step) * tokens_per_step / seconds, 1),

@@ -36,7 +36,7 @@ def serve(folder, *options: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hf_relpos.inference.serve", "serve", str(folder), "--device", "cpu"]
+    command = [sys.executable, "-m", "hf_relpos", "serve", str(folder), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     with (
         open(f"{folder}.log", "w+", encoding="utf-8") as log,
@@ -165,7 +165,7 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
 def test_refuses_on_the_command_line(tmp_path):
     """What transformers' own server finds out while it loads is one line too."""
     save_with_tokenizer(tmp_path / "bias", "alibi", TEMPLATE)
-    command = [sys.executable, "-m", "hf_relpos.inference.serve", "serve", str(tmp_path / "bias"), "--device", "cpu"]
+    command = [sys.executable, "-m", "hf_relpos", "serve", str(tmp_path / "bias"), "--device", "cpu"]
     command += ["--attn-implementation", "flash_attention_2"]
     environment = {**os.environ, **ENVIRONMENT}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
