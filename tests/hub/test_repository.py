@@ -103,6 +103,9 @@ def test_a_scheme_from_elsewhere_is_not_published(tmp_path):
         class Elsewhere(PositionEmbedding):
             """Defined in a test."""
 
+            def distance_bias(self, distance):
+                return -distance.float().expand(6, -1)
+
         make_model("elsewhere").save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="'elsewhere' is defined in 'test_repository', outside of it"):
             repository_files(tmp_path)
