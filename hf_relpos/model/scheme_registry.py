@@ -33,9 +33,10 @@ def position_embedding_classes(pos_embedding_type: str) -> dict[str, type[Positi
     unknown = [name for names in parts for name in names if name not in allowed]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), allowed, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "A scheme of your own must be imported first (--import_file)."
         raise ValueError(
             f"`pos_embedding_type` must be one of {allowed}, several of them joined by '+', or these joined by '/' "
-            f"for layers in turn, got {text!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+            f"for layers in turn, got {text!r}. {hint}"
         )
     if any(len(set(names)) < len(names) or (len(names) > 1 and "none" in names) for names in parts):
         raise ValueError(f"`pos_embedding_type` must join different schemes other than 'none', got {text!r}.")
