@@ -160,7 +160,7 @@ def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, c
     assert result["training"]["base_model"] == "alice/pushed" and result["seed"] == 42
     card = hub.files("alice/child")["README.md"].decode()
     assert "base_model: alice/pushed" in card and "which was trained at 16 tokens" in card
-    assert card.index("scripts/train.py") < card.index("scripts/finetune.py")
+    assert card.index("hf-relpos train") < card.index("hf-relpos finetune")
 
     # every repository is whole, and tells nothing of this machine
     complete = {".gitattributes", "README.md", "config.json", "generation_config.json", "model.safetensors"}
