@@ -60,7 +60,7 @@ def mask_key_bias(key_bias: torch.Tensor, key_mask: torch.Tensor | None) -> torc
 # --- the plans
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AttentionPlan:
     """Attention with a mask and without a bias.
 
@@ -131,7 +131,7 @@ class AttentionPlan:
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class KeyBiasPlan(AttentionPlan):
     """Attention with a mask and a number per key, which the keys carry in extra dimensions."""
 
@@ -146,7 +146,7 @@ class KeyBiasPlan(AttentionPlan):
         return self._call(layer, inputs, self.mask, **kwargs)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DensePlan(AttentionPlan):
     """Attention with a mask and a (Q, K) bias: O(L²) memory, where no table of the distances holds the bias.
 
@@ -155,8 +155,8 @@ class DensePlan(AttentionPlan):
         span: exclusive upper bound of the distances.
     """
 
-    positions: Positions = None
-    span: int = 0
+    positions: Positions
+    span: int
 
     @property
     def name(self) -> str:
@@ -181,7 +181,7 @@ class DensePlan(AttentionPlan):
         return self._call(layer, inputs, self.mask, bias, **kwargs)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TablePlan(AttentionPlan):
     """Attention with a table of the distances, by the fastest kernel that supports it: the distance of any query to any
     key that it sees is that of their slots.
@@ -197,11 +197,11 @@ class TablePlan(AttentionPlan):
     supports_key_bias: ClassVar[bool] = True
     needs_mask: ClassVar[bool] = False
 
-    layer: nn.Module = None
-    device: torch.device = None
-    dtype: torch.dtype = None
-    offset: int = 0
-    span: int = 0
+    layer: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    offset: int
+    span: int
     documents: torch.Tensor | None = None
 
     @property
@@ -253,7 +253,7 @@ class TablePlan(AttentionPlan):
         return add_biases((shared_table, layer.position_embeddings.table(length, self.device)))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FlexTablePlan(TablePlan):
     """The same by FlexAttention, which reads the table for each score."""
 
@@ -273,7 +273,7 @@ class FlexTablePlan(TablePlan):
         return output.transpose(1, 2), None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RowPlan(TablePlan):
     """One query, as in a step of generation: its row of the bias is a slice of the table, a mask for any kernel.
 
@@ -316,7 +316,7 @@ class RowPlan(TablePlan):
         return table if table is not None and table.shape[1] >= self.num_seen else None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SplitPlan(AttentionPlan):
     """The first queries by a table, the last ones by a dense (Q, K) bias.
 
@@ -325,8 +325,8 @@ class SplitPlan(AttentionPlan):
         last: the plan of the last queries.
     """
 
-    first: TablePlan = None
-    last: DensePlan = None
+    first: TablePlan
+    last: DensePlan
 
     @property
     def name(self) -> str:

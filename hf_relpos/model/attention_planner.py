@@ -18,9 +18,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from .attention_key_bias import check_cache
-from .attention_mask import (
-    check_implementation,
-)
+from .attention_mask import check_implementation
 from .attention_plan import (
     TABLE_PLANS,
     AttentionPlan,
@@ -87,20 +85,10 @@ def plan_attention(
     common |= {"key_mask": keys.mask}
     # extra dimensions of queries and keys hold numbers per key, where the scores are not needed for each pair
     in_extra_dims = implementation == "sdpa" and not (mask is not None and mask.ndim == 4)
-    has_pairs = bool(group.hooks & {"distance_bias", "dense_bias", "score_bias"})
-    is_dense = has_pairs or (group.has_key_bias and not in_extra_dims)
+    is_dense = group.has_pair_bias or (group.has_key_bias and not in_extra_dims)
     last = _last_table_position(model, group, layers, inputs_embeds)
-
-    def plain() -> AttentionPlan:
-        made = make_mask(model, group, tokens, inputs_embeds, mask)
-        plan_class = KeyBiasPlan if group.has_key_bias else AttentionPlan
-        keywords = {}
-        if tokens.documents is not None and "flash" in implementation:
-            keywords = flash_lengths(tokens.documents, made, inputs_embeds.shape[0])
-        return plan_class(**common, mask=made, keywords=keywords)
-
     if not is_dense and last < 0:
-        return plain()
+        return _plan_mask(model, tokens, inputs_embeds, common)
     key_positions = keys.positions(tokens)
     table = None
     if last >= 0 and isinstance(keys.offset, int) and tokens.padding is mask:
@@ -109,7 +97,7 @@ def plan_attention(
     if table is not None and (last == math.inf or slots <= last + 1):
         return table
     if not is_dense:
-        return plain()
+        return _plan_mask(model, tokens, inputs_embeds, common)
     first = max(math.floor(last) + 1 - keys.offset, 0) if table is not None else 0
     positions, span = _pair_positions(keys, key_positions, tokens, mask, window, first)
     if implementation == "sdpa":
@@ -160,8 +148,8 @@ def _last_table_position(
         return -1.0
     # weights below 2^−126, of which a bias in the keys makes many, take torch's kernel for CPUs several times as long,
     # and ours not: a table of zeros
-    only_keys = not group.hooks & {"distance_bias", "dense_bias", "score_bias"}
-    if not group.has_distance_table and not (only_keys and inputs_embeds.device.type == "cpu"):
+    is_zero_table = not group.has_pair_bias and inputs_embeds.device.type == "cpu"
+    if not group.has_distance_table and not is_zero_table:
         return -1.0
     if "max_table_position" not in group.hooks:
         return math.inf
@@ -171,6 +159,18 @@ def _last_table_position(
     if plan_class.needs_mask or is_tracing(limits[0]):
         return -1.0
     return float(torch.stack(limits).min())
+
+
+def _plan_mask(
+    model: nn.Module, tokens: TokenPositions, inputs_embeds: torch.Tensor, common: dict[str, Any]
+) -> AttentionPlan:
+    """→ the plan with a mask, and with numbers per key if the group has any."""
+    group, keywords = common["group"], {}
+    mask = make_mask(model, group, tokens, inputs_embeds, tokens.mask_of(group.layer_type))
+    if tokens.documents is not None and "flash" in common["implementation"]:
+        keywords = flash_lengths(tokens.documents, mask, inputs_embeds.shape[0])
+    plan_class = KeyBiasPlan if group.has_key_bias else AttentionPlan
+    return plan_class(**common, mask=mask, keywords=keywords)
 
 
 def _plan_table(

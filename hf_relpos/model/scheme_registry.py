@@ -91,6 +91,11 @@ class LayerGroup:
         return bool(self.hooks & {"distance_bias", "dense_bias"})
 
     @property
+    def has_pair_bias(self) -> bool:
+        """Whether the schemes add a bias that is more than numbers per key."""
+        return bool(self.hooks & (BIAS_HOOKS - {"key_bias"}))
+
+    @property
     def has_distance_table(self) -> bool:
         """Whether a table of the distances holds all that the schemes add, but for numbers per key."""
         is_dense = any({"dense_bias", "distance_bias"} & cls.hooks == {"dense_bias"} for cls in self.classes)
