@@ -1,9 +1,12 @@
 """The configuration of the RelPos family."""
 
+import difflib
+from dataclasses import fields
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 from .position_augmentation import SAMPLINGS
 from .scheme_base import POSITION_EMBEDDINGS
@@ -11,6 +14,13 @@ from .scheme_registry import layer_groups, position_embedding_classes
 from .scheme_rotary import LENGTH_DEPENDENT_ROPE_TYPES
 
 
+logger = logging.get_logger(__name__)
+
+# keywords of the rotation that Llama and its kin take beside `rope_parameters`
+ROPE_KEYWORDS = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+# what transformers and its servers store in configurations of any model
+FOREIGN_KEYWORDS = {"auto_map", "quantization_config", "model_type", "torch_dtype", "num_labels", "name_or_path"}
+FOREIGN_KEYWORDS |= {"output_attentions", "attn_implementation", "experts_implementation", "per_layer_config"}
 MODEL_SIZES = {
     # name: layers, width, heads (3.1M, 10.6M, 25.2M, 84.9M and 201.3M weights besides the embeddings)
     "xsmall": (4, 256, 4),
@@ -45,7 +55,8 @@ class RelPosConfig(PreTrainedConfig):
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
         rope_parameters: for schemes that rotate, as in transformers: `rope_type` ("default", "linear", "dynamic",
             "yarn", "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type
-            takes.
+            takes. `rope_theta`, `partial_rotary_factor` and `rope_scaling` as keywords, as Llama takes them, are moved
+            there.
         position_start_augmentation: in training, the positions of each sequence start at
             k ~ U{0 .. max_position_embeddings − length} (SHAPE, arXiv 2109.05644).
         position_sampling: in training, the positions of each document leave numbers out, below
@@ -60,7 +71,8 @@ class RelPosConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: ids of the tokenizer's special tokens.
 
     Raises:
-        ValueError: for an unknown scheme or option, for heads that do not divide the width, for sizes below 1.
+        ValueError: for an unknown scheme or option, for heads that do not divide the width, for sizes below 1, for a
+            keyword that is no field but resembles one; other unknown keywords are kept and warned of.
     """
 
     model_type = "relpos"
@@ -108,6 +120,10 @@ class RelPosConfig(PreTrainedConfig):
     def __post_init__(
         self, rope_parameters: dict | None = None, layer_types: list[str] | None = None, **kwargs: Any
     ) -> None:
+        rope_parameters = self._join_rope_keywords(
+            rope_parameters, {name: kwargs.pop(name, None) for name in ROPE_KEYWORDS}
+        )
+        check_keywords(type(self), kwargs)
         self._check_sizes()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -136,6 +152,31 @@ class RelPosConfig(PreTrainedConfig):
             raise ValueError(f"`model_size` must be one of {list(MODEL_SIZES)}, got {model_size!r}.")
         fields = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), MODEL_SIZES[model_size])
         return cls(**{**dict(fields), **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; keywords are checked as those of the constructor, and those of the rotation join what is
+        saved.
+
+        Args:
+            config_dict: fields, as config.json holds them.
+            **kwargs: fields that replace saved ones, and what is left to the caller.
+
+        Raises:
+            ValueError: as the constructor, and for a keyword that is no field but resembles one.
+        """
+        for name in kwargs:
+            refuse_near_miss(cls, name, words=False)  # options of loading are among them
+        config_dict = dict(config_dict)
+        saved = config_dict.get("rope_parameters") or {}
+        given = {name: kwargs.pop(name) for name in ("rope_parameters", *ROPE_KEYWORDS) if name in kwargs}
+        if given:
+            config_dict |= given
+            if "rope_parameters" not in given:
+                kept = ("rope_theta", "partial_rotary_factor") if given.get("rope_scaling") else tuple(saved)
+                rest = {name: value for name, value in saved.items() if name in kept and given.get(name) is None}
+                config_dict["rope_parameters"] = rest or None
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def max_positions(self) -> int | None:
@@ -204,6 +245,34 @@ class RelPosConfig(PreTrainedConfig):
                 f"got {self.position_sampling!r}."
             )
 
+    def _join_rope_keywords(self, rope_parameters: dict | None, given: dict[str, Any]) -> dict | None:
+        """→ `rope_parameters` with what was given as keywords; refuses two answers, and schemes that do not rotate."""
+        given = {name: value for name, value in given.items() if value is not None}
+        scaling = given.pop("rope_scaling", None)
+        parts = {
+            "rope_parameters": rope_parameters,
+            "rope_scaling": scaling,
+            **{name: {name: given[name]} for name in given},
+        }
+        joined: dict[str, tuple[str, Any]] = {}
+        for field, part in parts.items():
+            if part is None:
+                continue
+            if not isinstance(part, dict):
+                raise ValueError(f"`{field}` must be a dictionary, got {part!r}.")
+            classes = position_embedding_classes(self.pos_embedding_type)
+            if not any(cls.uses_rope_parameters for cls in classes.values()):
+                users = [name for name, cls in POSITION_EMBEDDINGS.items() if cls.uses_rope_parameters]
+                raise ValueError(
+                    f"`{field}` is for pos_embedding_type {users}, got it with {self.pos_embedding_type!r}."
+                )
+            for name, value in part.items():
+                name = "rope_type" if name == "type" else name  # its name in older files
+                other, earlier = joined.setdefault(name, (field, value))
+                if earlier != value:
+                    raise ValueError(f"`{other}` and `{field}` disagree about {name!r}: {earlier!r} and {value!r}.")
+        return {name: value for name, (_, value) in joined.items()} if joined or rope_parameters is not None else None
+
     def _configure_positions(self, rope_parameters: dict | None) -> None:
         """Checks the scheme and its options and lets each scheme put them where they belong."""
         given = self.pos_embedding_kwargs if self.pos_embedding_kwargs is not None else {}
@@ -220,14 +289,6 @@ class RelPosConfig(PreTrainedConfig):
             if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
                 raise ValueError(
                     f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
-                )
-        if rope_parameters is not None:
-            if not isinstance(rope_parameters, dict):
-                raise ValueError(f"`rope_parameters` must be a dictionary, got {rope_parameters!r}.")
-            if not any(cls.uses_rope_parameters for cls in classes.values()):
-                users = [name for name, cls in POSITION_EMBEDDINGS.items() if cls.uses_rope_parameters]
-                raise ValueError(
-                    f"`rope_parameters` is for pos_embedding_type {users}, got it with {self.pos_embedding_type!r}."
                 )
         kept = {}
         self.rope_parameters = rope_parameters
@@ -271,6 +332,39 @@ class RelPosConfig(PreTrainedConfig):
                     f"`layer_types` must be 'full_attention' where `pos_embedding_type` is {refused[0]!r}, whose bias "
                     "is no function of the distance alone, got 'sliding_attention'."
                 )
+
+
+def check_keywords(cls: type[RelPosConfig], keywords: dict[str, Any]) -> None:
+    """Refuses keywords that were meant for a field, and warns of those that nobody here reads."""
+    generation = GenerationConfig._get_default_generation_params()
+    for name in keywords:
+        refuse_near_miss(cls, name)
+        if name in generation:
+            logger.warning(f"`{name}` is not kept in a configuration: it belongs in `generation_config`.")
+        elif not _is_known(cls, name):
+            logger.warning(f"`{name}` is no field of {cls.__name__}: it is kept, and nothing reads it.")
+
+
+def refuse_near_miss(cls: type[RelPosConfig], name: str, words: bool = True) -> None:
+    """Raises `ValueError` for a keyword that is no field but resembles one.
+
+    With `words` also for one that has some of a field's words and no other, such as "num_layers".
+    """
+    if isinstance(getattr(cls, name, None), property) and getattr(cls, name).fset is None:
+        raise ValueError(f"`{name}` is no field of {cls.__name__}: it follows from the others.")
+    if _is_known(cls, name) or name in GenerationConfig._get_default_generation_params():
+        return
+    own = [*RelPosConfig.__annotations__, "rope_parameters", "layer_types", *ROPE_KEYWORDS]
+    near = difflib.get_close_matches(name, [*own, *(item.name for item in fields(cls))], n=1, cutoff=0.8)
+    near += [field for field in own if words and {*name.split("_")} < {*field.split("_")}]
+    if near:
+        raise ValueError(f"`{name}` is no field of {cls.__name__}: did you mean `{near[0]}`?")
+
+
+def _is_known(cls: type[RelPosConfig], name: str) -> bool:
+    """Whether a field, or what transformers stores beside the fields of any model."""
+    names = {item.name for item in fields(cls)} | {"rope_parameters", "layer_types", *ROPE_KEYWORDS}
+    return name in names or name in FOREIGN_KEYWORDS or name.startswith("_") or hasattr(cls, name)
 
 
 # a configuration that is saved alone carries its code too

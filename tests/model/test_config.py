@@ -1,10 +1,13 @@
 """The configuration: names, sizes, round trips, and what it refuses."""
 
+import copy
+
 import pytest
 from conftest import SCHEMES, make_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_relpos import MODEL_SIZES, RelPosConfig, RelPosForCausalLM
+from hf_relpos.model import configuration_relpos
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,100 @@ def test_rotary_options_have_one_home(tmp_path):
     by_kwargs.save_pretrained(tmp_path)
     again = RelPosConfig.from_pretrained(tmp_path, rope_parameters={"rope_theta": 5000.0, "partial_rotary_factor": 0.5})
     assert again.rope_parameters["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize("scheme", ["rotary", "xpos", "rotary/none", "scaled_sinusoidal+rotary"])
+def test_the_rotation_may_be_given_as_llama_takes_it(scheme, tmp_path):
+    theta = RelPosConfig(pos_embedding_type=scheme, rope_theta=5000.0, partial_rotary_factor=0.5, rope_scaling=None)
+    assert theta.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    assert not hasattr(theta, "rope_theta")  # one home, as in Llama
+    scaled = dict(pos_embedding_type=scheme, rope_theta=5000.0, rope_scaling={"type": "linear", "factor": 2.0})
+    expected = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0, "partial_rotary_factor": 1.0}
+    assert RelPosConfig(**scaled).rope_parameters == expected
+    llama = LlamaConfig(rope_theta=5000.0, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert llama.rope_parameters.items() <= expected.items()
+    theta.save_pretrained(tmp_path)
+    for given, change in (
+        ({}, {}),
+        ({"rope_theta": 7000.0}, {"rope_theta": 7000.0}),
+        ({"partial_rotary_factor": 1.0}, {"partial_rotary_factor": 1.0}),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}),
+    ):
+        again, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **given)
+        assert again.rope_parameters == theta.rope_parameters | change and not unused
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "partial_rotary_factor", "rope_scaling"])
+@pytest.mark.parametrize("scheme", ["alibi", "none", "linear_cpb"])
+def test_the_rotation_is_not_for_schemes_that_do_not_rotate(name, scheme, tmp_path):
+    value = {"rope_type": "linear", "factor": 2.0} if name == "rope_scaling" else 0.5
+    message = rf"`{name}` is for pos_embedding_type \['rotary', 'xpos'\], got it with '{scheme}'"
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig(pos_embedding_type=scheme, **{name: value})
+    RelPosConfig(pos_embedding_type=scheme, **{name: None}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig.from_pretrained(tmp_path, **{name: value})
+
+
+NEAR_MISSES = {
+    "pos_embeding_type": "pos_embedding_type",
+    "position_embedding_type": "pos_embedding_type",
+    "num_hidden_layer": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "hiden_size": "hidden_size",
+    "vocabsize": "vocab_size",
+    "num_heads": "num_attention_heads",
+    "dropout": "hidden_dropout",
+    "rope_parameter": "rope_parameters",
+    "ropetheta": "rope_theta",
+    "layer_type": "layer_types",
+    "output_hidden_state": "output_hidden_states",
+}
+
+
+@pytest.mark.parametrize("name, meant", NEAR_MISSES.items())
+def test_a_keyword_that_resembles_a_field_is_refused(name, meant):
+    message = f"`{name}` is no field of RelPosConfig: did you mean `{meant}`"
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig(**{name: 4})
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig.from_dict({**RelPosConfig().to_dict(), name: 4})
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig.from_size("xsmall", **{name: 4})
+
+
+def test_misspelt_keywords_of_loading_are_refused(tmp_path):
+    RelPosForCausalLM(make_config("linear_cpb")).save_pretrained(tmp_path)
+    for load in (RelPosConfig, AutoConfig, RelPosForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match="did you mean `hidden_dropout`"):
+            load.from_pretrained(tmp_path, hiden_dropout=0.5)
+    with pytest.raises(ValueError, match="`max_positions` is no field of RelPosConfig: it follows from the others"):
+        RelPosConfig(max_positions=4)
+
+
+def test_other_unknown_keywords_are_kept_and_warned_of(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(configuration_relpos.logger, "warning", warned.append)
+    config = RelPosConfig(fine_tuned_by="alice", temperature=0.5)
+    assert config.fine_tuned_by == "alice" and len(warned) == 2
+    assert "`fine_tuned_by` is no field of RelPosConfig" in warned[0] and "`temperature` is not kept" in warned[1]
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).fine_tuned_by == "alice" and len(warned) == 3
+
+
+@pytest.mark.parametrize("scheme", ["rotary", "alibi", "rotary/none"])
+def test_what_transformers_stores_is_nothing_to_warn_of(scheme, tmp_path, monkeypatch):
+    def fail(message):
+        raise AssertionError(message)
+
+    monkeypatch.setattr(configuration_relpos.logger, "warning", fail)
+    RelPosForCausalLM(make_config(scheme)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype="float32", device_map="cpu"
+    )
+    RelPosConfig(**model.config.to_dict(), num_labels=3, torch_dtype="float32", quantization_config={})
+    AutoConfig.from_pretrained(tmp_path, trust_remote_code=True, output_attentions=True)
+    copy.deepcopy(model.config)
 
 
 BAD = {
@@ -123,6 +220,23 @@ BAD = {
         ),
         "disagree about",
     ),
+    "two answers by keyword": (
+        dict(pos_embedding_type="rotary", rope_theta=5000.0, rope_parameters={"rope_theta": 1e4}),
+        "`rope_parameters` and `rope_theta` disagree about 'rope_theta': 10000.0 and 5000.0",
+    ),
+    "three answers": (
+        dict(pos_embedding_type="rotary", rope_theta=5000.0, pos_embedding_kwargs={"rope_theta": 1e4}),
+        "disagree about",
+    ),
+    "two scalings": (
+        dict(
+            pos_embedding_type="rotary",
+            rope_scaling={"type": "linear", "factor": 2.0},
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0},
+        ),
+        "`rope_parameters` and `rope_scaling` disagree about 'rope_type': 'dynamic' and 'linear'",
+    ),
+    "theta of text": (dict(pos_embedding_type="rotary", rope_theta="x"), "'rope_theta' must be a positive number"),
 }
 
 
