@@ -155,6 +155,32 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
     return parser.parse_args_into_dataclasses(_words(values))
 
 
+def read_yaml(path: str) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: if it cannot be read, or gives a key of one dictionary twice, naming the line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Of two values under one key it would take the last, in silence."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node, seen = super().compose_mapping_node(anchor), {}
+            for key, _ in node.value:
+                name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
+                if name is not None and (first := seen.setdefault((key.tag, name), key)) is not key:
+                    lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
+                    raise yaml.constructor.ConstructorError(problem=f"{name!r} stands there twice, in {lines}")
+            return node
+
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def import_schemes(files: Sequence[str]) -> None:
     """Registers the schemes of Python files; a file that was imported before is not imported again.
 
@@ -230,11 +256,9 @@ def _pop_config(argv: list[str]) -> str | None:
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"--config {path!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path!r} must hold a dictionary of flags.")

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..cli import as_list, import_schemes, parse_values
+from ..cli import as_list, import_schemes, parse_values, read_yaml
 from ..environment import versions
 from ..evaluation.evaluate import EvaluationArguments
 from ..model.configuration_relpos import RelPosConfig
@@ -140,8 +138,8 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"experiment {path!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"experiment {path!r} must hold a dictionary with a `grid`.")

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,12 +110,20 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
 def parse_json(name: str, text: str | None) -> dict[str, Any]:
     """The dictionary that a flag holds as JSON, empty without the flag; raises `ValueError` if it holds none."""
     try:
-        value = json.loads(text) if text is not None else {}
+        value = json.loads(text, object_pairs_hook=partial(_without_repeats, name)) if text is not None else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"`{name}` must be JSON, got {text!r}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a dictionary, got {text!r}.")
     return value
+
+
+def _without_repeats(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of JSON, which would take the last of two values under one key in silence."""
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"`{name}` must give each key once, got {repeated[0]!r} twice.")
+    return dict(pairs)
 
 
 def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
@@ -151,6 +160,8 @@ def _parse_overrides(overrides: str | None) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals or name not in allowed:
             raise ValueError(f"`config_overrides` must be 'field=value,..' of {sorted(allowed)}, got {item!r}.")
+        if name in fields:
+            raise ValueError(f"`config_overrides` must give each field once, got {name!r} twice.")
         fields[name] = yaml.safe_load(value)
         if isinstance(fields[name], str):
             with suppress(ValueError):  # YAML takes 1e-3 for text
