@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..cli import command, parse_arguments
 from ..results.training_record import TRAINING_RECORD
+from .leaks import check_inside
 from .model_card import CARD, is_generated
 from .repository import (
     FILES,
@@ -219,11 +220,14 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         for name in set(FILES) - {TRAINING_RECORD, INDEX}:
             if (source / name).is_file() and not (folder / name).exists():
+                check_inside(source / name, source)
                 shutil.copyfile(source / name, folder / name)
         results: list[str] = []
         if (source / TRAINING_RECORD).is_file() and _same_weights(folder, source):
-            shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
             results = [str(path) for path in folder_results(source)]
+            for path in (source / TRAINING_RECORD, *map(Path, results)):
+                check_inside(path, source)
+            shutil.copyfile(source / TRAINING_RECORD, folder / TRAINING_RECORD)
         return push_folder(folder, repo_id, results=results, **kwargs)
 
 
@@ -281,6 +285,7 @@ def main() -> None:
         repo_id = full_name(repo_id)
     files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
     check_loads(folder)
+    check_weights(files)
     if args.dry_run:
         written = args.output_dir or f"{folder.rstrip('/')}-hub"
         write_files(files, written)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
+import torch
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
@@ -27,6 +27,7 @@ from ..model_loading import load_model
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
+from .leaks import check_inside, check_texts
 from .model_card import CARD, is_generated, model_card, signed
 
 
@@ -44,7 +45,7 @@ MODELS = {
 }
 
 RESULT = "results.json"
-WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
+WEIGHTS, WHOLE, INDEX = "*.safetensors", "model.safetensors", "model.safetensors.index.json"
 # what a repository holds besides the weights, the code, the results and the card
 FILES = (
     "config.json",
@@ -63,7 +64,6 @@ FILES = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # state of the Trainer, which is never pushed
 TRAINER_STATE = ("training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
-SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 def repository_files(
@@ -87,15 +87,18 @@ def repository_files(
 
     Raises:
         ValueError: if the folder holds no model of the family or pickled weights; if a result is of another model; if a
-            text file holds a token of the Hub or a path of this machine.
+            file is a link to somewhere else; if a text file holds a key of somebody or a path of a user's folder.
     """
     folder = Path(folder)
+    for name in ("config.json", *FILES, CARD):
+        if (folder / name).exists():
+            check_inside(folder / name, folder)
     config = _read_config(folder)
     if base_model:
         validate_repo_id(base_model)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be one of the Hub's names, such as 'apache-2.0', got {license!r}.")
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.glob(WEIGHTS))}
+    files: dict[str, Path | bytes] = {path.name: path for path in _weight_files(folder)}
     files |= {name: folder / name for name in FILES if (folder / name).is_file()}
     files |= saved_code(config["pos_embedding_type"])
     config |= {"auto_map": AUTO_MAP}
@@ -117,7 +120,7 @@ def repository_files(
         read = [result for _, result in found.values()]
         written = model_card(config, name, record, read, pictures, repo_id, base_model, license, tags)
         files[CARD] = signed(written).encode()
-    _check_texts(files, folder)
+    check_texts(files, folder)
     return files
 
 
@@ -139,11 +142,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
                     f"{path.name!r} is pickled, which runs code when it is read: save the weights as safetensors."
                 )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"'config.json' of {str(folder)!r} must hold a dictionary.")
     architecture, *_ = config.get("architectures") or [None]
     if config.get("model_type") != RelPosConfig.model_type or architecture not in MODELS:
         raise ValueError(
             f"{str(folder)!r} must hold a model of the family ('relpos'), got model_type {config.get('model_type')!r}."
         )
+    if not isinstance(config.get("pos_embedding_type"), str):
+        raise ValueError(f"'config.json' of {str(folder)!r} must name its `pos_embedding_type`.")
     if foreign := foreign_schemes(config["pos_embedding_type"]):
         name, (module, reason) = next(iter(foreign.items()))
         raise ValueError(
@@ -153,18 +160,51 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """→ those of the weights that are there, by the index or `model.safetensors`; others in the folder stay there."""
+    named, whole = _named_weights(folder / INDEX), folder / WHOLE
+    if WHOLE not in named and whole.is_file():
+        raise ValueError(f"{WHOLE!r} and {INDEX!r} are both there, with other weights: delete what is out of date.")
+    found = [folder / name for name in named if (folder / name).is_file()]
+    for path in found:
+        check_inside(path, folder)
+    if others := sorted({path.name for path in folder.glob(WEIGHTS)} - set(named)):
+        logger.warning(f"Not published, since they are not among the weights: {', '.join(others)}.")
+    return found
+
+
+def _named_weights(index: Path | None) -> list[str]:
+    """→ the names of the weight files, as the index has them if there is one."""
+    if index is None or not index.is_file():
+        return [WHOLE]
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{INDEX!r} cannot be read: it must map weights to files.") from error
+    for name in named:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{INDEX!r} must name safetensors files of its folder, got {name!r}.")
+    return named
+
+
 def check_weights(files: dict[str, Path | bytes]) -> None:
-    """Raises `ValueError` if the weights of a repository are missing in whole or in part, or cut off."""
-    index = files.get(INDEX)
-    named = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
-    if missing := sorted(named - set(files)):
+    """Raises `ValueError` if the weights of a repository are missing in whole or in part, cut off, or not finite."""
+    named = _named_weights(files.get(INDEX))
+    if missing := sorted(set(named) - set(files)):
         raise ValueError(f"the weights are not whole: {missing[0]!r} is missing.")
     for name in named:
         try:
-            with safe_open(files[name], "pt"):
-                pass
+            with safe_open(files[name], "pt") as tensors:
+                for key in tensors.keys():  # one at a time: the file may be larger than the memory
+                    tensor = tensors.get_tensor(key)
+                    if tensor.is_floating_point() and not _is_finite(tensor):
+                        raise ValueError(f"the weights are not finite: {key!r} in {name!r} holds NaN or infinity.")
         except SafetensorError as error:
             raise ValueError(f"the weights are not whole: {name!r} cannot be read: {error}") from error
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # fp8 has no isfinite
 
 
 def check_loads(folder: str | Path) -> None:
@@ -192,6 +232,8 @@ def _find_results(
     """→ path in the repository → result file and content: those of the folder and others."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     inside = folder_results(folder)
+    for path in inside:
+        check_inside(path, folder)
     for path in (*inside, *map(Path, others)):
         place = str(path.relative_to(folder)) if path in inside else f"{path.resolve().parent.name}/{RESULT}"
         if place in found:
@@ -212,19 +254,6 @@ def _check_result(path: Path, result: dict[str, Any], config: dict[str, Any], re
         if found != expected:
             message = f"{str(path)!r} is the result of another model: its `{name}` is {found!r}, not {expected!r}."
             raise ValueError(message)
-
-
-def _check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
-    """Refuses a text file that holds a token of the Hub or a path of this machine."""
-    token, places = get_token(), {str(folder.resolve()), str(Path.home())} - {"/"}
-    for name, content in files.items():
-        if not name.endswith((".json", ".md", ".jinja")) or name in ("tokenizer.json", "vocab.json"):
-            continue
-        text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
-        if SECRET.search(text) or (token and token in text):
-            raise ValueError(f"{name!r} holds a token of the Hub: take it out, and revoke it.")
-        if any(f"{place}/" in text or f'{place}"' in text for place in places):
-            raise ValueError(f"{name!r} holds a path of this machine: take it out.")
 
 
 def write_files(files: dict[str, Path | bytes], folder: str | Path) -> None:

@@ -4,17 +4,19 @@ import errno
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, make_model, make_tokens
 from hub_double import TOKEN
+from safetensors.torch import load_file, save_file
 from saved_model import save_model
 
 import hf_relpos.hub.repository
 from hf_relpos import PositionEmbedding, RelPosForCausalLM, register_position_embedding
 from hf_relpos.hub.model_card import is_generated
-from hf_relpos.hub.repository import check_weights, repository_files, write_files
+from hf_relpos.hub.repository import INDEX, check_weights, repository_files, write_files
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.result_file import RESULTS, read_results
 
@@ -78,6 +80,20 @@ def spoil(folder, kind):
         config = json.loads((folder / "generation_config.json").read_text()) | {"made_in": str(folder)}
         (folder / "generation_config.json").write_text(json.dumps(config))
         return "'generation_config.json' holds a path of this machine"
+    if kind == "NaN":
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"][3] = float("nan")
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return "the weights are not finite: 'model.norm.weight' in 'model.safetensors' holds NaN or infinity"
+    if kind == "an index beside whole weights":
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1-of-1.safetensors"}}))
+        return "are both there, with other weights"
+    if kind == "an index that leads elsewhere":
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "../other.safetensors"}}))
+        return "must name safetensors files of its folder, got '../other.safetensors'"
+    if kind == "an index of something else":
+        (folder / INDEX).write_text("[]")
+        return f"'{INDEX}' cannot be read"
     if kind == "nothing":
         shutil.rmtree(folder)
         return "is not a saved model"
@@ -87,13 +103,116 @@ def spoil(folder, kind):
 @pytest.mark.parametrize(
     "kind",
     ["pickle", "only pickle", "cut weights", "no weights", "no tokenizer", "another family", "another's result"]
-    + ["a token", "a path", "nothing"],
+    + ["a token", "a path", "nothing", "NaN", "an index beside whole weights", "an index that leads elsewhere"]
+    + ["an index of something else"],
 )
 def test_what_is_not_published(kind, saved, tmp_path, run_script, capsys):
     folder = shutil.copytree(saved, tmp_path / "model")
     expected = spoil(folder, kind)
     assert expected in refusal(run_script, capsys, folder, "alice/m")
     assert not (tmp_path / "model-hub").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "config.json", "training.json", "README.md", "tokenizer.json", "model.safetensors"]
+    + ["evaluation/results.json"],
+)
+@pytest.mark.parametrize("through", ["file", "folder", "chain"])
+def test_a_link_to_somewhere_else_is_not_followed(name, through, saved, tmp_path):
+    """A file that is a link, a folder that is one, a link to a link: all end outside."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    path, secret = folder / name, tmp_path / "elsewhere" / Path(name).name
+    secret.parent.mkdir()
+    secret.write_bytes(path.read_bytes() if path.exists() else b"{}")
+    path.unlink(missing_ok=True)
+    if through == "folder" and "/" in name:
+        path.parent.symlink_to(secret.parent)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        (tmp_path / "between").symlink_to(secret)
+        path.symlink_to(tmp_path / "between" if through == "chain" else secret)
+    with pytest.raises(ValueError, match=f"'{name}' is a link to a file outside of the folder"):
+        repository_files(folder, "alice/m")
+
+
+def test_links_within_the_folder_and_to_the_cache_of_the_hub_are_followed(saved, tmp_path):
+    """A snapshot links to the blobs beside it, and to those of no other repository."""
+    snapshot, blobs = tmp_path / "models--a--m" / "snapshots" / "sha", tmp_path / "models--a--m" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in saved.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, blobs / path.name)
+            (snapshot / path.name).symlink_to(blobs / path.name)
+    assert set(repository_files(snapshot, "alice/m")) == set(repository_files(saved, "alice/m"))
+    shutil.copytree(blobs, tmp_path / "models--a--other" / "blobs")
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "models--a--other" / "blobs" / "tokenizer.json")
+    with pytest.raises(ValueError, match="'tokenizer.json' is a link"):
+        repository_files(snapshot, "alice/m")
+    folder = shutil.copytree(saved, tmp_path / "linked" / "model")
+    (tmp_path / "alias").symlink_to(folder)
+    (folder / "config.json").rename(folder / "first.json")
+    (folder / "config.json").symlink_to(folder / "first.json")
+    assert "config.json" in repository_files(tmp_path / "alias", "alice/m")
+
+
+def test_only_weights_of_the_index_are_published(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    save_file({"x": torch.ones(1)}, folder / "adapter.safetensors")
+    assert "adapter.safetensors" not in repository_files(folder, "alice/m")
+
+
+# assembled here, so that no scanner takes this file for a leak
+KEYS = {
+    "an OpenAI key": "sk-" + "proj-" + "Ab3" * 12,
+    "an Anthropic key": "sk-" + "ant-api03-" + "Ab3" * 12,
+    "an AWS key": "AKIA" + "IOSFODNN7EXAMPLE",
+    "a GitHub token": "ghp" + "_" + "aB3" * 12,
+    "a Google key": "AIza" + "SyA-1234567" + "aB3" * 8,
+    "a Slack token": "xoxb" + "-123456789012-abcdef",
+    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIE",
+    "a password in an address": "https://alice:" + "geheim@example.org/x",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "README.md", "tokenizer_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_are_not_published(kind, name, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    key = KEYS[kind]
+    text = json.dumps({"made_with": key}) if name.endswith(".json") else f"made with {key} by hand"
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"'{name}' holds {kind}: take it out, and revoke it") as error:
+        repository_files(folder, "alice/m")
+    assert key not in str(error.value)
+
+
+PATHS = ["/home/alice/data", "/Users/alice/data", "C:\\Users\\alice\\data", "c:/users/alice", "file:///home/alice/x"]
+PATHS += ["/export/home/alice/x", "/mnt/c/Users/alice", "/root/data/x", "PYTHONPATH=/usr/lib:/home/alice/lib"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["generation_config.json", "README.md"])
+def test_paths_of_users_are_not_published(path, name, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    text = json.dumps({"made_in": path}).replace("/", "\\/") if name.endswith(".json") else f"made in `{path}`."
+    (folder / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=f"'{name}' holds an? (absolute path of a user's folder|path of this machine)"
+    ) as error:
+        repository_files(folder, "alice/m")
+    assert "alice/" not in str(error.value)
+
+
+def test_what_resembles_a_key_or_a_path_is_published(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    words = "See https://example.org/home/alice, docs/home/x, ~/home, task-specific-tokenizers-2024, mask-2-something."
+    (folder / "README.md").write_text(f"{words} AKIAB sk-short https://huggingface.co/Users/x hf_relpos")
+    assert repository_files(folder, "alice/m")["README.md"] == folder / "README.md"
 
 
 def test_a_scheme_from_elsewhere_is_not_published(tmp_path):
