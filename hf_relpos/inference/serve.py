@@ -1,9 +1,11 @@
 """`hf-relpos serve DIR`: `transformers serve` for models of the family.
 
 `transformers serve` looks a model's class up by name among those of transformers itself, so it finds no custom code,
-trusted or not. Here the class is put there first; server and options are those of transformers.
+trusted or not. Here the class is put there first; server and options are those of transformers, but for
+`--max_new_tokens`, what one request may ask for at most. Generation ends when its client has gone.
 """
 
+import inspect
 import sys
 import time
 from collections.abc import Sequence
@@ -16,13 +18,18 @@ from ..cli import command
 from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
+from .serving_limits import FollowClient, follow_clients, limit_handler, pop_cap, start_empty_prompts
 
 
-USAGE = "hf-relpos serve DIR [options of `transformers serve`, see `hf-relpos serve --help`]"
+USAGE = (
+    "hf-relpos serve DIR [--max_new_tokens N: what a request may ask for, the model's max_position_embeddings by "
+    "default] [options of `transformers serve`, see `hf-relpos serve --help`]"
+)
 
 
-def check_model(name: str, options: Sequence[str]) -> None:
-    """Raises `ValueError` unless `name` is a folder with a language model of the family that can be served this way."""
+def check_model(name: str, options: Sequence[str]) -> RelPosConfig:
+    """→ the configuration of a folder; raises `ValueError` unless it holds a language model of the family that can be
+    served this way."""
     if not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name!r} is not a folder with a saved model: {USAGE}")
     try:
@@ -33,12 +40,20 @@ def check_model(name: str, options: Sequence[str]) -> None:
         raise ValueError(f"{name!r} is not a model of the family ('relpos'), got {fields.get('model_type')!r}.")
     if fields.get("architectures") != [RelPosForCausalLM.__name__]:
         raise ValueError(f"{name!r} must hold a {RelPosForCausalLM.__name__}, got {fields.get('architectures')}.")
+    config = RelPosConfig.from_dict(fields)
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
-        check_implementation(RelPosConfig.from_dict(fields), "paged|sdpa (--continuous-batching)")
+        check_implementation(config, "paged|sdpa (--continuous-batching)")
+    return config
 
 
-def adapt_server(name: str) -> None:
-    """Makes transformers' server load the family, list the model it serves, and say what is wrong with a request."""
+def adapt_server(name: str, cap: int) -> None:
+    """Makes transformers' server load the family, list the model it serves, limit what a request costs, and say what is
+    wrong with one.
+
+    Args:
+        name: folder of the model.
+        cap: new tokens of a request at most.
+    """
     from fastapi.responses import JSONResponse
     from transformers.cli.serving import model_manager, server
 
@@ -46,12 +61,22 @@ def adapt_server(name: str) -> None:
     listed = {"id": name, "object": "model", "created": int(time.time()), "owned_by": ""}
 
     def answer(request: Any, error: Exception) -> JSONResponse:  # in OpenAI's form: its client shows this message
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
+        return JSONResponse({"error": {"message": reason, "type": "invalid_request_error"}}, status_code=400)
 
     def build(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(build_server).bind(*args, **kwargs).arguments
+        for handler in given.values():
+            if hasattr(handler, "_build_generation_config"):
+                limit_handler(handler, cap)
+        start_empty_prompts(given["completion_handler"])
+        follow_clients(given["generation_state"])
         app = build_server(*args, **kwargs)
-        # no chat template, or a text past a learned table: else "Internal Server Error" without the reason
-        app.add_exception_handler(ValueError, answer)
+        # no chat template, a text past a learned table, a field that is missing or of another type: else "Internal
+        # Server Error" without the reason
+        for kind in (ValueError, KeyError, TypeError):
+            app.add_exception_handler(kind, answer)
+        app.add_middleware(FollowClient)
         return app
 
     setattr(model_manager.transformers, RelPosForCausalLM.__name__, RelPosForCausalLM)
@@ -73,8 +98,9 @@ def main() -> None:
     from transformers.cli.transformers import app
 
     if arguments[1] not in ("--help", "-h"):
-        check_model(arguments[1], arguments[2:])
-        adapt_server(arguments[1])
+        cap = pop_cap(arguments)
+        config = check_model(arguments[1], arguments[2:])
+        adapt_server(arguments[1], cap or config.max_position_embeddings)
     app(arguments)
 
 

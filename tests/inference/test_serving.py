@@ -1,12 +1,14 @@
 """`hf-relpos serve` answers as the model does in this process, and says what it cannot serve."""
 
+import http.client
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import ROOT, make_model, make_tokenizer, save_with_tokenizer
@@ -117,6 +119,57 @@ def test_lists_the_served_model_and_no_other(served):
     assert "pinned" in error.value.response.text
 
 
+def test_an_empty_prompt_starts_a_document(served):
+    client, name, model = served
+    request = {"model": name, "temperature": 0, "max_tokens": NEW_TOKENS}
+    tokenizer = make_tokenizer(TEMPLATE)
+    expected = greedy_text(model, tokenizer, tokenizer.bos_token or tokenizer.eos_token)
+    assert client.completions.create(prompt="", **request).choices[0].text == expected
+    pieces = client.completions.create(prompt="", stream=True, **request)
+    assert "".join(piece.choices[0].text for piece in pieces) == expected
+
+
+def test_what_a_request_may_ask_for(served):
+    """160 positions, `max_position_embeddings` of the model, is the cap; none of these may be a 500."""
+    client, name, _ = served
+    for count in (161, 10**7, 0, -1):
+        with pytest.raises(openai.BadRequestError, match="`max_tokens` must be a number of 1 to 160"):
+            client.completions.create(model=name, prompt=PROMPT, max_tokens=count)
+        with pytest.raises(openai.BadRequestError, match="must be a number of 1 to 160"):
+            client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=count, stream=True)
+    for options in ('{"max_new_tokens": 10000000}', '{"max_length": 10000000}'):
+        with pytest.raises(openai.BadRequestError, match=r"`generation_config\.max_\w+` must be a number of 1 to 160"):
+            client.completions.create(model=name, prompt=PROMPT, extra_body={"generation_config": options})
+    answer = client.completions.create(model=name, prompt=PROMPT)
+    assert answer.usage.completion_tokens <= 160
+    for body in ({"messages": "x"}, {"messages": None}, {"prompt": PROMPT, "seed": "x"}, {"messages": [{}]}):
+        path = "/chat/completions" if "messages" in body else "/completions"
+        with pytest.raises(openai.BadRequestError):
+            client.post(path, body={"model": name, **body}, cast_to=dict)
+
+
+@pytest.mark.parametrize(
+    "path, text", [("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": MESSAGES})]
+)
+def test_a_client_that_has_gone_holds_nobody_up(path, text, tmp_path):
+    """Ten minutes of tokens, asked for and left, with and without a stream: the next request is answered at once."""
+    save_with_tokenizer(tmp_path / "alibi", "alibi", TEMPLATE, eos_token_id=None)
+    with serve(tmp_path / "alibi", "--max_new_tokens", "1000000") as client:
+        short = {"model": str(tmp_path / "alibi"), "prompt": PROMPT, "temperature": 0, "max_tokens": 2}
+        client.completions.create(**short)
+        for stream in (False, True):
+            body = {"model": short["model"], "max_tokens": 1_000_000, "temperature": 0, "stream": stream, **text}
+            address = client.base_url
+            connection = http.client.HTTPConnection(address.host, address.port, timeout=2)
+            connection.request("POST", f"/v1/{path}", json.dumps(body), {"Content-Type": "application/json"})
+            with suppress(TimeoutError):
+                connection.getresponse().read(300)
+            connection.close()
+            begun = time.monotonic()
+            client.completions.create(**short)
+            assert time.monotonic() - begun < 20
+
+
 def test_says_what_is_wrong_with_a_request(tmp_path):
     """A model saved without a chat template completes; a chat, or a text past its learned table, gets the reason."""
     model = save_with_tokenizer(tmp_path / "learned", "learned")
@@ -153,6 +206,8 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
         (["serve", tmp_path / "llama"], "is not a model of the family ('relpos'), got 'llama'"),
         (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
         (["serve", tmp_path / "bias", "--continuous-batching"], "would drop the position bias"),
+        (["serve", tmp_path / "bias", "--max_new_tokens"], "`max_new_tokens` must be one number of at least 1, got ''"),
+        (["serve", tmp_path / "bias", "--max-new-tokens=0"], "`max_new_tokens` must be one number of at least 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["hf-relpos", *map(str, arguments)])
         with pytest.raises(SystemExit) as error:
