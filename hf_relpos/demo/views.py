@@ -18,6 +18,7 @@ from ..results.result_file import smooth_by_position
 
 
 MAX_TOKENS = 8192  # of a pasted text: its logits are in memory at once
+MAX_CHARACTERS = 32 * MAX_TOKENS  # of a text that is cut into tokens at all, which takes long and much memory
 MAX_POINTS = 400  # of a drawn curve
 COLORS = ("#2f7ed8", "#e0662f", "#159a6c", "#a55fd6", "#d6455d", "#1295a6", "#a8702a", "#7d7f86")  # on white and black
 LINES = ("-", "--", ":", "-.")
@@ -113,7 +114,12 @@ def generate_cards(
 ) -> Iterator[str]:
     """→ the page's columns after each round of one token per model; an error of a model is shown in its column."""
     options = int(max_new_tokens), float(temperature), float(top_p), int(seed)
-    streams = {index: sample(entry.model, entry.tokenizer, prompt, *options) for index, entry in enumerate(entries)}
+    try:
+        check_characters("prompt", prompt)
+    except ValueError as error:
+        yield render(CARDS, rows=[[entry, "", "", "", str(error)] for entry in entries])
+        return
+    streams = {index: _sample(entry, prompt, *options) for index, entry in enumerate(entries)}
     counts, rows = [0] * len(entries), [[entry, prompt, "", "…", ""] for entry in entries]
     while streams:
         for index in list(streams):
@@ -129,6 +135,19 @@ def generate_cards(
                 del streams[index]
                 row[4] = str(error)
         yield render(CARDS, rows=rows)
+
+
+def _sample(entry: PageModel, prompt: str, *options: Any) -> Iterator[tuple[list[int], str]]:
+    count = len(entry.tokenizer(prompt, verbose=False)["input_ids"])
+    if count > MAX_TOKENS:
+        raise ValueError(f"The prompt has {count} tokens: this page reads at most {MAX_TOKENS}.")
+    yield from sample(entry.model, entry.tokenizer, prompt, *options)
+
+
+def check_characters(name: str, text: str) -> None:
+    """Raises `ValueError` for a text that is too long to be cut into tokens here."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"The {name} has {len(text)} characters: this page reads at most {MAX_CHARACTERS}.")
 
 
 def _counted(count: int) -> str:
@@ -147,6 +166,7 @@ def losses_by_position(entry: PageModel, text: str) -> np.ndarray:
     Raises:
         ValueError: if the text is too short for a loss, or too long for the model or this page.
     """
+    check_characters("text", text)
     tokens = entry.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     count, limit = tokens.shape[1], entry.model.config.max_positions
     if count < 2:

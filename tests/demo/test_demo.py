@@ -86,6 +86,18 @@ def test_losses_say_what_cannot_be_read(entries, monkeypatch):
         losses_by_position(bias, TEXT)
 
 
+def test_the_size_of_a_text_is_checked_before_it_is_cut_into_tokens(entries):
+    def fail(*args, **kwargs):
+        raise AssertionError("it was cut")
+
+    entry = PageModel("m", entries[0].model, fail, "#000000")
+    for length in (32 * 8192 + 1, 10_000_000):
+        page = losses_page([entry], "a" * length)
+        assert f"The text has {length} characters: this page reads at most 262144" in page
+        (page,) = generate_cards([entry], "a" * length, 5, 0, 1, 42)
+        assert f"The prompt has {length} characters" in page and len(page) < 1000
+
+
 @pytest.mark.parametrize("temperature, top_p", [(0, 1), (1, 1), (0.7, 0.8)], ids=["greedy", "all", "sharper"])
 def test_sampling_in_turns_gives_the_tokens_of_generate(entries, temperature, top_p):
     streams = [sample(entry.model, entry.tokenizer, PROMPT, 12, temperature, top_p, seed=5) for entry in entries]
