@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult
 
 from ..model.scheme_registry import position_embedding_classes
-from ..results.result_file import markdown, score_cells
+from ..results.result_file import escape_markdown, markdown, score_cells
 
 
 # a model fails at a length where perplexity is this many times that at the training length, or a score this part of it
@@ -26,9 +27,11 @@ def evaluation_section(
     """
     result = mean_result(runs)
     corpus, is_task = result["corpus"], "task" in result
-    what = f"task {result['task']}" if is_task else f"the {corpus['split']} split of {corpus_name(corpus)}"
+    task, split = escape_markdown(result.get("task")), escape_markdown(corpus["split"])
+    what = f"task {task}" if is_task else f"the {split} split of {corpus_name(corpus)}"
     if is_task:
-        about = f"{result['score_name'].capitalize()}, {corpus['num_windows']} rows of each kind and length."
+        score = escape_markdown(result["score_name"].capitalize())
+        about = f"{score}, {corpus['num_windows']} rows of each kind and length."
     else:
         (num_tokens,) = {cell["num_tokens"] for cell in result["lengths"].values()}
         about = (
@@ -40,20 +43,22 @@ def evaluation_section(
         "title": f"{'Score' if is_task else 'Loss'} by length: {what}",
         "about": (spread + about).strip(),
         "table": _task_table(runs) if is_task else _text_table(runs),
-        "picture": picture[0] if picture else None,
-        "caption": f"{'Score by length' if is_task else 'Loss by position'}, {result['pos_embedding_type']}",
+        "picture": quote(picture[0]) if picture else None,
+        "caption": ("Score by length, " if is_task else "Loss by position, ")
+        + escape_markdown(result["pos_embedding_type"]),
         "failure": ("Judged by the means over the seeds. " if len(runs) > 1 else "") + _failure(result, config),
     }
 
 
 def corpus_name(corpus: dict[str, Any]) -> str:
-    return {"sotu": "sotu (State of the Union messages)"}.get(corpus["name"], corpus["name"])
+    """→ its name, as Markdown."""
+    return {"sotu": "sotu (State of the Union messages)"}.get(corpus["name"], escape_markdown(corpus["name"]))
 
 
 def seeds_in_words(runs: Sequence[dict[str, Any]]) -> str:
     """→ "seed 42" or "seeds 42, 365"."""
     seeds = ", ".join(map(str, sorted(run["seed"] for run in runs)))
-    return f"seed{'s' if len(runs) > 1 else ''} {seeds}"
+    return f"seed{'s' if len(runs) > 1 else ''} {escape_markdown(seeds)}"
 
 
 def mean_result(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

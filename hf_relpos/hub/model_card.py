@@ -1,6 +1,7 @@
 """Model cards: what a model is, how it does at which length and where it fails, from its files and nothing else."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..model.saved_code import AUTO_MAP, carried_names
 from ..model.scheme_registry import position_embedding_classes
+from ..results.result_file import escape_markdown
 from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
 from .card_evaluation import corpus_name, eval_results, evaluation_section, seeds_in_words
@@ -68,6 +70,7 @@ def model_card(
         commands = reproduction(name, record, results)
     evaluations = [[result, *other_seeds] for result in results]
     auto_class = next(auto for auto, reference in AUTO_MAP.items() if reference.rpartition(".")[2] == architecture)
+    commit = (results[0] if results else record).get("versions", {}).get("commit")
     return ModelCard.from_template(
         ModelCardData(
             model_name=name,
@@ -79,7 +82,7 @@ def model_card(
             eval_results=[each for runs in evaluations for each in eval_results(runs)] or None,
         ),
         template_path=str(TEMPLATE),
-        name=name,
+        name=escape_markdown(name),
         summary=_summary(config, records, base_model),
         schemes=[scheme_facts(*item) for item in position_classes(config).items()],
         evaluations=[evaluation_section(runs, config, pictures[i : i + 1]) for i, runs in enumerate(evaluations)],
@@ -90,7 +93,8 @@ def model_card(
         training=_training_list(records) if record else None,
         setting=_setting(record),
         commands="\n".join(commands) or None,
-        commit=(results[0] if results else record).get("versions", {}).get("commit"),
+        fence=_fence("\n".join(commands)),
+        commit=_code(commit) if commit else None,
         license=license,
     )
 
@@ -146,10 +150,10 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
         lines.append(f"Trained at a length of {config['train_length']} tokens.")
     if base_model:
         made = "Finetuned from" if record.get("num_steps", 1) else "Copied, without training, from"
-        lines.append(f"{made} `{base_model}`, which was trained at {record.get('base_train_length')} tokens.")
+        lines.append(f"{made} {_code(base_model)}, which was trained at {record.get('base_train_length')} tokens.")
     fields = (record.get("changes") or {}).get("fields", {})
     if fields:
-        changes = (f"{name} from {before!r} to {after!r}" for name, (before, after) in fields.items())
+        changes = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in fields.items())
         lines.append(f"Changed in the process: {'; '.join(changes)}.")
     return " ".join(lines)
 
@@ -165,10 +169,11 @@ def _training_list(records: Sequence[dict[str, Any]]) -> str:
     measured = {
         key: mean(each[key] for each in records) for key in keys if all(each.get(key) is not None for each in records)
     }
+    code = _code(corpus["fingerprint"] or "none: streamed")
     rows = {
         "training length": f"{record['train_length']} tokens",
         "tokens": f"{record['num_tokens']:,} in {record['num_steps']:,} steps of {record['tokens_per_step']:,}",
-        "corpus": f"{corpus_name(corpus)} (fingerprint `{corpus['fingerprint'] or 'none: streamed'}`)",
+        "corpus": f"{corpus_name(corpus)} (fingerprint {code})",
         "seed": f"{seeds_in_words(records).partition(' ')[2]}; of the data's order {record['data_seed']}",
         "shape": ", ".join(f"{key} {value}" for key, value in shape.items()) if shape else None,
         "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items()),
@@ -183,7 +188,20 @@ def _training_list(records: Sequence[dict[str, Any]]) -> str:
         "time": f"{measured['seconds']:.0f} s, {measured['tokens_per_second']:.0f} tokens per second",
         "peak memory": f"{measured['peak_memory_mib']:.0f} MiB",
     }
-    return "\n".join(f"- **{key}**: {value}" for key, value in rows.items() if value)
+    texts = {key: value if key == "corpus" else escape_markdown(value) for key, value in rows.items() if value}
+    return "\n".join(f"- **{key}**: {text}" for key, text in texts.items())
+
+
+def _code(text: Any) -> str:
+    """→ Markdown of text in code, whatever it holds."""
+    text = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _fence(text: str) -> str:
+    """→ the line around a block of code that no line of it ends."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _setting(record: dict[str, Any]) -> str:
@@ -196,7 +214,7 @@ def _setting(record: dict[str, Any]) -> str:
             else f"{machine['cores']} cores of {machine['cpu']}"
         )
         words.insert(0, device)
-    return f"On {', '.join(words)}." if words else ""
+    return escape_markdown(f"On {', '.join(words)}.") if words else ""
 
 
 def reproduction(name: str, record: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[str]:

@@ -43,8 +43,18 @@ def save_figure(figure: Any, path: Path, num_colors: int = NUM_COLORS) -> None:
     path.write_bytes(figure_png(figure, num_colors))
 
 
-def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def plain(name: Any) -> str:
+    """A name as a label of a figure: matplotlib takes what stands between two dollars for mathematics."""
+    return str(name).replace("$", r"\$")
+
+
+def plot_results(results: Sequence[dict[str, Any]], folder: Path, names: Sequence[str] | None = None) -> list[Path]:
     """Draws loss by position and perplexity by length, one line per run.
+
+    Args:
+        results: any number of runs.
+        folder: where the figures go.
+        names: what to call each run; by default `labels`.
 
     Returns:
         the paths of `loss_by_position.png` and `perplexity_by_length.png` in `folder`.
@@ -53,8 +63,8 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     curves = [smooth_by_position(result["loss_by_position"]) for result in results]
-    for name, (positions, losses) in zip(labels(results), curves):
-        axes.plot(positions, losses, label=name)
+    for name, (positions, losses) in zip(names or labels(results), curves):
+        axes.plot(positions, losses, label=plain(name))
     axes.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)")
     octaves = range(math.ceil(math.log2(max(positions[-1] for positions, _ in curves))) + 1)
     _label_ticks(axes, [2**octave for octave in octaves])
@@ -62,10 +72,10 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    for name, result in zip(labels(results), results):
+    for name, result in zip(names or labels(results), results):
         lengths = sorted(int(length) for length in result["lengths"])
         perplexities = [result["lengths"][str(length)]["perplexity"] for length in lengths]
-        axes.plot(lengths, perplexities, marker="o", label=name)
+        axes.plot(lengths, perplexities, marker="o", label=plain(name))
     axes.set(xscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity, same target tokens")
     _label_ticks(axes, sorted({int(length) for result in results for length in result["lengths"]}))
     low, high = axes.get_ylim()
@@ -79,18 +89,18 @@ def plot_results(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return paths
 
 
-def plot_scores(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def plot_scores(results: Sequence[dict[str, Any]], folder: Path, names: Sequence[str] | None = None) -> list[Path]:
     """Draws the scores of a task by length, one line per run and kind of row; → the path of `score_by_length.png`."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    for name, result in zip(labels(results), results):
+    for name, result in zip(names or labels(results), results):
         lines: dict[str, dict[int, float]] = {}
         for condition, cell in score_cells(result).items():
             length, _, kind = condition.partition(" ")
             lines.setdefault(f"{name} {kind}".strip(), {})[int(length)] = cell["score"]
         for label, points in lines.items():
-            axes.plot(list(points), list(points.values()), marker="o", label=label)
-    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="length (tokens)", ylabel=results[0]["score_name"])
+            axes.plot(list(points), list(points.values()), marker="o", label=plain(label))
+    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="length (tokens)", ylabel=plain(results[0]["score_name"]))
     _label_ticks(axes, sorted({int(length) for result in results for length in result["lengths"]}))
     path = folder / "score_by_length.png"
     _finish(figure, axes, results, path)

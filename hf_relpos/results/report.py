@@ -12,8 +12,8 @@ from ..cli import command, parse_arguments
 from ..environment import write_text
 from .plots import plot_results, plot_scores
 from .report_figures import draw_figures
-from .result_file import RESULTS, markdown, markdown_table, read_readable, read_results
-from .statistics import Comparison, Group, Interval, compare, group_results, verdict
+from .result_file import RESULTS, escape_markdown, markdown, markdown_table, read_readable, read_results
+from .statistics import Comparison, Group, Interval, compare, group_results, run_labels, verdict
 
 
 VERDICTS = "Which differences are significant"
@@ -106,14 +106,15 @@ def _file_name(heading: str) -> str:
 
 
 def _as_markdown(content: dict[str, Any]) -> str:
-    parts = [f"# {content['title']}", content["summary"]]
+    escape = escape_markdown
+    parts = [f"# {escape(content['title'])}", escape(content["summary"])]
     for heading, note, rows in content["tables"]:
-        parts += [f"## {heading}", note, markdown(rows)]
-    sentences = "\n".join(f"- {sentence}" for _, sentence in content["verdicts"])
+        parts += [f"## {escape(heading)}", escape(note), markdown(rows)]
+    sentences = "\n".join(f"- {escape(sentence)}" for _, sentence in content["verdicts"])
     parts += [f"## {VERDICTS}", sentences or "One group: no comparison."]
     for heading, _ in content["figures"]:
         parts += [f"## {heading}", f"![{heading}]({_file_name(heading)})"]
-    return "\n\n".join([*parts, content["footer"]]) + "\n"
+    return "\n\n".join([*parts, escape(content["footer"])]) + "\n"
 
 
 def _as_html(content: dict[str, Any]) -> str:
@@ -293,10 +294,11 @@ def main() -> None:
             raise ValueError("no result can be read: " + "; ".join(errors))
         for error in errors:
             print(f"left out: {error}", file=sys.stderr)
-        table = markdown_table(results)
+        names = run_labels(results, args.varied)
+        table = markdown_table(results, names)
         write_text(folder / "table.md", table + "\n")
         print(table)
-        paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder)]
+        paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
     print("\n".join(f"wrote {path}" for path in paths))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure
+from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure, plain
 from .result_file import smooth_by_position
 from .statistics import Group
 
@@ -48,7 +48,7 @@ def _size(groups: Sequence[Group]) -> tuple[float, float]:
 def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str, **style: Any) -> None:
     """The mean of (seeds, points) values, with the range of the seeds as a band."""
     values = np.asarray(rows, dtype=np.float64)
-    (line,) = axes.plot(xs, values.mean(axis=0), label=label, **style)
+    (line,) = axes.plot(xs, values.mean(axis=0), label=plain(label), **style)
     axes.fill_between(xs, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 
@@ -105,10 +105,11 @@ def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
             rows = np.array([list(group.values(name, "score").values()) for name in names.values()]).T
             _band(axes, list(names), rows, group.label, marker="o", markersize=4)
         lengths = sorted({length for group in groups for length in group.lengths()})
-        axes.set(xscale="log", title=kind, ylim=(-0.03, 1.03))
+        axes.set(xscale="log", title=plain(kind), ylim=(-0.03, 1.03))
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set_xticks([], minor=True)
-        _finish(axes, groups, xlabel="length (tokens)", ylabel=f"{groups[0].score_name}, band: range of the seeds")
+        score = plain(groups[0].score_name)
+        _finish(axes, groups, xlabel="length (tokens)", ylabel=f"{score}, band: range of the seeds")
         if axes is not figure.axes[0]:
             axes.legend().remove()
             axes.set_ylabel("")
@@ -164,7 +165,8 @@ def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
             for head, values in enumerate(heads):
                 xs = [distance + 1 for distance in curves["distances"]]
                 axes.plot(xs, values, color=color, linewidth=0.9, label=f"layer {layer}" if head == 0 else None)
-        axes.set(xscale="log", title=f"{group.label}, seed {next(iter(group.by_seed))}", xlabel="distance + 1 (tokens)")
+        title = plain(f"{group.label}, seed {next(iter(group.by_seed))}")
+        axes.set(xscale="log", title=title, xlabel="distance + 1 (tokens)")
         if np.ptp(curves["layers"]) > 100:  # near distances would not show beside far ones
             axes.set_yscale("symlog", linthresh=1)
         axes.grid(alpha=0.3)

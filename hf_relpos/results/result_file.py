@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,13 @@ def labels(results: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{name}, {result.get('model')}" if names.count(name) > 1 else name for name, result in zip(names, results)]
 
 
-def markdown_table(results: Sequence[dict[str, Any]]) -> str:
+def markdown_table(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
     """One row per run: perplexity by length, the ratio of the longest to the training length, score and slope; of a
     task, the scores by length and kind.
+
+    Args:
+        results: any number of runs.
+        names: what to call each; by default `labels`.
 
     Raises:
         ValueError: for results of different kinds together.
@@ -137,15 +142,21 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     tasks = {result.get("task") for result in results}
     if len(tasks) > 1:
         raise ValueError(f"results of different tasks make no table: {sorted(map(str, tasks))}.")
-    rows = _text_rows(results) if tasks == {None} else _task_rows(results)
+    rows = (_text_rows if tasks == {None} else _task_rows)(results, names or labels(results))
     return markdown(rows)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first one the head → a table, the first column to the left and the others to the right."""
-    head, *body = rows
+    """Rows of plain text, the first one the head → a table, the first column to the left, the others to the right."""
+    head, *body = [[escape_markdown(cell) for cell in row] for row in rows]
     lines = [head, ["---", *("---:" for _ in head[1:])], *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def escape_markdown(text: Any) -> str:
+    """Text that may hold names of anybody → Markdown that shows it as it is, in one line and in a table too."""
+    escaped = re.sub(r"([\\`|$\[\]])", r"\\\1", " ".join(str(text).split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def score_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -158,21 +169,21 @@ def score_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return cells
 
 
-def _task_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _task_rows(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[list[str]]:
     conditions = list(dict.fromkeys(condition for result in results for condition in score_cells(result)))
     rows = [["scheme (seed)", *(f"{results[0]['score_name']} @{condition}" for condition in conditions)]]
-    for name, result in zip(labels(results), results):
+    for name, result in zip(names, results):
         cells = [score_cells(result).get(condition) for condition in conditions]
         rows.append([name, *(f"{c['score']:.3f} ± {c['standard_error']:.3f}" if c else "–" for c in cells)])
     return rows
 
 
-def _text_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _text_rows(results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[list[str]]:
     lengths = sorted({int(length) for result in results for length in result["lengths"]})
     reference = [_ratio(result) for result in results]
     head = ["scheme (seed)", *(f"ppl@{length}" for length in lengths), "ratio", "in-context score", "slope per 1000"]
     rows = [head]
-    for name, result, ratio in zip(labels(results), results, reference):
+    for name, result, ratio in zip(names, results, reference):
         cells = [result["lengths"].get(str(length)) for length in lengths]
         rows.append(
             [

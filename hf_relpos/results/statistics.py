@@ -30,6 +30,10 @@ VARIED: dict[str, Callable[[Any], str]] = {
 ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
+# stands for the record of a training where evaluations alone are compared
+EVALUATION_ONLY = {"recipe": {}}
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over seeds.
@@ -164,17 +168,7 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
     """
     if not results:
         raise ValueError("there are no results to compare.")
-    first = _facts(results[0])
-    allowed = sorted(name for name in first if name.startswith("recipe.") or name == "tokens_per_step")
-    for name in varied:
-        if name not in allowed:
-            raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
-    for result in results[1:]:
-        facts = _facts(result)
-        differing = [name for name in {**first, **facts} if name not in varied and facts.get(name) != first.get(name)]
-        if differing:
-            pairs = "; ".join(f"`{name}` is {first.get(name)!r} and {facts.get(name)!r}" for name in differing)
-            raise ValueError(f"results of different experiments are not averaged: {pairs}.")
+    check_comparable(results, varied)
     members: dict[str, tuple[dict[str, Any], dict[int, dict[str, Any]]]] = {}
     for result in results:
         fields = _varied(result) | {name: _facts(result)[name] for name in varied}
@@ -190,6 +184,45 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
             raise ValueError("results of one group were evaluated at different `eval_lengths`.")
     _label(groups, [fields for fields, _ in members.values()])
     return groups
+
+
+def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> None:
+    """Raises `ValueError`, naming the fields, unless results differ in nothing but what `group_results` groups by."""
+    first = _facts(results[0])
+    allowed = sorted(name for name in first if name.startswith("recipe.") or name == "tokens_per_step")
+    for name in varied:
+        if name not in allowed:
+            raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
+    for result in results[1:]:
+        facts = _facts(result)
+        differing = [name for name in {**first, **facts} if name not in varied and facts.get(name) != first.get(name)]
+        if differing:
+            pairs = "; ".join(f"`{name}` is {first.get(name)!r} and {facts.get(name)!r}" for name in differing)
+            raise ValueError(f"results of different experiments are not compared: {pairs}.")
+
+
+def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[str]:
+    """What to call each run: what sets its group apart, and its seed.
+
+    Models without a record of their training, such as those of other families, go by their names.
+
+    Raises:
+        ValueError: as `group_results`; results without a record must agree in their corpus and evaluation.
+    """
+    recorded = [result for result in results if result.get("training")]
+    others = [result for result in results if not result.get("training")]
+    labels = {
+        id(run): f"{group.label} ({seed})"
+        for group in (group_results(recorded, varied) if recorded else ())
+        for seed, run in group.by_seed.items()
+    }
+    labels |= {id(result): str(result.get("model") or result["pos_embedding_type"] or "model") for result in others}
+    bare = [{**result, "training": EVALUATION_ONLY} for result in (*recorded[:1], *others)] if others else []
+    check_comparable(bare or results, () if others else varied)
+    names = [labels[id(result)] for result in results]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two results are of {repeated[0]!r}: a table cannot tell them apart.")
+    return names
 
 
 def _facts(result: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Cards: what stands in them is what the result files hold, and nothing that must not leave the machine."""
 
+import html
 import json
 import re
 import shlex
@@ -77,6 +78,28 @@ def test_every_figure_of_the_table_is_that_of_the_result():
         loss, perplexity, median, ratio = (cell.strip() for cell in row.split("|"))
         assert loss == f"{cell['loss']:.4f}" and perplexity == f"{cell['perplexity']:.2f}"
         assert median == f"{cell['median_loss']:.4f}" and ratio == f"{100 * (cell['perplexity'] / base - 1):+.1f} %"
+
+
+HOSTILE = "<script>alert(1)</script> a|b `c` $b$ ![i](http://x/y.png)"
+
+
+def test_names_are_shown_as_they_are():
+    """In Markdown as a reader has it that lets HTML through; nothing ends a block of code or a string."""
+    markdown_it = pytest.importorskip("markdown_it")
+    result = json.loads(json.dumps(RESULT))
+    result["corpus"] |= {"name": HOSTILE, "split": HOSTILE}
+    result["versions"]["commit"] = "abc`<script>"
+    record = {**result["training"], "base_model": HOSTILE, "base_train_length": 8, "corpus": result["corpus"]}
+    record |= {"recipe": {HOSTILE: HOSTILE}, "changes": {"fields": {HOSTILE: (HOSTILE, 1)}}}
+    commands = ["hf-relpos train --run x\n```\n<script>"]
+    card = model_card(config_of(result), HOSTILE, record, [result], [f"{HOSTILE}/x.png"], commands=commands)
+    page = markdown_it.MarkdownIt("commonmark").enable("table").render(card.text)
+    shown = html.unescape(re.sub("<[^>]*>", "", page))
+    assert "<script" not in page and page.count("<img") == 1 and 'src="http:' not in page
+    assert shown.count(HOSTILE) >= 8
+    (name,) = set(re.findall(r"from_pretrained\((.*?\"), trust", card.text))
+    assert json.loads(name) == HOSTILE
+    assert ModelCard(str(card)).data.model_name == HOSTILE
 
 
 def test_the_card_of_a_setting_has_means_over_its_seeds():

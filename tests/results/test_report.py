@@ -1,5 +1,6 @@
 """Statistics over seeds against values by hand and by scipy, and the page that they are written to."""
 
+import html
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import pytest
 from scipy import stats
 
 from hf_relpos.environment import write_json
+from hf_relpos.results import plots, report_figures
 from hf_relpos.results.report import write_report
 from hf_relpos.results.result_file import RESULTS, read_results, smooth_by_position, write_results
 from hf_relpos.results.statistics import Interval, compare, group_results, holm, paired_p_value, verdict
@@ -202,6 +204,84 @@ def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, t
     assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in names[2:])
     table = (tmp_path / "report" / "table.md").read_text()
     assert len(table.splitlines()) == 2 + 4 and "| none (1337) |" in table
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r["corpus"].update(fingerprint="g"), "`corpus.fingerprint` is 'f' and 'g'"),
+        (lambda r: r["corpus"].update(name="sotu"), "`corpus.name` is 'books' and 'sotu'"),
+        (lambda r: r["corpus"].update(split="validation"), "`corpus.split` is 'test' and 'validation'"),
+        (lambda r: r["training"]["recipe"].update(learning_rate=1.0), "`recipe.learning_rate` is 0.0002 and 1.0"),
+        (lambda r: r["training"].update(tokens_per_step=1), "`tokens_per_step` is 16384 and 1"),
+        (lambda r: r.update(pos_embedding_type="none"), "two results are of 'none' with seed 42"),
+    ],
+    ids=["fingerprint", "corpus", "split", "recipe", "batch", "twice"],
+)
+def test_a_table_of_files_refuses_what_a_report_refuses(change, message, run_script, tmp_path, capsys):
+    results = [make_result("none"), make_result("alibi")]
+    change(results[1])
+    for index, result in enumerate(results):
+        write_json(tmp_path / f"{index}.json", result)
+    with pytest.raises(SystemExit, match="2"):
+        run_script("report", "--results", tmp_path / "0.json", tmp_path / "1.json", "--output_dir", tmp_path / "out")
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_table_of_files_names_what_sets_runs_apart(run_script, tmp_path, capsys):
+    for index, steps in enumerate((10, 20)):
+        write_json(tmp_path / f"{index}.json", make_result("alibi", 1, num_steps=steps))
+    other = {**make_result(None, 0), "training": None, "model": "gpt2"}
+    write_json(tmp_path / "2.json", other)
+    files = [tmp_path / f"{index}.json" for index in range(3)]
+    run_script("report", "--results", *files, "--output_dir", tmp_path / "out")
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| alibi 10 steps (1)",
+        "| alibi 20 steps (1)",
+        "| gpt2",
+    ]
+    other["corpus"]["fingerprint"] = "g"
+    write_json(tmp_path / "2.json", other)
+    with pytest.raises(SystemExit, match="2"):
+        run_script("report", "--results", *files, "--output_dir", tmp_path / "out")
+    assert "`corpus.fingerprint` is 'f' and 'g'" in capsys.readouterr().err
+
+
+HOSTILE = "<script>alert(1)</script> a|b `c` $b$ ![i](http://x/y.png) </td> \\"
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    """In Markdown as a reader has it that lets HTML through, in the one page, and in figures."""
+    markdown_it = pytest.importorskip("markdown_it")
+    results = [make_result(scheme, seed) for scheme in (HOSTILE, "$b$") for seed in (1, 2, 3)]
+    for result in results:
+        result["corpus"].update(name=HOSTILE)
+    paths = write_report(results, tmp_path, title=HOSTILE)
+    page = markdown_it.MarkdownIt("commonmark").enable("table").render(paths[0].read_text(encoding="utf-8"))
+    shown = html.unescape(re.sub("<[^>]*>", "", page))
+    assert "<script" not in page and "http://x" not in re.sub(
+        "<td.*?</td>|<h.*?</h.>|<p>.*?</p>|<li>.*?</li>", "", page
+    )
+    assert shown.count(HOSTILE) >= 5 and page.count("<img") == len(paths) - 2
+    assert {row.count("<td") for row in page.split("<tr>")[1:]} == {0, 3, 5, 7}  # the columns of the three tables
+    assert "<script" not in paths[1].read_text(encoding="utf-8")
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path, monkeypatch):
+    from matplotlib.cbook import is_math_text
+
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(report_figures, "figure_png", lambda figure, *_: figures.append(figure) or b"")
+    results = [make_result("$b$", seed) for seed in (1, 2)]
+    plots.plot_results(results, tmp_path)
+    plots.plot_scores([make_score("$b$", 1, 0.5)], tmp_path)
+    report_figures.draw_figures(group_results(results))
+    texts = [text.get_text() for figure in figures for axes in figure.axes for text in axes.get_legend().get_texts()]
+    titles = [axes.get_title() for figure in figures for axes in figure.axes if axes.get_title()]
+    assert len(figures) == 7 and any("b" in text for text in texts) and titles
+    assert not any(is_math_text(text) for text in texts + titles)
 
 
 def test_stored_results_give_the_same_report(results, tmp_path):
