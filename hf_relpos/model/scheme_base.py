@@ -45,8 +45,8 @@ RENAMED_HOOKS = {"bias": "dense_bias", "key_state": "key_bias", "table_limit": "
 class Positions:
     """Where the queries and the keys of some layers stand: integers counted over real tokens, never tensor indices.
 
-    Layers with a sliding window may cache other keys than layers without one: an object is for layers that have the same
-    keys.
+    Layers with a sliding window may cache other keys than layers without one: an object is for layers that have the
+    same keys.
 
     Attributes:
         query: (B or 1, Q) int64, the position of each query token.
@@ -140,7 +140,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return None
 
     def dense_bias(self, positions: Positions) -> torch.Tensor | None:
-        """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that is no function of the
+        """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that does not depend on the
         distance alone. It is evaluated for every pair, unless `max_table_position` says up to which
         query `distance_bias` is the whole bias."""
         return None
