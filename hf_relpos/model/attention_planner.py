@@ -146,8 +146,8 @@ def _last_table_position(
         return -1.0
     if group.has_key_bias and not plan_class.supports_key_bias:
         return -1.0
-    # a key bias makes many weights below 2^−126, which slow torch's CPU kernel several times, and ours not: such schemes
-    # get a table of zeros
+    # a key bias makes many weights below 2^−126, which slow torch's CPU kernel several times, and ours not: such
+    # schemes get a table of zeros
     is_zero_table = not group.has_pair_bias and inputs_embeds.device.type == "cpu"
     if not group.has_distance_table and not is_zero_table:
         return -1.0
@@ -155,8 +155,8 @@ def _last_table_position(
         return math.inf
     schemes = chain(*(model.layers[index].self_attn.position_embeddings.values() for index in layers))
     limits = [scheme.max_table_position() for scheme in schemes if "max_table_position" in scheme.hooks]
-    # one look at the device for all layers; a traced graph cannot inspect values, and FlexAttention takes all queries at
-    # once
+    # one look at the device for all layers; a traced graph cannot inspect values, and FlexAttention takes all queries
+    # at once
     if plan_class.needs_mask or is_tracing(limits[0]):
         return -1.0
     return float(torch.stack(limits).min())
