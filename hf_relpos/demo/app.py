@@ -20,7 +20,7 @@ from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, los
 DESCRIPTION = """\
 A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
 
-python scripts/demo.py output/alibi output/rotary
+hf-relpos demo output/alibi output/rotary
 """
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")

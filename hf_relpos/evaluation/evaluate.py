@@ -27,7 +27,7 @@ DESCRIPTION = """\
 Evaluates any causal language model of transformers by length and by position, over the same target tokens; or by the
 rows of a synthetic task (--task).
 
-python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
+hf-relpos evaluate --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
 """
 
 

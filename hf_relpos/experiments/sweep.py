@@ -34,7 +34,7 @@ from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experim
 DESCRIPTION = """\
 Runs the experiment that a YAML file states, and continues where an earlier call stopped.
 
-python scripts/sweep.py --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
+hf-relpos sweep --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
 """
 MAX_RETRIES = 3  # of a run whose worker died
 PROGRESS, FAILURE, LOG = "progress.json", "failure.txt", "log.txt"

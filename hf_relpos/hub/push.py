@@ -248,7 +248,7 @@ def _same_weights(first: Path, second: Path) -> bool:
 DESCRIPTION = """\
 Publishes a saved model of the family: weights, code, tokenizer, results and card, in one commit.
 
-python scripts/push_to_hub.py output/alibi alice/relpos-alibi
+hf-relpos push output/alibi alice/relpos-alibi
 """
 
 

@@ -27,7 +27,7 @@ from ..model_loading import load_model, load_model_tokenizer
 DESCRIPTION = """\
 Generates text from a saved model: one prompt streamed to the terminal, or a file of prompts in batches.
 
-python scripts/generate.py --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
+hf-relpos generate --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
 """
 # flags that are fields of GenerationConfig
 SAMPLING_FLAGS = (

@@ -144,7 +144,8 @@ def _attend(
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = TableCall(scaling, is_causal, offset, key_mask, documents, window)
-    return TABLE_KERNELS[kernel].forward(query, key, value, bias_table, call)
+    out, lse = TABLE_KERNELS[kernel].forward(query, key, value, bias_table, call)
+    return _as_layers(out), lse
 
 
 @_attend.register_fake
@@ -170,7 +171,8 @@ def _attend_backward(
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     call = TableCall(scaling, is_causal, offset, key_mask, documents, window)
-    return TABLE_KERNELS[kernel].backward(grad_out, query, key, value, out, lse, bias_table, call)
+    *gradients, grad_table = TABLE_KERNELS[kernel].backward(grad_out, query, key, value, out, lse, bias_table, call)
+    return *map(_as_layers, gradients), grad_table
 
 
 @_attend_backward.register_fake
@@ -181,6 +183,11 @@ def _(grad_out, query, key, value, out, lse, bias_table, *call):
 def _like_layers(x: torch.Tensor) -> torch.Tensor:
     """(B, H, N, D) laid out as the layers do, the heads of a token beside each other."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _as_layers(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) in the memory layout that a traced graph expects; a copy only for a kernel with another one."""
+    return x if x.transpose(1, 2).is_contiguous() else _like_layers(x).copy_(x)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:

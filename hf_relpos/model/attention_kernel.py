@@ -1,4 +1,4 @@
-"""The interface of a kernel for attention with a table of the distances. Adding one is one class.
+"""The interface of a kernel for attention with a table of the distances. Adding one takes one class.
 
 Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, L length of a
 table.
@@ -15,7 +15,7 @@ TABLE_KERNELS: dict[str, type["TableKernel"]] = {}
 
 @dataclass(frozen=True)
 class TableCall:
-    """What a kernel is asked for beside its tensors; checked by `distance_bias_attention`.
+    """The arguments of a kernel other than its tensors; checked by `distance_bias_attention`.
 
     Attributes:
         scaling: factor of q · k.
@@ -50,11 +50,15 @@ class TableKernel:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls) or cls.name in TABLE_KERNELS:
+            raise TypeError(
+                f"kernel {cls.__name__!r} must have a `name` that is new, got {getattr(cls, 'name', None)!r}."
+            )
         TABLE_KERNELS[cls.name] = cls
 
     @staticmethod
     def supports(query: torch.Tensor, key: torch.Tensor, bias_table: torch.Tensor, call: TableCall) -> bool:
-        """Whether it computes this call, exactly, by shapes, device, dtypes and the table."""
+        """Whether it can compute this call exactly, judged by shapes, device, dtypes and the table."""
         raise NotImplementedError
 
     @staticmethod
@@ -62,7 +66,7 @@ class TableKernel:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias_table: torch.Tensor, call: TableCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, Q, D), (B, G, K, D) twice, (H, L) → (B, H, Q, D) output in the dtype of `query`, and the (B, H, Q)
-        logarithm of the sum of exponentials of each row in that of `bias_table`."""
+        logarithm of the sum of exponentials of each row in that of `bias_table`; output 0 for a query without keys."""
         raise NotImplementedError
 
     @staticmethod
@@ -83,7 +87,7 @@ class TableKernel:
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias_table: torch.Tensor, call: TableCall
     ) -> torch.Tensor:
-        """→ (B, H, Q, D): the whole computation, differentiable, for kernels that are no operator."""
+        """→ (B, H, Q, D): the whole computation, differentiable, for kernels that are not operators."""
         raise NotImplementedError
 
 

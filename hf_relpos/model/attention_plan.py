@@ -1,6 +1,6 @@
-"""How the layers of a group attend in one forward: an object that knows its name and attends, so that layers know no
-kernel. `attention_planner.py` chooses it. A further way to attend is a further class here; a further kernel for a table
-of the distances is a `TableKernel`.
+"""How the layers of a group attend in one forward: a plan has a name and computes attention; layers need not know the
+kernel. `attention_planner.py` chooses it. To add a way to attend, add a class here; to add a kernel for a table of the
+distances, a `TableKernel`.
 
 Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, C hidden size.
 """
@@ -32,7 +32,7 @@ class AttentionInputs:
 
     Attributes:
         query: (B, H, Q, D), rotated.
-        key, value: (B, G, K, D), those of the cache among them.
+        key, value: (B, G, K, D), including the cached ones.
         key_bias: (B, H, K) fp32, what the keys add to the bias of earlier keys; `None` if no scheme has any.
         shard_heads: (H, ..) values of all heads → those of this rank, where tensor parallelism shares heads out.
     """
@@ -183,8 +183,8 @@ class DensePlan(AttentionPlan):
 
 @dataclass(kw_only=True)
 class TablePlan(AttentionPlan):
-    """Attention with a table of the distances, by the fastest kernel that supports it: the distance of any query to any
-    key that it sees is that of their slots.
+    """Attention with a table of the distances, by the first kernel that supports it. Requires that the distance of
+    any query to any key that it sees is that of their slots.
 
     Attributes:
         layer: an attention layer of the group.
@@ -242,10 +242,10 @@ class TablePlan(AttentionPlan):
         return output.transpose(1, 2), None
 
     def _table(self, layer: nn.Module, inputs: AttentionInputs, shared_table: torch.Tensor | None) -> torch.Tensor:
-        """→ (H, span) fp32 (fp64 beside fp64), from distance 0 on, for the heads of this rank."""
+        """→ (H, span) fp32 (fp64 if the queries are), from distance 0 on, for the heads of this rank."""
         query, dtype = inputs.query, torch.promote_types(inputs.query.dtype, torch.float32)
         table = self._sum_tables(layer, shared_table, self.span)
-        if table is None:  # the bias is all in the keys
+        if table is None:  # the keys carry the whole bias
             return query.new_zeros(query.shape[1], self.span, dtype=dtype)
         return inputs.shard_heads(table).to(dtype)
 

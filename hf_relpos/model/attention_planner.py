@@ -1,4 +1,4 @@
-"""Which plan a group of layers attends by: decided once per forward, here and nowhere else.
+"""Chooses the plan of each group of layers, once per forward, here and nowhere else.
 
 Shape letters: B batch, H query heads, Q query length, K key length, C hidden size.
 """
@@ -146,8 +146,8 @@ def _last_table_position(
         return -1.0
     if group.has_key_bias and not plan_class.supports_key_bias:
         return -1.0
-    # weights below 2^−126, of which a bias in the keys makes many, take torch's kernel for CPUs several times as long,
-    # and ours not: a table of zeros
+    # a key bias makes many weights below 2^−126, which slow torch's CPU kernel several times, and ours not: such
+    # schemes get a table of zeros
     is_zero_table = not group.has_pair_bias and inputs_embeds.device.type == "cpu"
     if not group.has_distance_table and not is_zero_table:
         return -1.0
@@ -155,7 +155,8 @@ def _last_table_position(
         return math.inf
     schemes = chain(*(model.layers[index].self_attn.position_embeddings.values() for index in layers))
     limits = [scheme.max_table_position() for scheme in schemes if "max_table_position" in scheme.hooks]
-    # one look at the device for all layers; a graph cannot look, and FlexAttention takes all queries at once
+    # one look at the device for all layers; a traced graph cannot inspect values, and FlexAttention takes all queries
+    # at once
     if plan_class.needs_mask or is_tracing(limits[0]):
         return -1.0
     return float(torch.stack(limits).min())
@@ -186,7 +187,7 @@ def _plan_table(
     group, query_length = common["group"], inputs_embeds.shape[1]
     slots = keys.offset + query_length
     seen_mask = None if keys.mask is None else keys.mask[:, :slots]
-    # a graph's shapes cannot follow the data: there is no looking at them
+    # a traced graph cannot inspect values
     by_construction = (tokens.is_counted or query_length == 1) and tokens.padding is None and tokens.documents is None
     if not by_construction:
         if is_tracing(key_positions) or not is_contiguous(key_positions[:, :slots], seen_mask, tokens.documents):
@@ -227,7 +228,7 @@ def _pair_positions(
     distance = query[:, :, None] - key_positions[:, None, :]
     span = max(keys.length + keys.num_dropped, tokens.span or 0)
     if is_tracing(key_positions):
-        # gaps that lead out of the table stop the run, never clamp
+        # gaps beyond the table raise an error instead of being clamped
         torch._assert_async(
             (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
         )

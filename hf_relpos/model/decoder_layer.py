@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import TreeSpec, tree_unflatten
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
@@ -171,6 +172,13 @@ class _LocalHeads(torch.autograd.Function):
         return torch.cat(gathered), None
 
 
+def _rotations(rotates: tuple[Sequence[Callable], TreeSpec] | None, factors: Sequence[torch.Tensor]) -> list[Rotation]:
+    if rotates is None:
+        return []
+    functions, structure = rotates
+    return list(zip(functions, tree_unflatten(list(factors), structure)))
+
+
 class RelPosDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
         super().__init__()
@@ -186,8 +194,9 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         # positional, as hidden_states: reentrant checkpointing only differentiates positional arguments
         shared_bias: torch.Tensor | None = None,
+        *factors: torch.Tensor,  # what the schemes computed for their rotations
         plan: AttentionPlan | None = None,
-        rotations: Sequence[Rotation] = (),
+        rotates: tuple[Sequence[Callable], TreeSpec] | None = None,  # of the schemes, and the structure of `factors`
         cache: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -195,7 +204,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             shared_bias,
             plan,
-            rotations,
+            _rotations(rotates, factors),
             cache=cache,
             **kwargs,
         )

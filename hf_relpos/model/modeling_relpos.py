@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
@@ -209,10 +210,12 @@ class RelPosModel(RelPosPreTrainedModel):
         tokens = self._locate_tokens(inputs_embeds, attention_mask, position_ids, cache)
         position_ids = self._augment(tokens, inputs_embeds.shape[0])
         rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype)
-        plans, biases, rotations_of = self._plans(tokens, inputs_embeds), {}, {}
+        plans, biases, rotates, factors = self._plans(tokens, inputs_embeds), {}, {}, {}
         for group, plan in plans.items():
             biases[group] = plan.shared_bias()
-            rotations_of[group] = tuple(rotations[name] for name in group.schemes if name in rotations)
+            pairs = [rotations[name] for name in group.schemes if name in rotations]
+            leaves, structure = tree_flatten([rotation for _, rotation in pairs])
+            rotates[group], factors[group] = (tuple(rotate for rotate, _ in pairs), structure), leaves
         if use_cache and cache is None and paged is None and tokens.cacheable:
             cache = DynamicCache(config=self.config)
 
@@ -222,8 +225,9 @@ class RelPosModel(RelPosPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 biases[group],
+                *factors[group],
                 plan=plans[group],
-                rotations=rotations_of[group],
+                rotates=rotates[group],
                 use_cache=use_cache,
                 **{CACHE_NAME: cache if paged is None else paged},
                 **kwargs,

@@ -27,7 +27,7 @@ HOOKS = (
 )
 # of these, what adds to the attention scores
 BIAS_HOOKS = frozenset(("distance_bias", "dense_bias", "key_bias", "score_bias"))
-# called once for all layers, or once in each layer: on the other kind of scheme nobody would call them
+# called once for all layers, or once in each layer: they are never called on the other kind of scheme
 SHARED_HOOKS = frozenset(("embed", "rotation", "rotate"))
 LAYER_HOOKS = frozenset(("max_table_position", "key_bias", "score_bias"))
 # hooks that mean nothing without others
@@ -36,6 +36,7 @@ REQUIRED_HOOKS = {
     "rotate": ("rotation",),
     "max_table_position": ("distance_bias", "dense_bias"),
 }
+KINDS = ("none", "absolute", "relative")
 # hooks of version 0.1.0 → what they are called now
 RENAMED_HOOKS = {"bias": "dense_bias", "key_state": "key_bias", "table_limit": "max_table_position"}
 
@@ -44,7 +45,8 @@ RENAMED_HOOKS = {"bias": "dense_bias", "key_state": "key_bias", "table_limit": "
 class Positions:
     """Where the queries and the keys of some layers stand: integers counted over real tokens, never tensor indices.
 
-    Layers with a sliding window may cache other keys than layers without one, so that keys are those of some layers.
+    Layers with a sliding window may cache other keys than layers without one: an object is for layers that have the
+    same keys.
 
     Attributes:
         query: (B or 1, Q) int64, the position of each query token.
@@ -68,7 +70,7 @@ class SelfInitialized:
 
 
 class PositionEmbedding(SelfInitialized, nn.Module):
-    """Base class of all schemes. Every hook is the identity, so that the base class itself is NoPE.
+    """Base class of all schemes. By default no hook changes anything, so that the base class itself is NoPE.
 
     A scheme overrides the hooks it needs and nothing else. Constants are computed from Python numbers in the hook that
     uses them and never stored as buffers: a buffer is cast by `model.to(dtype)` and left uninitialised by
@@ -124,7 +126,8 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, Q, D) query and key, after the projection and before the cache → the same shapes."""
+        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes. Under tensor
+        parallelism H and G are the heads of one rank, so that a rotation must not differ between heads there."""
         return query, key
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor | None:
@@ -132,12 +135,12 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return None
 
     def max_table_position(self) -> torch.Tensor | None:
-        """→ () the last position, counted from the first token, of a query whose whole bias is `distance_bias`; later
-        queries get `dense_bias`. `None`: there is no such limit."""
+        """→ scalar tensor: the last position, counted from the first token, of a query whose whole bias is
+        `distance_bias`; later queries get `dense_bias`. `None`: there is no such limit."""
         return None
 
     def dense_bias(self, positions: Positions) -> torch.Tensor | None:
-        """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that is no function of the
+        """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that does not depend on the
         distance alone. It is evaluated for every pair, unless `max_table_position` says up to which
         query `distance_bias` is the whole bias."""
         return None
@@ -150,7 +153,7 @@ class PositionEmbedding(SelfInitialized, nn.Module):
     def score_bias(
         self, scores: torch.Tensor, bias: torch.Tensor | None, query: torch.Tensor, positions: Positions
     ) -> torch.Tensor | None:
-        """(B, H, Q, K) fp32 scaled scores, all other biases of them or `None`, (B, H, Q, D) query → a further bias,
+        """(B, H, Q, K) fp32 scaled scores, the sum of all other biases or `None`, (B, H, Q, D) query → a further bias,
         (B, H, Q, K) fp32. Takes O(Q · K) memory in every forward."""
         return None
 
@@ -159,30 +162,31 @@ def _check_hooks(cls: type[PositionEmbedding]) -> None:
     """Raises `TypeError` for a class whose hooks would not be called, or would differ between attention kernels."""
 
     def refuse(hook: str, reason: str) -> None:
-        raise TypeError(f"position scheme {cls.__name__!r}: `{hook}` {reason}.")
+        raise TypeError(f"position scheme {cls.__name__!r}: `{hook}` {reason}")
 
-    wrong = LAYER_HOOKS if cls.shared_across_layers else SHARED_HOOKS
-    for hook in sorted(cls.hooks & wrong):
-        where = "of each layer: set `shared_across_layers = False`"
-        if hook in SHARED_HOOKS:
-            where = "that all layers share: set `shared_across_layers = True`"
-        refuse(hook, f"is only called on schemes {where}")
+    of_layer, shared = sorted(cls.hooks & LAYER_HOOKS), sorted(cls.hooks & SHARED_HOOKS)
+    if of_layer and shared:
+        refuse(of_layer[0], f"and `{shared[0]}` cannot be in one class: make two schemes and join them by '+'.")
+    if of_layer and cls.shared_across_layers:
+        refuse(of_layer[0], "is only called on schemes that each layer has: set `shared_across_layers = False`.")
+    if shared and not cls.shared_across_layers:
+        refuse(shared[0], "is only called on schemes that all layers share: set `shared_across_layers = True`.")
     for hook, others in REQUIRED_HOOKS.items():
         missing = [other for other in others if other not in cls.hooks]
         if hook in cls.hooks and missing:
-            refuse(hook, f"does nothing without `{missing[0]}`: override both")
+            refuse(hook, f"does nothing without `{missing[0]}`: override both.")
     if {"distance_bias", "dense_bias"} <= cls.hooks and "max_table_position" not in cls.hooks:
-        refuse(
-            "distance_bias",
-            "would be ignored beside `dense_bias`: `max_table_position` must say up to which query it is used",
-        )
+        reason = "would be ignored beside `dense_bias`: `max_table_position` must say up to which query it is used."
+        refuse("distance_bias", reason)
+    if cls.kind not in KINDS:
+        refuse("kind", f"must be one of {list(KINDS)}, got {cls.kind!r}.")
+    public = [name for name in vars(PositionEmbedding) if not name.startswith("_")]
     for name, value in vars(cls).items():
         if callable(value) and name in RENAMED_HOOKS:
-            refuse(name, f"is called `{RENAMED_HOOKS[name]}`: rename it")
-        if callable(value) and not name.startswith("_") and not hasattr(PositionEmbedding, name):
-            near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
-            if near:
-                refuse(name, f"is no hook; did you mean `{near[0]}`?")
+            refuse(name, f"is called `{RENAMED_HOOKS[name]}`: rename it.")
+        near = difflib.get_close_matches(name, public, n=1, cutoff=0.85)
+        if near and name not in public and not name.startswith("_"):
+            refuse(name, f"is not part of a scheme; did you mean `{near[0]}`?")
 
 
 def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]], type[PositionEmbedding]]:
@@ -190,7 +194,8 @@ def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]]
 
     Raises:
         ValueError: for a name that is taken or that holds "+" or "/".
-        TypeError: for what is no `PositionEmbedding`, or overrides no hook and so would act as `none`.
+        TypeError: for anything that is not a subclass of `PositionEmbedding`, or overrides no hook and so would act as
+            `none`.
     """
 
     def register(cls: type[PositionEmbedding]) -> type[PositionEmbedding]:

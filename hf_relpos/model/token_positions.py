@@ -27,7 +27,7 @@ class TokenPositions:
         past_length: number of tokens in it; taken before the update, which changes a static cache's counter in place.
         cacheable: whether a cache may hold these tokens.
         is_counted: whether the positions were counted here, so that they follow the slots.
-        span: a bound of the positions where they are known to skip numbers, or `None`.
+        span: an upper bound of the positions where they may skip numbers, else `None`.
     """
 
     position_ids: torch.Tensor
@@ -92,7 +92,7 @@ def locate_tokens(
 
 
 def is_exported(tensor: torch.Tensor) -> bool:
-    """Whether a graph is made for others to run, who know the operators of torch alone."""
+    """Whether the graph is exported to runtimes that know only the operators of torch."""
     return is_tracing(tensor) and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
 
 
@@ -107,9 +107,9 @@ def cached_length(cache: Cache | None) -> int | torch.Tensor:
 def check_mask(
     attention_mask: torch.Tensor | None, batch_size: int, query_length: int, past_length: int | torch.Tensor
 ) -> None:
-    """Raises `ValueError` for a mask that does not fit: attention would be computed, over other keys than meant."""
+    """Raises `ValueError` for a mask that does not fit: attention would silently use the wrong keys."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
-        return  # a ready mask, which meets the scores as it is
+        return  # a ready mask is applied unchanged
     fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
     if fits and isinstance(past_length, int):
         width = attention_mask.shape[1]
@@ -184,7 +184,7 @@ def inspect_positions(
         (B or 1, Q) document indices or `None`, see `find_documents`, and whether a cache may hold these tokens.
 
     Raises:
-        ValueError: if there is a cache that may not.
+        ValueError: if a cache is given that may not hold these tokens.
     """
     if position_ids.shape[1] == 1 or (has_cache and is_tracing(position_ids)):
         return None, True
@@ -199,13 +199,13 @@ def inspect_positions(
     if has_cache and not cacheable:
         raise ValueError(
             "`cache` must be None for packed sequences (`position_ids` that restart) and, with a "
-            "position bias, for positions that leave numbers out."
+            "position bias, for positions that skip numbers."
         )
     return documents, cacheable
 
 
 def _has_gaps(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-    """Whether positions leave numbers out between the real tokens of a row."""
+    """Whether positions skip numbers between the real tokens of a row."""
     if attention_mask is None:
         return bool((position_ids.diff(dim=-1) != 1).any())
     real = attention_mask.bool()
@@ -261,7 +261,7 @@ class KeyPositions:
 
     Attributes:
         length: number K of key slots.
-        num_dropped: keys that the layers have dropped.
+        num_dropped: number of keys that the layers have dropped.
         mask: (B, K) boolean, False on padding, or `None`.
         offset: slot of the first query among the keys that are left.
     """
@@ -289,7 +289,7 @@ def locate_keys(tokens: TokenPositions, layer_idx: int) -> KeyPositions:
 
 
 def pad_mask(key_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
-    """(B, k) → (B, K): the slots after the last query are empty yet."""
+    """(B, k) → (B, K): the slots after the last query are still empty."""
     if key_mask is None or key_mask.shape[1] == key_length:
         return key_mask
     return torch.nn.functional.pad(key_mask, (0, key_length - key_mask.shape[1]))
@@ -326,7 +326,7 @@ def _key_positions(
     key_slots: torch.Tensor,
     num_dropped: int,
 ) -> torch.Tensor:
-    """→ (B or 1, K) positions of all keys. Slots that no query may see yet get any value."""
+    """→ (B or 1, K) positions of all keys. Slots that no query may see yet get arbitrary values."""
     query_length = position_ids.shape[1]
     if isinstance(past_length, int) and past_length == 0:
         ahead = key_slots[query_length:] - (query_length - 1)

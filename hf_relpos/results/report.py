@@ -252,8 +252,8 @@ def _cell(interval: Interval | None, digits: int = 2, factor: float = 1) -> str:
 DESCRIPTION = """\
 Makes tables and plots of several result files of evaluate.py; of a sweep, statistics over the seeds.
 
-python scripts/report.py --results output/*/results.json --output_dir output/report
-python scripts/report.py --sweep output/relative --output_dir output/report
+hf-relpos report --results output/*/results.json --output_dir output/report
+hf-relpos report --sweep output/relative --output_dir output/report
 """
 
 

@@ -26,12 +26,12 @@ from .trainer import RelPosTrainer
 TRAIN_DESCRIPTION = """\
 Trains a model of the family from scratch, or continues with a saved one at the same length.
 
-python scripts/train.py --pos_embedding_type alibi --output_dir output/alibi
+hf-relpos train --pos_embedding_type alibi --output_dir output/alibi
 """
 FINETUNE_DESCRIPTION = """\
 Continues with a saved model of the family at another length or with another position scheme.
 
-python scripts/finetune.py --model_name_or_path output/alibi --block_size 512 --output_dir output/512
+hf-relpos finetune --model_name_or_path output/alibi --block_size 512 --output_dir output/512
 """
 
 

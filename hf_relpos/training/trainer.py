@@ -34,7 +34,9 @@ class RelPosTrainer(Trainer):
         token = token or self.args.hub_token
         check_token(token)
         with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
-            super().init_hf_repo(token=token, private=private)
+            if private is not None:  # no argument of the older versions of transformers
+                self.args.hub_private_repo = private
+            super().init_hf_repo(token=token)
             if self.hub_model_id is None or getattr(self.args, "hub_overwrite", False):
                 return
             api = HfApi(token=token)

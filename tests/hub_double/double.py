@@ -43,7 +43,8 @@ class HubDouble(Server):
 
     def start(self) -> None:
         self.url = self.listen(lambda request: dispatch(self, request, HUB_ROUTES))
-        self.cdn_url = self.listen(self.answer_cdn)
+        # another host, as on the Hub: older clients send their token to any port of the same one
+        self.cdn_url = self.listen(self.answer_cdn).replace("127.0.0.1", "localhost")
 
     def environment(self, folder: os.PathLike | str, token: str | None = TOKEN) -> dict[str, str]:
         """→ the environment of a client: this Hub, nothing of the user's own settings, caches in the folder."""

@@ -24,8 +24,12 @@ def hook(self, *args):
             "`embed` is only called on schemes that all layers share: set `shared_across_layers = True`",
         ),
         (False, ["rotation", "rotate"], "`rotate` is only called on schemes that all layers share"),
-        (True, ["key_bias"], "`key_bias` is only called on schemes of each layer: set `shared_across_layers = False`"),
-        (True, ["score_bias"], "`score_bias` is only called on schemes of each layer"),
+        (
+            True,
+            ["key_bias"],
+            "`key_bias` is only called on schemes that each layer has: set `shared_across_l",
+        ),
+        (True, ["score_bias"], "`score_bias` is only called on schemes that each layer has"),
         (True, ["max_table_position", "distance_bias", "dense_bias"], "`max_table_position` is only called on schemes"),
         (True, ["rotation"], "`rotation` does nothing without `rotate`: override both"),
         (True, ["rotate"], "`rotate` does nothing without `rotation`: override both"),
@@ -34,13 +38,63 @@ def hook(self, *args):
         (True, ["distance_bias", "dense_bias"], "`distance_bias` would be ignored beside `dense_bias`"),
         (True, ["bias"], "`bias` is called `dense_bias`: rename it"),
         (False, ["key_state"], "`key_state` is called `key_bias`: rename it"),
-        (True, ["distance_bais"], "`distance_bais` is no hook; did you mean `distance_bias`?"),
+        (True, ["distance_bais"], "`distance_bais` is not part of a scheme; did you mean `distance_bias`?"),
     ],
 )
 def test_hooks_that_would_be_lost_are_refused_at_class_creation(is_shared, hooks, message):
     with pytest.raises(TypeError, match="position scheme 'Wrong': ") as refused:
         type("Wrong", (PositionEmbedding,), {"shared_across_layers": is_shared, **dict.fromkeys(hooks, hook)})
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "relativ"}, "`kind` must be one of ['none', 'absolute', 'relative'], got 'relativ'."),
+        ({"shared_accross_layers": False}, "`shared_accross_layers` is not part of a scheme; did you mean `shared_a"),
+        ({"key_bias": hook, "embed": hook}, "`key_bias` and `embed` cannot be in one class: make two schemes"),
+    ],
+)
+def test_fields_that_would_be_lost_are_refused(fields, message):
+    with pytest.raises(TypeError) as refused:
+        type("Wrong", (PositionEmbedding,), fields)
+    assert message in str(refused.value)
+
+
+def test_a_learned_rotation_learns_under_both_kinds_of_checkpointing():
+    @register_position_embedding("test_learned_rotation")
+    class LearnedRotation(PositionEmbedding):
+        """Queries are scaled by a learned power of the position."""
+
+        kind = "absolute"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.power = torch.nn.Parameter(torch.tensor([0.3]))
+
+        def reset_parameters(self):
+            torch.nn.init.constant_(self.power, 0.3)
+
+        def rotation(self, positions, dtype):
+            return {"factor": ((positions + 1).float() ** self.power)[:, None, :, None].to(dtype)}
+
+        @staticmethod
+        def rotate(query, key, rotation):
+            return query * rotation["factor"], key
+
+    try:
+        model, tokens, found = make_model("test_learned_rotation").train(), make_tokens(2, 9), []
+        for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+            if options:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.zero_grad()
+            model(tokens, labels=tokens).loss.backward()
+            found.append(model.model.position_embeddings["test_learned_rotation"].power.grad.clone())
+        assert found[0].abs() > 1e-4
+        torch.testing.assert_close(found[1], found[0])
+        torch.testing.assert_close(found[2], found[0])
+    finally:
+        del POSITION_EMBEDDINGS["test_learned_rotation"]
 
 
 def test_every_hook_is_for_shared_schemes_or_for_those_of_a_layer_or_for_both():
