@@ -18,7 +18,7 @@ from hf_relpos.environment import write_text
 from hf_relpos.experiments.grid import grid_settings
 from hf_relpos.hub.model_card import model_card, reproduction
 from hf_relpos.results.report_figures import draw_group
-from hf_relpos.results.result_file import RESULTS, read_results
+from hf_relpos.results.result_file import RESULTS, escape_markdown, read_results
 from hf_relpos.results.statistics import Group, group_results
 from hf_relpos.results.training_record import command_line
 
@@ -66,7 +66,8 @@ def write_card(experiment: str, name: str, group: Group, folder: Path) -> str:
     )
     write_text(folder / experiment / f"{name}.md", f"{str(card).rstrip()}\n")
     (folder / experiment / f"{name}.png").write_bytes(draw_group(group)[1])
-    return f"- [{group.label}]({experiment}/{name}.md), {len(group.by_seed)} seed{'s' * (len(group.by_seed) > 1)}"
+    seeds = f"{len(group.by_seed)} seed{'s' * (len(group.by_seed) > 1)}"
+    return f"- [{escape_markdown(group.label)}]({experiment}/{name}.md), {seeds}"
 
 
 def readme_commands(scheme: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
 
 
 # kind → what its keys look like, as their vendors document the prefixes
@@ -29,8 +31,8 @@ USER_PATHS = (
     r"(?:file:/*|(?<![\w.~/-]))/root/",
     r"(?i:(?<![a-z])[a-z]:[\\/]{1,4}(?:Users|Documents and Settings)[\\/]{1,4}[^\\/\s\"'`<>|]+)",
 )
-# what is no text, and vocabularies, whose entries look like anything
-BINARY, VOCABULARIES = (".safetensors", ".png"), ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+# entries of vocabularies look like anything
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
@@ -45,9 +47,9 @@ def check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
     """
     own_token, places = get_token(), {str(folder.resolve()), str(Path.home())} - {"/"}
     for name, content in files.items():
-        if name.endswith(BINARY):
+        if name.endswith(".png"):
             continue
-        text = _plain((content if isinstance(content, bytes) else content.read_bytes()), name)
+        text = _text(name, content)
         kinds = [kind for kind, pattern in SECRETS.items() if re.search(pattern, text)]
         if own_token and own_token in text:
             kinds.insert(0, "a token of the Hub")
@@ -61,14 +63,16 @@ def check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
             raise ValueError(f"{name!r} holds an absolute path of a user's folder: take it out.")
 
 
-def _plain(content: bytes, name: str) -> str:
-    """→ the text of a file; of JSON also as it reads without its escapes."""
-    text = content.decode("utf-8", errors="replace")
+def _text(name: str, content: Path | bytes) -> str:
+    """→ the text of a file: of weights what stands beside the tensors, of JSON also as it reads without its escapes."""
+    if name.endswith(".safetensors"):
+        with suppress(SafetensorError), safe_open(content, "pt") as tensors:  # cut off: found by who reads the tensors
+            return json.dumps(tensors.metadata(), ensure_ascii=False)
+        return ""
+    text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
     if name.endswith(".json") and "\\" in text:
-        try:
+        with suppress(ValueError):  # no JSON: found by who reads it
             text += "\n" + json.dumps(json.loads(text), ensure_ascii=False)
-        except ValueError:  # read elsewhere, where it is an error
-            pass
     return text
 
 

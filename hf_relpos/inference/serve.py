@@ -55,13 +55,18 @@ def adapt_server(name: str, cap: int) -> None:
         cap: new tokens of a request at most.
     """
     from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
     from transformers.cli.serving import model_manager, server
 
     build_server = server.build_server
     listed = {"id": name, "object": "model", "created": int(time.time()), "owned_by": ""}
 
     def answer(request: Any, error: Exception) -> JSONResponse:  # in OpenAI's form: its client shows this message
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
+        reason = (
+            f"{type(error).__name__}: {error}"
+            if isinstance(error, (LookupError, TypeError, AttributeError))
+            else str(error)
+        )
         return JSONResponse({"error": {"message": reason, "type": "invalid_request_error"}}, status_code=400)
 
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +79,7 @@ def adapt_server(name: str, cap: int) -> None:
         app = build_server(*args, **kwargs)
         # no chat template, a text past a learned table, a field that is missing or of another type: else "Internal
         # Server Error" without the reason
-        for kind in (ValueError, KeyError, TypeError):
+        for kind in (ValueError, LookupError, TypeError, AttributeError, TemplateError):
             app.add_exception_handler(kind, answer)
         app.add_middleware(FollowClient)
         return app

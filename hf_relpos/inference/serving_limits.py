@@ -102,6 +102,9 @@ def limit_handler(handler: Any, cap: int) -> None:
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if body.get(name) is not None:
                 _check_tokens(name, body[name], cap)
+        seed = body.get("seed")
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
         config = build(body, *args, **kwargs)
         if body.get("generation_config") is not None:  # whatever fields it may have
             for name in ("max_new_tokens", "max_length"):

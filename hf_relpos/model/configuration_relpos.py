@@ -355,7 +355,7 @@ def refuse_near_miss(cls: type[RelPosConfig], name: str, words: bool = True) -> 
     if _is_known(cls, name) or name in GenerationConfig._get_default_generation_params():
         return
     own = [*RelPosConfig.__annotations__, "rope_parameters", "layer_types", *ROPE_KEYWORDS]
-    near = difflib.get_close_matches(name, [*own, *(item.name for item in fields(cls))], n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name.lower(), [*own, *(item.name for item in fields(cls))], n=1, cutoff=0.8)
     near += [field for field in own if words and {*name.split("_")} < {*field.split("_")}]
     if near:
         raise ValueError(f"`{name}` is no field of {cls.__name__}: did you mean `{near[0]}`?")

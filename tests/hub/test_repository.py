@@ -191,6 +191,15 @@ def test_keys_are_not_published(kind, name, saved, tmp_path):
     assert key not in str(error.value)
 
 
+def test_the_header_of_the_weights_is_read_too(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for text, kind in ((KEYS["a GitHub token"], "a GitHub token"), ("/home/alice/x", "an absolute path of a user's")):
+        save_file(weights, folder / "model.safetensors", {"format": "pt", "made": text})
+        with pytest.raises(ValueError, match=f"'model.safetensors' holds {kind}"):
+            repository_files(folder, "alice/m")
+
+
 PATHS = ["/home/alice/data", "/Users/alice/data", "C:\\Users\\alice\\data", "c:/users/alice", "file:///home/alice/x"]
 PATHS += ["/export/home/alice/x", "/mnt/c/Users/alice", "/root/data/x", "PYTHONPATH=/usr/lib:/home/alice/lib"]
 

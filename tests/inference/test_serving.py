@@ -142,7 +142,10 @@ def test_what_a_request_may_ask_for(served):
             client.completions.create(model=name, prompt=PROMPT, extra_body={"generation_config": options})
     answer = client.completions.create(model=name, prompt=PROMPT)
     assert answer.usage.completion_tokens <= 160
-    for body in ({"messages": "x"}, {"messages": None}, {"prompt": PROMPT, "seed": "x"}, {"messages": [{}]}):
+    others = [{"messages": content} for content in ("x", None, [{}], [1], [{"role": "user", "content": 5}])]
+    others += [{"prompt": PROMPT, "seed": seed} for seed in ("x", 10**30, -1)] + [{"prompt": PROMPT, "stop": 5}]
+    others += [{"messages": MESSAGES, "logit_bias": [5]}, {"prompt": 5}, {"prompt": PROMPT, "temperature": "hot"}]
+    for body in others:
         path = "/chat/completions" if "messages" in body else "/completions"
         with pytest.raises(openai.BadRequestError):
             client.post(path, body={"model": name, **body}, cast_to=dict)

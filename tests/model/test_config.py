@@ -85,6 +85,7 @@ NEAR_MISSES = {
     "num_hidden_layer": "num_hidden_layers",
     "num_layers": "num_hidden_layers",
     "hiden_size": "hidden_size",
+    "HIDDEN_SIZE": "hidden_size",
     "vocabsize": "vocab_size",
     "num_heads": "num_attention_heads",
     "dropout": "hidden_dropout",
