@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,6 +14,7 @@ from ..model_loading import check_vocab_size
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task, training_rows
 from .arguments import RelPosTrainingArguments
+from .checkpoints import checkpoint_state
 from .model_setup import SavedModelArguments
 
 
@@ -60,7 +60,7 @@ class TrainingRun:
     @property
     def first_step(self) -> int:
         """The step of the checkpoint, or 0."""
-        return int(Path(self.checkpoint).name.rpartition("-")[2]) if self.checkpoint else 0
+        return checkpoint_state(self.checkpoint)["global_step"] if self.checkpoint else 0
 
 
 def load_training_data(
