@@ -44,8 +44,8 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         for entry in trainer.state.log_history
         if "eval_runtime" in entry and first_step < entry["step"]
     )
-    recipe = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
-    recipe |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
+    numbers = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
+    numbers |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
     flags = import_flags(config.pos_embedding_type) | given_flags(run.model_args, run.data_args, args)
     return {
         **{name: getattr(config, name, None) for name in POSITION_FIELDS},
@@ -59,7 +59,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "tokens_per_step": tokens_per_step,
         "num_tokens": steps * tokens_per_step,
         **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
-        "recipe": recipe,
+        "recipe": numbers,
         "script": args.script,
         "flags": flags | ({} if args.fp16 else {"bf16": args.bf16}),
         "resumed_from_step": first_step,

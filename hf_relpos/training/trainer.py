@@ -1,10 +1,13 @@
 """The Trainer of transformers with this package's way of publishing."""
 
 import logging
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -40,10 +43,29 @@ class RelPosTrainer(Trainer):
     changed: dict[str, Any] | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with self._told_by_step("training"):
+            loss = super().training_step(*args, **kwargs)
         if not self._everywhere(torch.isfinite(loss).all()):
             self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._told_by_step("evaluation"):
+            metrics = super().evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith("_loss") and not math.isfinite(value):  # the same in all processes
+                self._stop(f"{name} after step {self.state.global_step} is {value}")
+        return metrics
+
+    @contextmanager
+    def _told_by_step(self, doing: str) -> Iterator[None]:
+        """Kernels refuse tables that are not finite before there is a loss."""
+        try:
+            yield
+        except ValueError as error:
+            if "must be finite" not in str(error):
+                raise
+            self._stop(f"in {doing} after step {self.state.global_step} {str(error).partition(';')[0]}")
 
     def check_finite(self) -> None:
         """Raises `ValueError` if a weight of the model is not finite."""
@@ -59,7 +81,7 @@ class RelPosTrainer(Trainer):
             torch.distributed.all_reduce(fact, op=torch.distributed.ReduceOp.MIN)
         return bool(fact)
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str) -> NoReturn:
         last, _ = newest_whole(Path(self.args.output_dir))
         kept = f"the last finite checkpoint is {str(last)!r}" if last else "no finite checkpoint was saved"
         raise ValueError(f"training stopped: {reason}; {kept}. A lower `learning_rate` may help.")
