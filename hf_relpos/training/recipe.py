@@ -53,6 +53,8 @@ def run_recipe(run: TrainingRun) -> Recipe:
         if each.name in NEUTRAL or each.name.startswith(NEUTRAL_STARTS) or each.name.endswith("_token"):
             continue
         value = _plain(getattr(run.args, each.name, None))
+        if isinstance(value, str) and Path(value).is_absolute():
+            value = Path(value).name  # paths of this machine stay here
         if each.init and value != _default(each):
             values[each.name] = value
     values |= {name: getattr(run.data_args, name) for name in DATA_FIELDS if hasattr(run.data_args, name)}

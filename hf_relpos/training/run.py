@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import TrainerCallback
@@ -57,9 +58,9 @@ class TrainingRun:
     callbacks: Sequence[TrainerCallback] = ()
     changes: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def first_step(self) -> int:
-        """The step of the checkpoint, or 0."""
+        """The step of the checkpoint, or 0; kept, since the checkpoint may be gone at the end."""
         return checkpoint_state(self.checkpoint)["global_step"] if self.checkpoint else 0
 
 

@@ -151,6 +151,13 @@ def test_the_newest_whole_checkpoint_is_used(data_flags, finished, stopped, run_
     assert "is damaged: rng_state.pth is missing" in refusal(run_script, capsys, "train", named)
 
 
+def test_the_checkpoint_may_be_rotated_away_before_the_end(data_flags, finished, stopped, run_script):
+    shutil.rmtree(stopped / "checkpoint-6")
+    run_script("train", *resume_flags(data_flags, stopped, save_total_limit=1))
+    assert same_weights(finished, stopped) and record_of(stopped)["resumed_from_step"] == 3
+    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
 def test_no_whole_checkpoint_is_no_new_start(data_flags, stopped, run_script, capsys):
     for part in stopped.glob("checkpoint-*"):
         (part / "scheduler.pt").unlink()
