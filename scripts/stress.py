@@ -67,6 +67,9 @@ def wait_for(process: subprocess.Popen, output: Path, moment: str, seconds: floa
         if moment == "in the final evaluation" and (output / "model.safetensors").exists():
             time.sleep(rng.uniform(0, 0.2))
             return
+        if moment == "past the end" and (output / "training.json").exists():
+            time.sleep(rng.uniform(0, 2))
+            return
         time.sleep(0.001)
 
 
@@ -100,8 +103,8 @@ def disturbed_run(
         if not hit and code not in (0,):
             raise SystemExit(f"a run failed with exit code {code}; see {data / 'log.txt'}")
         counts["resumptions"] += resume
-        counts[f"{signal.Signals(number).name} {moment}" if hit else "resumed or killed past the end"] += 1
-        kills -= 1
+        counts[f"{signal.Signals(number).name} {moment}" if hit else "ended before its kill"] += 1
+        kills -= hit
 
 
 def main() -> None:
