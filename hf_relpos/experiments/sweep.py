@@ -27,6 +27,7 @@ from ..environment import write_json
 from ..evaluation.evaluate import evaluate_model
 from ..results.result_file import RESULTS, read_readable, write_results
 from ..results.training_record import TRAINING_RECORD
+from ..training.checkpoints import damage
 from ..training.train import finetune, train
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 
@@ -99,7 +100,7 @@ def _train(run: Run, root: Path) -> None:
     folder = run.folder(root)
     write_json(folder / "run" / "settings.json", {"label": run.label, "key": run.key, "settings": run.settings})
     for part in folder.glob("checkpoint-*"):
-        if not (part / "trainer_state.json").is_file():  # the run was killed while it was being written
+        if damage(part):  # the run was killed while it was being written
             shutil.rmtree(part)
     values = {
         "report_to": "none",

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -27,6 +28,7 @@ UNRECORDED_FLAGS = RESULT_NEUTRAL_FLAGS | {
     "project",
     "push_to_hub",
     "resume_from_checkpoint",
+    "override_recipe",
     "include_num_input_tokens_seen",
 }
 
@@ -43,8 +45,9 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
         for name, value in given.items():
             if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
-            if isinstance(value, str) and Path(value).exists():
-                value = Path(value).name  # paths of this machine stay here
+            if isinstance(value, str):
+                with suppress(OSError, ValueError):  # text that is too long for a path
+                    value = Path(value).name if Path(value).exists() else value  # paths of this machine stay here
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 

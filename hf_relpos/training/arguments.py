@@ -56,6 +56,10 @@ class RelPosTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = True
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
+    override_recipe: bool = field(
+        default=False,
+        metadata={"help": "Resume with a recipe that differs, as a larger --max_steps; the change is recorded."},
+    )
     hub_overwrite: bool = field(
         default=False, metadata={"help": "Let --push_to_hub replace another model of the same name."}
     )

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from .output_stream import reader_has_gone
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint and stop. Once more, a second later: stop at once.
+    """Ctrl-C, SIGTERM, a closed terminal (SIGHUP, unless nohup ignores it) or a pipe that nobody reads any more: finish
+    the step, save a checkpoint and stop. A signal once more, a second later: stop at once.
 
     Launchers of several processes send each worker signals of their own on top of the terminal's, so there all further
     ones are ignored; a launcher kills workers that do not end in time.
@@ -22,7 +28,9 @@ class InterruptCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.world_size = args.world_size
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
+            if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self.previous[number] = signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
@@ -31,12 +39,13 @@ class InterruptCallback(TrainerCallback):
         if not self.requested:
             self.requested, self.request_time = True, time.monotonic()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Signals do again what they did before training."""
         while self.previous:
             signal.signal(*self.previous.popitem())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopped = self.requested
+        self.stopped = self.requested or reader_has_gone()
         if args.world_size > 1:  # all processes must stop after the same step
             flag = torch.tensor(float(self.stopped), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -46,4 +55,4 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore()
+        self.restore()

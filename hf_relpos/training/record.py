@@ -8,6 +8,7 @@ from transformers import Trainer
 from ..environment import hardware, peak_memory_mib, versions
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
+from .recipe import Recipe
 from .run import TrainingRun
 
 
@@ -18,16 +19,19 @@ RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", 
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
-def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[str, Any]:
+def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: Recipe) -> dict[str, Any]:
     """The record as `training.json` holds it, without the final losses and the facts of a base model.
+
+    Steps, tokens and log are those of the weights that are saved: with `load_best_model_at_end` of the best checkpoint.
 
     Args:
         run: the run that `trainer` has done.
         trainer: after its last step.
         seconds: on the clock since the start or the resumption, evaluations included.
+        recipe: of the run, with what resumptions changed.
     """
     args, config = run.args, trainer.model.config
-    first_step, steps = run.first_step, trainer.state.global_step
+    first_step, steps, last_step = run.first_step, saved_step(trainer), trainer.state.global_step
     tokens_per_step = (
         args.per_device_train_batch_size
         * max(1, args.n_gpu)
@@ -40,8 +44,8 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[
         for entry in trainer.state.log_history
         if "eval_runtime" in entry and first_step < entry["step"]
     )
-    recipe = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
-    recipe |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
+    numbers = {name: getattr(value := getattr(args, name), "value", value) for name in RECIPE_FIELDS}
+    numbers |= {name: getattr(config, name) for name in ("vocab_size", "hidden_dropout", "attention_dropout")}
     flags = import_flags(config.pos_embedding_type) | given_flags(run.model_args, run.data_args, args)
     return {
         **{name: getattr(config, name, None) for name in POSITION_FIELDS},
@@ -54,23 +58,42 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float) -> dict[
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tokens_per_step": tokens_per_step,
         "num_tokens": steps * tokens_per_step,
-        "recipe": recipe,
+        **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
+        "recipe": numbers,
         "script": args.script,
         "flags": flags | ({} if args.fp16 else {"bf16": args.bf16}),
         "resumed_from_step": first_step,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round((steps - first_step) * tokens_per_step / seconds, 1),
+        "tokens_per_second": round(max(0, last_step - first_step) * tokens_per_step / max(seconds, 1e-9), 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "log": [
             {key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry}
             for entry in trainer.state.log_history
-            if "loss" in entry or "eval_loss" in entry
+            if ("loss" in entry or "eval_loss" in entry) and entry["step"] <= steps
         ],
         "corpus": {"name": run.data.name, "fingerprint": run.data.fingerprint},
         "changes": run.changes or None,
+        "resume": recipe.to_dict(),
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def saved_step(trainer: Trainer) -> int:
+    """The step of the weights that the model holds after training."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint and state.best_global_step:
+        return state.best_global_step
+    return state.global_step
+
+
+def mean_loss(trainer: Trainer, last_step: int) -> float | None:
+    """The mean of the logged training losses up to a step, each weighted with its steps."""
+    total = before = 0.0
+    for entry in trainer.state.log_history:
+        if "loss" in entry and entry["step"] <= last_step:
+            total, before = total + entry["loss"] * (entry["step"] - before), entry["step"]
+    return total / before if before else None
 
 
 def base_facts(name: str, train_length: int | None) -> dict[str, Any]:

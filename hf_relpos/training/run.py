@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,6 +15,7 @@ from ..model_loading import check_vocab_size
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task, training_rows
 from .arguments import RelPosTrainingArguments
+from .checkpoints import checkpoint_state
 from .model_setup import SavedModelArguments
 
 
@@ -57,10 +58,10 @@ class TrainingRun:
     callbacks: Sequence[TrainerCallback] = ()
     changes: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def first_step(self) -> int:
-        """The step of the checkpoint, or 0."""
-        return int(Path(self.checkpoint).name.rpartition("-")[2]) if self.checkpoint else 0
+        """The step of the checkpoint, or 0; kept, since the checkpoint may be gone at the end."""
+        return checkpoint_state(self.checkpoint)["global_step"] if self.checkpoint else 0
 
 
 def load_training_data(

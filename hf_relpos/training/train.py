@@ -1,12 +1,17 @@
 """Training from scratch, and finetuning a saved model at another length or with another position scheme."""
 
+import json
+import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
@@ -15,9 +20,12 @@ from ..model.configuration_relpos import RelPosConfig
 from ..results.training_record import TRAINING_RECORD
 from ..tasks.arguments import DataArguments
 from .arguments import FinetuningArguments, RelPosTrainingArguments
+from .checkpoints import STATE, damage, find_checkpoint, load_weights, read_json
 from .interrupt import InterruptCallback
 from .model_setup import ModelArguments, extend_learned_positions, load_saved, new_config, new_model
-from .record import base_facts, training_record
+from .output_stream import safe_output
+from .recipe import Recipe, check_recipe, differences, run_recipe
+from .record import base_facts, mean_loss, saved_step, training_record
 from .run import TrainingRun, load_training_data
 from .scheme_change import ChangeArguments, describe_changes, load_changed
 from .trainer import RelPosTrainer
@@ -47,6 +55,7 @@ def finetune_main() -> None:
     finetune(*parse_arguments((ChangeArguments, DataArguments, FinetuningArguments), FINETUNE_DESCRIPTION))
 
 
+@safe_output
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -82,6 +91,7 @@ def train(
     return _fit(TrainingRun(model, data, model_args, data_args, args, checkpoint, callbacks))
 
 
+@safe_output
 def finetune(
     model_args: ChangeArguments,
     data_args: DataArguments,
@@ -110,32 +120,101 @@ def finetune(
 
 
 def _fit(run: TrainingRun) -> dict[str, Any]:
-    """Trains, evaluates and saves the model of a run; → its record."""
+    """Trains, saves and evaluates the model of a run; → its record."""
     model, args = run.model, run.args
     _check_batch(run.data.train, args)
     base = {}
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
     _set_lengths(model.config, args)
+    recipe, changed = run_recipe(run), {}
+    finished = _finished(run, recipe)
+    if finished:
+        if args.process_index == 0:
+            print(f"finished: {args.output_dir!r} holds the model after step {finished['num_steps']}; nothing to do")
+        return finished
     if run.checkpoint:
         _check_checkpoint(run.checkpoint, model.config)
+        changed = check_recipe(run, recipe)
     model.skip_logits = True
     interrupt = InterruptCallback()
     trainer = _make_trainer(run, interrupt)
+    trainer.recipe, trainer.changed = recipe, changed
+    check_before_training(run, trainer, base)
     start = time.perf_counter()
-    # to the Trainer `max_steps` 0 means all of `num_train_epochs`
-    training_loss = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss if args.max_steps else None
-    if interrupt.stopped:
-        if trainer.is_world_process_zero():
-            step = trainer.state.global_step
-            print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
-        raise KeyboardInterrupt
-    record = training_record(run, trainer, time.perf_counter() - start)
-    if _last_evaluation(trainer) is None:
-        trainer.evaluate()
-    record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
-    _save(trainer, record)
+    try:
+        training_loss = _train(run, trainer)
+        if interrupt.stopped:
+            if trainer.is_world_process_zero():
+                step = trainer.state.global_step
+                print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
+            raise KeyboardInterrupt
+        seconds = time.perf_counter() - start
+        _save_model(trainer)
+        if _last_evaluation(trainer) is None:
+            trainer.evaluate()
+        record = training_record(run, trainer, seconds, recipe)
+        record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
+        _save_record(trainer, record)
+    except SafetensorError as error:  # a full disk, while weights are written
+        raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "file write" in str(error) or "basic_ios" in str(error):
+            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
+        raise
+    finally:
+        interrupt.restore()
     return record
+
+
+def _train(run: TrainingRun, trainer: RelPosTrainer) -> float | None:
+    """Takes the steps that are left; → the mean loss of these, or of all if none is left."""
+    args = run.args
+    if args.max_steps == 0:  # to the Trainer it means all of `num_train_epochs`
+        return None
+    if run.checkpoint and run.first_step >= (steps := _num_steps(run, trainer)):
+        if run.first_step > steps:
+            raise ValueError(f"`max_steps` {steps} lies before step {run.first_step} of {run.checkpoint!r}.")
+        trainer.state = TrainerState.load_from_json(str(Path(run.checkpoint) / STATE))
+        step, weights = saved_step(trainer), run.checkpoint
+        if step != run.first_step:  # as `load_best_model_at_end` chose
+            weights = str(Path(run.checkpoint).with_name(f"checkpoint-{step}"))
+            reason = damage(weights)
+            if reason:
+                raise ValueError(f"the best checkpoint {weights!r} is damaged: {reason}.")
+        load_weights(run.model, weights)
+        run.model.to(args.device)
+        return mean_loss(trainer, step)
+    loss = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
+    step = saved_step(trainer)
+    return loss if step == trainer.state.global_step else mean_loss(trainer, step)
+
+
+def _num_steps(run: TrainingRun, trainer: RelPosTrainer) -> int:
+    """The steps that the run takes in all."""
+    args = run.args
+    if args.max_steps > 0:
+        return args.max_steps
+    per_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
+    """The record of a run that is resumed though it has come to its end with the same recipe."""
+    args, folder = run.args, Path(run.args.output_dir)
+    if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() == "false":
+        return None
+    if not (folder / TRAINING_RECORD).is_file():
+        return None
+    record = read_json(folder / TRAINING_RECORD)
+    differing = differences(record.get("resume", {}).get("values", {}), recipe.values, run)
+    if not differing:
+        _check_checkpoint(args.output_dir, run.model.config)
+        return record
+    if run.checkpoint is None:
+        listed = "; ".join(f"`{name}` was {theirs!r}, got {ours!r}" for name, (theirs, ours) in differing.items())
+        raise ValueError(f"{args.output_dir!r} holds a finished run and no whole checkpoint to go on from: {listed}.")
+    return None
 
 
 def _set_lengths(config: RelPosConfig, args: RelPosTrainingArguments) -> None:
@@ -163,10 +242,17 @@ def _make_trainer(run: TrainingRun, interrupt: InterruptCallback) -> RelPosTrain
         raise
 
 
-def _save(trainer: RelPosTrainer, record: dict[str, Any]) -> None:
-    """Writes model, tokenizer, record and card to the output folder, and publishes them with `push_to_hub`."""
+def _save_model(trainer: RelPosTrainer) -> None:
+    """Writes model and tokenizer to the output folder; a record of earlier weights goes first."""
+    trainer.check_finite()
     trainer.model.config.use_cache = True  # the Trainer switched it off
+    if trainer.is_world_process_zero():
+        (Path(trainer.args.output_dir) / TRAINING_RECORD).unlink(missing_ok=True)
     trainer.save_model(_internal_call=True)
+
+
+def _save_record(trainer: RelPosTrainer, record: dict[str, Any]) -> None:
+    """Writes record and card to the output folder, and publishes it with `push_to_hub`."""
     if trainer.is_world_process_zero():
         # last: a folder with a record is complete
         write_json(Path(trainer.args.output_dir) / TRAINING_RECORD, record)
@@ -177,41 +263,35 @@ def _save(trainer: RelPosTrainer, record: dict[str, Any]) -> None:
 
 
 def _last_evaluation(trainer: Trainer) -> float | None:
-    """The validation loss after the last step, if it was computed."""
-    state = trainer.state
-    losses = [
-        entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step
-    ]
+    """The validation loss of the weights that the model holds, if it was computed."""
+    history, step = trainer.state.log_history, saved_step(trainer)
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == step]
     return losses[-1] if losses else None
 
 
 # --- checks before anything is written
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: `--resume_from_checkpoint last` is the newest in the output folder.
+def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[str, Any]) -> None:
+    """Does what could fail after the last step: makes the record, writes to the output folder, looks for room in it.
 
     Raises:
-        ValueError: if there is none, or if the output folder holds a run and none is to be resumed.
+        ValueError: if the record cannot be made, or there is no room for a checkpoint.
+        OSError: if the output folder cannot be written.
     """
-    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        runs = [path.name for path in folder.glob("*") if path.name.startswith("checkpoint-") or path.suffix == ".json"]
-        if runs:
-            raise ValueError(
-                f"`output_dir` {args.output_dir!r} already holds a run ({sorted(runs)[0]}): choose another, or "
-                "resume with --resume_from_checkpoint last."
-            )
-        return None
-    if str(wanted).lower() in ("last", "true"):
-        # one that was being written when the run was killed is not whole: the state is saved last
-        whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-        if not whole:
-            raise ValueError(f"`resume_from_checkpoint`: {args.output_dir!r} holds no checkpoint.")
-        wanted = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"`resume_from_checkpoint` {str(wanted)!r} is not a checkpoint of a run.")
-    return str(wanted)
+    json.dumps({**training_record(run, trainer, 1.0, trainer.recipe), **base}, allow_nan=False)
+    if not run.args.should_save:
+        return
+    folder = Path(run.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    num_bytes = sum(weight.nbytes for weight in run.model.parameters()) * (1 if run.args.max_steps == 0 else 3)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ValueError(
+            f"`output_dir` {run.args.output_dir!r} has room for {free >> 20} MiB, a checkpoint takes {num_bytes >> 20}."
+        )
 
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:

@@ -1,18 +1,25 @@
 """The Trainer of transformers with this package's way of publishing."""
 
 import logging
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.utils import PushInProgress
 
+from ..environment import write_json
 from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
 from ..hub.repository import repository_files, write_files
+from .checkpoints import RECIPE, newest_whole
+from .recipe import Recipe, apply_overrides, reseed
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +30,89 @@ class RelPosTrainer(Trainer):
 
     `hub_strategy` is "end" or "every_save"; the latter pushes the model of each checkpoint in the background. The
     optimizer's state and the pickled arguments are not pushed.
+
+    Training stops with a `ValueError` at the first loss that is not finite, and weights that are not finite are never
+    saved.
+
+    Attributes:
+        recipe: what each checkpoint says of its run, in recipe.json.
+        changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
     """
+
+    recipe: Recipe | None = None
+    changed: dict[str, Any] | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._told_by_step("training"):
+            loss = super().training_step(*args, **kwargs)
+        if not self._everywhere(torch.isfinite(loss).all()):
+            self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._told_by_step("evaluation"):
+            metrics = super().evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith("_loss") and not math.isfinite(value):  # the same in all processes
+                self._stop(f"{name} after step {self.state.global_step} is {value}")
+        return metrics
+
+    @contextmanager
+    def _told_by_step(self, doing: str) -> Iterator[None]:
+        """Kernels refuse tables that are not finite before there is a loss."""
+        try:
+            yield
+        except ValueError as error:
+            if "must be finite" not in str(error):
+                raise
+            self._stop(f"in {doing} after step {self.state.global_step} {str(error).partition(';')[0]}")
+
+    def check_finite(self) -> None:
+        """Raises `ValueError` if a weight of the model is not finite."""
+        weights = [getattr(weight, "_local_tensor", weight) for weight in self.model.parameters()]
+        finite = torch.stack([torch.isfinite(weight.detach()).all().to(self.args.device) for weight in weights])
+        if not self._everywhere(finite.all()):
+            self._stop(f"after step {self.state.global_step} weights are not finite")
+
+    def _everywhere(self, fact: torch.Tensor) -> bool:
+        """Whether it holds in all processes."""
+        if self.args.world_size > 1:
+            fact = fact.float()
+            torch.distributed.all_reduce(fact, op=torch.distributed.ReduceOp.MIN)
+        return bool(fact)
+
+    def _stop(self, reason: str) -> NoReturn:
+        last, _ = newest_whole(Path(self.args.output_dir))
+        kept = f"the last finite checkpoint is {str(last)!r}" if last else "no finite checkpoint was saved"
+        raise ValueError(f"training stopped: {reason}; {kept}. A lower `learning_rate` may help.")
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_finite()
+        if self.args.should_save:  # what a damaged one of the same step left would look whole when this one is cut off
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        # in a checkpoint the state comes last, so one that has it has the recipe
+        if self.recipe and self.args.should_save and output_dir and Path(output_dir) != Path(self.args.output_dir):
+            write_json(Path(output_dir) / RECIPE, self.recipe.to_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        fresh = []
+        if checkpoint and self.changed:
+            groups = self.optimizer.param_groups
+            fresh = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if fresh:
+            apply_overrides(self.changed, fresh, self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint and self.changed:
+            reseed(self.changed, self.args.seed)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if self.args.hub_strategy.value not in ("end", "every_save"):
@@ -52,7 +141,7 @@ class RelPosTrainer(Trainer):
         folder = Path(self.args.output_dir)
         try:
             card = repository_files(folder, self.hub_model_id)[CARD]
-        except ValueError as error:  # the model is saved already
+        except (ValueError, OSError) as error:  # the model is saved already
             logger.warning(f"No card was written: {error}")
         else:
             if isinstance(card, bytes):

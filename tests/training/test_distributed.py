@@ -79,7 +79,7 @@ def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags,
     saved = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     first = max(int(path.name.rpartition("-")[2]) for path in saved)
     steps = max(6, first + 2)
-    flags |= {"max_steps": steps, "resume_from_checkpoint": "last"}
+    flags |= {"max_steps": steps, "resume_from_checkpoint": "last", "override_recipe": "true"}
     finish(launch(kind, training_flags(data_flags, folder, **flags)))
 
     record = json.loads((folder / "training.json").read_text())

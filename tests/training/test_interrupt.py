@@ -12,10 +12,13 @@ import torch
 from conftest import ROOT
 from helpers import resumes_on_cpus, run_in_shell, training_flags
 
+from hf_relpos.training.checkpoints import damage
 from hf_relpos.training.interrupt import InterruptCallback
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "terminated", "terminal closed"]
+)
 def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_path, run_script, number):
     overrides = dict(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=5)
     process = run_in_shell("train", training_flags(data_flags, tmp_path / "run", **overrides))
@@ -29,10 +32,32 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_pat
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     steps = int(checkpoint.name.rpartition("-")[2])
     assert not (tmp_path / "run" / "training.json").exists()
-    overrides |= dict(max_steps=steps + 2, resume_from_checkpoint="last")
+    overrides |= dict(max_steps=steps + 2, resume_from_checkpoint="last", override_recipe="true")
     run_script("train", *training_flags(data_flags, tmp_path / "run", **overrides))
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     assert (record["resumed_from_step"], record["num_steps"]) == (steps, steps + 2)
+
+
+def test_a_reader_that_has_gone_stops_a_run_with_a_checkpoint(data_flags, tmp_path):
+    flags = training_flags(data_flags, tmp_path / "run", max_steps=100_000, save_steps=100_000, eval_strategy="no")
+    process = run_in_shell("train", flags, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 130, errors
+    assert "Traceback" not in errors and "ignored" not in errors
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert damage(checkpoint) is None
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_log_that_cannot_be_written_does_not_stop_a_run(data_flags, tmp_path):
+    flags = training_flags(data_flags, tmp_path / "run", max_steps=3)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, flags)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "training.json").is_file()
 
 
 def test_a_request_that_comes_while_processes_agree_is_not_lost(monkeypatch):
@@ -74,7 +99,7 @@ def test_two_processes_under_accelerate(data_flags, tmp_path):
     (checkpoint,) = (tmp_path / "ddp").glob("checkpoint-*")
     steps = int(checkpoint.name.rpartition("-")[2]) + 2
 
-    process = start(max_steps=steps, eval_steps=steps, resume_from_checkpoint="last")
+    process = start(max_steps=steps, eval_steps=steps, resume_from_checkpoint="last", override_recipe="true")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
     record = json.loads((tmp_path / "ddp" / "training.json").read_text())
