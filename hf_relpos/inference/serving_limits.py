@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 
+TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 CAP_FLAGS = ("--max_new_tokens", "--max-new-tokens")
 
 
@@ -28,9 +29,11 @@ def pop_cap(options: list[str]) -> int | None:
 
 
 class Client:
-    """Whether the client of a request is still there, for the threads that work for it."""
+    """Whether the client of a request is still there, for the threads that work for it, and whether it named a number
+    of tokens."""
 
     def __init__(self) -> None:
+        self.named_tokens = True
         self.gone, self._callbacks = threading.Event(), []
 
     def when_gone(self, callback: Callable[[], Any]) -> None:
@@ -99,7 +102,7 @@ def limit_handler(handler: Any, cap: int) -> None:
 
     @functools.wraps(build)
     def capped(body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        for name in TOKEN_FIELDS:
             if body.get(name) is not None:
                 _check_tokens(name, body[name], cap)
         seed = body.get("seed")
@@ -112,6 +115,7 @@ def limit_handler(handler: Any, cap: int) -> None:
                     _check_tokens(f"generation_config.{name}", getattr(config, name), cap)
         else:  # a number that was not asked for, but for those checked above
             config.max_new_tokens = min(config.max_new_tokens or cap, cap)
+            CLIENT.get().named_tokens = any(body.get(name) is not None for name in TOKEN_FIELDS)
         return config
 
     handler._build_generation_config = capped
@@ -154,13 +158,13 @@ def _follow(manager: Any) -> None:
     stream, generate = manager.generate_streaming, manager.generate_non_streaming
 
     def generate_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_not_empty(inputs)
+        _fit(model, inputs, *args)
         queue, streamer = stream(model, processor, inputs, *args, **kwargs)
         CLIENT.get().when_gone(streamer.cancel)
         return queue, streamer
 
     async def generate_non_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_not_empty(inputs)
+        _fit(model, inputs, *args)
         client, batching = CLIENT.get(), getattr(manager, "_cb", None)
         if batching is not None:
             task = asyncio.ensure_future(generate(model, processor, inputs, *args, **kwargs))
@@ -179,7 +183,11 @@ def _follow(manager: Any) -> None:
     manager.follows_clients = True
 
 
-def _check_not_empty(inputs: Any) -> None:
-    tokens = inputs["input_ids"]
-    if not (len(tokens) if isinstance(tokens, list) else tokens.shape[-1]):
+def _fit(model: Any, inputs: Any, generation_config: Any) -> None:
+    """Refuses a request without a token; one that named no number of them gets those that a learned table has left."""
+    tokens, limit = inputs["input_ids"], getattr(model.config, "max_positions", None)
+    count = len(tokens) if isinstance(tokens, list) else tokens.shape[-1]
+    if not count:
         raise ValueError("the prompt must have at least one token, got an empty one.")
+    if limit is not None and count < limit and not CLIENT.get().named_tokens:
+        generation_config.max_new_tokens = min(generation_config.max_new_tokens, limit - count)

@@ -183,6 +183,7 @@ def test_says_what_is_wrong_with_a_request(tmp_path):
             client.chat.completions.create(messages=MESSAGES, **request)
         with pytest.raises(openai.BadRequestError, match="chat_template"):
             client.chat.completions.create(messages=MESSAGES, stream=True, **request)
+        assert client.completions.create(prompt=PROMPT, model=request["model"]).usage.total_tokens <= 160
         with pytest.raises(openai.BadRequestError, match="max_position_embeddings"):
             client.completions.create(prompt="the " * 200, **request)
 
