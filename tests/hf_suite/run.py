@@ -112,7 +112,20 @@ def run(folder: Path, row: str, tests: str | None) -> dict:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(folder)]
+    # warnings are not ignored, since some tests look for them
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        "--disable-warnings",
+        "--rootdir",
+        str(folder),
+    ]
     command += ["-c", os.devnull, "tests/family/test_family.py", *(["-k", tests] if tests else [])]
     start = time.perf_counter()
     log = folder / f"{row}.log"
