@@ -31,7 +31,7 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
     ]
 
     run_script("evaluate", *[trained / "rotary" if f == trained / "linear_cpb" else f for f in flags[:3]],
-               tmp_path / "eval2", *data_flags, "--eval_lengths", 32, 64)  # fmt: skip
+               tmp_path / "eval2", *data_flags, "--eval_lengths", 32, 64, 128)  # fmt: skip
     results = [tmp_path / "eval" / "results.json", tmp_path / "eval2" / "results.json"]
     run_script("report", "--results", *results, "--output_dir", tmp_path / "report")
     table = (tmp_path / "report" / "table.md").read_text()
