@@ -246,7 +246,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
 
 def _varied(result: dict[str, Any]) -> dict[str, Any]:
     training = _training(result)
-    return {name: result.get(name, training.get(name)) for name in VARIED}
+    return {name: training.get(name, result.get(name)) for name in VARIED}
 
 
 def _training(result: dict[str, Any]) -> dict[str, Any]:
