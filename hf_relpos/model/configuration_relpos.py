@@ -176,7 +176,13 @@ class RelPosConfig(PreTrainedConfig):
                 kept = ("rope_theta", "partial_rotary_factor") if given.get("rope_scaling") else tuple(saved)
                 rest = {name: value for name, value in saved.items() if name in kept and given.get(name) is None}
                 config_dict["rope_parameters"] = rest or None
-        return super().from_dict(config_dict, **kwargs)
+        # a file may hold what other tools put there: it is kept and warned of, not refused
+        others = {name: config_dict.pop(name) for name in [*config_dict] if _is_near_miss(cls, name)}
+        made = super().from_dict(config_dict, **kwargs)
+        for name, value in others.items():
+            logger.warning(f"`{name}` is no field of {cls.__name__}: it is kept, and nothing reads it.")
+            setattr(made[0] if isinstance(made, tuple) else made, name, value)
+        return made
 
     @property
     def max_positions(self) -> int | None:
@@ -359,6 +365,15 @@ def refuse_near_miss(cls: type[RelPosConfig], name: str, words: bool = True) -> 
     near += [field for field in own if words and {*name.split("_")} < {*field.split("_")}]
     if near:
         raise ValueError(f"`{name}` is no field of {cls.__name__}: did you mean `{near[0]}`?")
+
+
+def _is_near_miss(cls: type[RelPosConfig], name: str) -> bool:
+    """Whether `refuse_near_miss` refuses it."""
+    try:
+        refuse_near_miss(cls, name)
+    except ValueError:
+        return not isinstance(getattr(cls, name, None), property)
+    return False
 
 
 def _is_known(cls: type[RelPosConfig], name: str) -> bool:

@@ -102,9 +102,14 @@ def test_a_keyword_that_resembles_a_field_is_refused(name, meant):
     with pytest.raises(ValueError, match=message):
         RelPosConfig(**{name: 4})
     with pytest.raises(ValueError, match=message):
-        RelPosConfig.from_dict({**RelPosConfig().to_dict(), name: 4})
-    with pytest.raises(ValueError, match=message):
         RelPosConfig.from_size("xsmall", **{name: 4})
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_what_other_tools_put_into_a_file_is_kept_and_warned_of(name, caplog):
+    with caplog.at_level("WARNING", logger="transformers"):
+        config = RelPosConfig.from_dict({**RelPosConfig().to_dict(), name: 4})
+    assert getattr(config, name) == 4 and f"`{name}` is no field of RelPosConfig" in caplog.text
 
 
 def test_misspelt_keywords_of_loading_are_refused(tmp_path):
