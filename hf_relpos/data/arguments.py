@@ -14,10 +14,17 @@ class TextArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_file: str | None = field(
-        default=None, metadata={"help": "A txt, jsonl, parquet or csv file to train on, or a folder of one kind."}
+        default=None,
+        metadata={
+            "help": "A txt, jsonl, parquet or csv file to train on, also as gz, bz2, xz, zst, or a folder of one kind."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    document_separator: str = field(
+        default="<|endoftext|>",
+        metadata={"help": 'Text that stands between the documents of a file or a row; "" for one document each.'},
+    )
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of the training documents to evaluate on if nothing else is given."}
     )

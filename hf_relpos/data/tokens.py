@@ -4,8 +4,8 @@ Tokenised documents and trained tokenizers are cached in the cache of `datasets`
 depend on.
 """
 
-import tempfile
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..model_loading import check_vocab_size
 from .arguments import TextArguments
-from .cache import cache_path, cache_root, digest, store
+from .cache import cached, cached_rows, digest, say
 from .corpus import Corpus
 
 
@@ -55,9 +55,18 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(f"`vocab_size` must be at least 258 (256 bytes and 2 special tokens), got {vocab_size}.")
     if "train" not in corpus.splits:
         raise ValueError("`train_file` or `tokenizer_name` is needed: there is no text to train a tokenizer on.")
-    cache = cache_path("tokenizer", corpus.fingerprint, vocab_size, tokenizers.__version__)
-    if corpus.fingerprint and cache.is_dir():
-        return AutoTokenizer.from_pretrained(cache)
+    if not corpus.fingerprint:
+        return _train_tokenizer(corpus, vocab_size)
+    parts = [corpus.fingerprint, vocab_size, tokenizers.__version__]
+    folder, _ = cached("tokenizer", parts, lambda folder: _save(_train_tokenizer(corpus, vocab_size), folder))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+
+
+def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -73,14 +82,9 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"`vocab_size` {vocab_size} is more than this corpus gives: {backend.get_vocab_size()} entries."
         )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
     )
-    if corpus.fingerprint:
-        with tempfile.TemporaryDirectory(dir=cache_root()) as folder:
-            tokenizer.save_pretrained(folder)
-            store(Path(folder), cache)
-    return tokenizer
 
 
 def tokenize(
@@ -88,32 +92,81 @@ def tokenize(
 ) -> Dataset | IterableDataset:
     """Documents → one row of `input_ids` each, ended by the end-of-sequence token, if the tokenizer has one.
 
+    Control tokens that stand in a document are encoded as the text that they are; a line says that there are some.
+
     Args:
         documents: column "text".
         tokenizer: any tokenizer of transformers.
         fingerprint: of the corpus and split; if it is given, the result is cached.
         num_workers: processes; the tokenizer itself uses all cores in one.
+
+    Raises:
+        ValueError: if the tokenizer knows a control token in a document as nothing but that token.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
-
+    encoder = _Encoder(tokenizer)
     if isinstance(documents, IterableDataset):
-        return documents.map(encode, batched=True, batch_size=100, remove_columns=["text"])
-    key = digest("tokens", fingerprint, _tokenizer_hash(tokenizer), tokenizers.__version__)
-    cache = cache_path("tokens", key).with_suffix(".arrow") if fingerprint else None
-    return documents.map(
-        encode,
-        batched=True,
-        batch_size=100,
-        remove_columns=["text"],
-        num_proc=num_workers,
-        new_fingerprint=key[:32] if fingerprint else None,
-        cache_file_name=str(cache) if cache else None,
-        desc="Tokenising",
-    )
+        encoder.says = True
+        return documents.map(encoder, batched=True, batch_size=100, remove_columns=["text"])
+    options = {"batched": True, "batch_size": 100, "remove_columns": ["text"], "num_proc": num_workers}
+    if not fingerprint:
+        _say_control_tokens(encoder.count(batch["text"] for batch in documents.iter(batch_size=1000)))
+        return documents.map(encoder, desc="Tokenising", **options)
+    parts = [fingerprint, _tokenizer_hash(tokenizer), tokenizers.__version__]
+
+    def make(folder: Path) -> int:
+        file = str(folder / "tokens.arrow")
+        documents.map(encoder, new_fingerprint=digest(*parts)[:32], cache_file_name=file, desc="Tokenising", **options)
+        return encoder.count(batch["text"] for batch in documents.iter(batch_size=1000))
+
+    rows, num_found = cached_rows("tokens", parts, make)
+    _say_control_tokens(num_found)
+    return rows
+
+
+class _Encoder:
+    """Documents → tokens, for `map`.
+
+    Args:
+        tokenizer: its end-of-sequence token ends every document.
+
+    Attributes:
+        says: whether a line is due when the first control token is met.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.says = tokenizer, False
+        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        names = sorted(map(str, getattr(tokenizer, "all_special_tokens", [])), key=len, reverse=True)
+        names = [name for name in names if name]
+        self.control = re.compile("|".join(map(re.escape, names))) if names else None
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self.control_ids = {*getattr(tokenizer, "all_special_ids", [])} - {unknown}
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        rows = self.tokenizer(batch["text"], **options, return_attention_mask=False, verbose=False)["input_ids"]
+        for text, ids in zip(batch["text"], rows):
+            if self.control and (found := self.control.search(text)):
+                if not self.control_ids.isdisjoint(ids):
+                    raise ValueError(
+                        f"the text holds {found[0]!r}, which this tokenizer encodes as a control token only: "
+                        "take it out, or give it as `document_separator`."
+                    )
+                if self.says:
+                    self.says = False
+                    say(f"control tokens in the text are encoded as plain text, {found[0]!r} first")
+        return {"input_ids": [ids + self.end for ids in rows]}
+
+    def count(self, batches: Iterable[list[str]]) -> int:
+        """How many control tokens stand in texts."""
+        if self.control is None:
+            return 0
+        return sum(len(self.control.findall(text)) for texts in batches for text in texts)
+
+
+def _say_control_tokens(count: int) -> None:
+    if count:
+        say(f"control tokens in the text, encoded as plain text: {count:,}")
 
 
 def tokenize_split(corpus: Corpus, split: str, tokenizer: Any, args: TextArguments) -> Dataset | IterableDataset:

@@ -30,9 +30,9 @@ def test_missing_built_in_corpus_says_how_to_install_it(monkeypatch):
 DOCUMENTS = [make_text(30, 1), "zwei Wörter\nund ein Umbruch", "  \n ", make_text(20, 2)]
 
 
-def write_corpus(folder, kind):
+def write_corpus(folder, kind, name="corpus"):
     """→ a file of DOCUMENTS."""
-    path = folder / f"corpus.{kind}"
+    path = folder / f"{name}.{kind}"
     if kind == "jsonl":
         path.write_text("\n".join(json.dumps({"text": text, "year": 1}) for text in DOCUMENTS), encoding="utf-8")
     elif kind == "csv":
@@ -45,8 +45,8 @@ def write_corpus(folder, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_of_documents(kind, streaming, tmp_path):
-    path = str(write_corpus(tmp_path, kind))
-    corpus = load_corpus(TextArguments(train_file=path, validation_file=path, streaming=streaming))
+    train, validation = (str(write_corpus(tmp_path, kind, name)) for name in ("train", "validation"))
+    corpus = load_corpus(TextArguments(train_file=train, validation_file=validation, streaming=streaming))
     for split in ("train", "validation"):
         texts = [row["text"] for row in corpus.splits[split]]
         assert texts == [text for text in DOCUMENTS if text.strip()]
@@ -63,29 +63,10 @@ def test_a_folder_of_text_files_has_a_document_per_file(streaming, corpus_files)
 
 def test_names_with_wildcards_are_names(tmp_path):
     path = write_corpus(tmp_path, "jsonl").rename(tmp_path / "a[1]*.jsonl")
+    other = str(write_corpus(tmp_path, "jsonl"))
     for streaming in (False, True):
-        corpus = load_corpus(TextArguments(train_file=str(path), validation_file=str(path), streaming=streaming))
+        corpus = load_corpus(TextArguments(train_file=str(path), validation_file=other, streaming=streaming))
         assert len(list(corpus.splits["train"])) == 3
-
-
-def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_relpos.data.corpus.MAX_DOCUMENT_CHARACTERS", 100)
-    text = "\n".join(make_text(5, index) for index in range(40))
-    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    path = str(tmp_path / "long.txt")
-    texts = load_corpus(TextArguments(train_file=path, validation_file=path)).splits["train"]["text"]
-    assert "".join(texts) == text and len(texts) > 10
-    assert all(len(piece) <= 100 and piece.endswith("\n") for piece in texts[:-1])
-
-
-def test_a_changed_file_is_read_again(tmp_path):
-    path = tmp_path / "text.txt"
-    args = TextArguments(train_file=str(path), validation_file=str(path))
-    path.write_text("one", encoding="utf-8")
-    first = load_corpus(args)
-    path.write_text("two words", encoding="utf-8")
-    second = load_corpus(args)
-    assert second.splits["train"]["text"] == ["two words"] and first.fingerprint != second.fingerprint
 
 
 def test_a_local_data_set_by_name(tmp_path):
@@ -107,8 +88,9 @@ def test_everything_that_changes_the_documents_changes_the_fingerprint(corpus_fi
     """Tokens and tokenizers are cached by it."""
     path = tmp_path / "two.jsonl"
     path.write_text("\n".join(json.dumps({"text": make_text(9, i), "body": make_text(7, i)}) for i in range(8)))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "other", "body": "another"}))
     args = [dict(), dict(text_column="body"), dict(validation_split_percentage=50), dict(streaming=True)]
-    args[-1]["validation_file"] = str(path)
+    args[-1]["validation_file"] = str(tmp_path / "other.jsonl")
     prints = [load_corpus(TextArguments(train_file=str(path), **fields)).fingerprint for fields in args]
     path.write_text(path.read_text() + "\n" + json.dumps({"text": "more", "body": "more"}))
     prints += [load_corpus(TextArguments(train_file=str(path), **fields)).fingerprint for fields in args]
@@ -128,7 +110,7 @@ def mixed(folder):
 
 def empty(folder):
     (folder / "empty.txt").write_text(" \n")
-    return {"train_file": str(folder / "empty.txt"), "validation_file": str(folder / "empty.txt")}
+    return {"train_file": str(folder / "empty.txt")}
 
 
 def no_bytes(folder):
@@ -162,7 +144,7 @@ BAD = {
     "broken JSON": (broken, "`train_file` .*broken.jsonl' cannot be read as json"),
     "wrong column": (wrong_column, r"`text_column` must be one of \['year', 'text'\], got 'body'"),
     "column of numbers": (
-        lambda folder: {"train_file": str(write_corpus(folder, "csv")), "text_column": "year"},
+        lambda folder: {"train_file": str(write_corpus(folder, "parquet")), "text_column": "year"},
         "`text_column` must hold text, got 'year' of type int64",
     ),
     "two sources": (lambda folder: {"dataset_name": "x", "train_file": "y"}, "exclude each other"),

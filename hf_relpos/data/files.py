@@ -1,0 +1,219 @@
+"""Files of text: which of a folder are read, what they hold, whether two splits share one."""
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+
+FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+ARCHIVES = (".7z", ".br", ".lz4", ".rar", ".tar", ".tbz", ".tgz", ".txz", ".z", ".zip")
+LEFT_OUT = re.compile(
+    r"^(\.|__)|(^|[._-])checkpoints?($|[._-])", re.IGNORECASE
+)  # .git, .ipynb_checkpoints, checkpoint-500
+CHUNK = 2**22
+
+
+@dataclass
+class FileList:
+    """The files of one split.
+
+    Attributes:
+        flag, given: the flag that named them and its value.
+        kind: "text", "json", "csv" or "parquet".
+        paths: in the order in which they are read.
+        skipped: what a folder holds besides, relative to it: names, and folders with "/" at their end.
+    """
+
+    flag: str
+    given: str
+    kind: str
+    paths: list[Path]
+    skipped: list[str] = field(default_factory=list)
+
+
+def list_files(flag: str, given: str) -> FileList:
+    """The files that a flag names: one file, or those of a folder that are of one kind.
+
+    In a folder, hidden files and folders, folders of checkpoints, empty files and other files than text are skipped.
+
+    Raises:
+        ValueError: for nothing to read, files of several kinds, or compression that cannot be read.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise ValueError(f"`{flag}` {given!r} does not exist.")
+    files, skipped = _walk(path, flag) if path.is_dir() else ([path], [])
+    found: list[tuple[Path, str]] = []
+    for file in files:
+        kind, compression = file_type(file)
+        if kind is None and path.is_dir() and not _is_compressed(file):
+            skipped.append(str(file.relative_to(path)))
+        elif kind is None:
+            raise ValueError(_unknown(flag, given, file))
+        elif not file.is_file():
+            raise ValueError(f"`{flag}`: {str(file)!r} is no regular file.")
+        elif not file.stat().st_size:
+            skipped.append(f"{file.relative_to(path) if path.is_dir() else file.name} (empty)")
+        else:
+            _check_compression(flag, file, kind, compression)
+            found.append((file, kind))
+    if not found:
+        left_out = f"; left out: {', '.join(skipped[:5])}" if skipped else ""
+        if len(skipped) == len(files) and skipped and all(name.endswith(" (empty)") for name in skipped):
+            raise ValueError(f"`{flag}` {given!r} is empty.")
+        raise ValueError(f"`{flag}` must be a file or folder of {'/'.join(FILE_TYPES)}, got {given!r}{left_out}.")
+    kinds = sorted({kind for _, kind in found})
+    if len(kinds) > 1:
+        raise ValueError(f"`{flag}` {given!r} must hold files of one kind, got {kinds}.")
+    return FileList(flag, given, kinds[0], [file for file, _ in found], skipped)
+
+
+def _walk(folder: Path, flag: str) -> tuple[list[Path], list[str]]:
+    """→ the files of a folder in their order, and what is left out for its name."""
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"`{flag}`: {error.filename!r} cannot be read: {error.strerror}.") from error
+
+    files, skipped = [], []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        kept = [name for name in folders if not LEFT_OUT.search(name) and not os.path.islink(Path(place, name))]
+        skipped += [f"{Path(place, name).relative_to(folder)}/" for name in sorted({*folders} - {*kept})]
+        folders[:] = kept
+        hidden = [name for name in names if name.startswith(".")]
+        skipped += [str(Path(place, name).relative_to(folder)) for name in sorted(hidden)]
+        files += [Path(place, name) for name in names if name not in hidden]
+    return sorted(files), skipped
+
+
+def file_type(path: Path) -> tuple[str | None, str | None]:
+    """→ the kind of a file and how it is compressed, both by its name: "a.jsonl.gz" → "json", ".gz"."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in OPENERS else None
+    return FILE_TYPES.get(suffixes[-1]) if suffixes else None, compression
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in (*OPENERS, *ARCHIVES)
+
+
+def _unknown(flag: str, given: str, path: Path) -> str:
+    kinds = "/".join(FILE_TYPES)
+    if _is_compressed(path):
+        compressions = "/".join(OPENERS)
+        return (
+            f"`{flag}`: {str(path)!r} cannot be read: only {kinds}, also as {compressions}; unpack it or move it away."
+        )
+    return f"`{flag}` must be a file or folder of {kinds}, got {given!r}."
+
+
+def _check_compression(flag: str, path: Path, kind: str, compression: str | None) -> None:
+    if compression and kind == "parquet":
+        raise ValueError(f"`{flag}`: {str(path)!r} cannot be read: parquet is compressed inside; unpack it.")
+    if compression == ".zst":
+        import pyarrow
+
+        if not pyarrow.Codec.is_available("zstd"):
+            raise ValueError(
+                f"`{flag}`: {str(path)!r} needs a pyarrow with zstd, as `pip install pyarrow` has; or unpack it."
+            )
+
+
+# --- content
+
+
+def _open_zst(path: Path) -> Any:
+    import pyarrow  # takes half a second; zstandard would stop at the end of the first frame
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+
+
+def read_bytes(path: Path) -> Iterator[bytes]:
+    """What a file holds, unpacked, in chunks.
+
+    Raises:
+        ValueError: for a compressed file that is cut or damaged.
+    """
+    compression = file_type(path)[1]
+    try:
+        with OPENERS[compression](path) if compression else open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except Exception as error:  # each library has its own kinds
+        if compression is None:
+            raise
+        raise ValueError(f"{str(path)!r} is no whole {compression} file: {error}.") from error
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of a few million characters, without a byte order mark.
+
+    Raises:
+        ValueError: for text that is not UTF-8, or as `read_bytes`.
+    """
+    decoder, offset, is_start = codecs.getincrementaldecoder("utf-8")(), 0, True
+    for chunk in chain(read_bytes(path), [b""]):
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{str(path)!r} is not UTF-8 text (near byte {offset + error.start}).") from error
+        offset += len(chunk)
+        if text:
+            yield text.removeprefix("\ufeff") if is_start else text
+            is_start = False
+
+
+class TextReader(io.RawIOBase):
+    """What `read_text` gives as a readable binary file, for parsers; to be wrapped in `io.TextIOWrapper`."""
+
+    def __init__(self, path: Path) -> None:
+        self.pieces, self.rest = read_text(path), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            piece = next(self.pieces, None)
+            if piece is None:
+                return 0
+            self.rest = memoryview(piece.encode())
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
+
+
+def open_text(path: Path, newline: str = "") -> io.TextIOWrapper:
+    """A file of text, unpacked and checked as `read_text` does; lines end as `newline` says for `open`."""
+    return io.TextIOWrapper(io.BufferedReader(TextReader(path), CHUNK), encoding="utf-8", newline=newline)
+
+
+def content_hash(path: Path) -> str:
+    """A hash of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_apart(train: FileList, validation: FileList) -> None:
+    """Raises `ValueError`, naming the file, if both splits hold one; links to a file are that file."""
+    places = {(path.stat().st_dev, path.stat().st_ino) for path in train.paths}
+    for path in validation.paths:
+        if (path.stat().st_dev, path.stat().st_ino) in places:
+            raise ValueError(f"`{validation.flag}` must hold other files than training, got {str(path)!r} in both.")
