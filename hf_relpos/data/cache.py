@@ -1,6 +1,6 @@
 """The cache of documents, tokens, blocks and trained tokenizers: folders named by a hash of all that they depend on.
 
-Each folder holds `entry.json`: checksums of its files, by which a damaged one is found and made anew, and facts.
+Each folder holds `entry.txt`: checksums of its files, by which a damaged one is found and made anew, and facts.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
 CONTENT_VERSION = 2  # raise it when data/ changes what it makes and keeps
-ENTRY = "entry.json"
+ENTRY = "entry.txt"
 
 
 def say(line: str) -> None:
@@ -53,8 +53,8 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Pa
     target = cache_root() / f"{kind}-{digest(CONTENT_VERSION, kind, *parts)[:24]}"
     if target.exists():
         try:
-            return target, _read_entry(target)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return target, _checked_facts(target)
+        except (OSError, ValueError) as error:
             say(f"damaged cache, made anew: {target}: {error}")
             if target.is_dir():
                 shutil.rmtree(target)
@@ -65,13 +65,14 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Pa
         folder.mkdir()
         facts = make(folder)
         checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-        (folder / ENTRY).write_text(json.dumps({"checksums": checksums, "facts": facts}), encoding="utf-8")
+        content = json.dumps({"checksums": checksums, "facts": facts})
+        (folder / ENTRY).write_text(f"{digest(content)}\n{content}", encoding="utf-8")
         try:
             folder.rename(target)
         except OSError:  # another process was first
             if not target.is_dir():
                 raise
-    return target, _read_entry(target)
+    return target, _checked_facts(target)
 
 
 def cached_rows(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Any, Any]:
@@ -79,19 +80,27 @@ def cached_rows(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tup
     import datasets
 
     folder, facts = cached(kind, parts, make)
-    names = sorted(json.loads((folder / ENTRY).read_text(encoding="utf-8"))["checksums"])
+    names = sorted(_read_entry(folder)["checksums"])
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in names])
     rows._fingerprint = folder.name  # names the content, by which what is made of it is cached
     return rows, facts
 
 
-def _read_entry(folder: Path) -> Any:
+def _checked_facts(folder: Path) -> Any:
     """→ the facts; raises `ValueError` for a file that is not as it was written, or `OSError`."""
-    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    entry = _read_entry(folder)
     for name, checksum in entry["checksums"].items():
         if _checksum(folder / name) != checksum:
             raise ValueError(f"{name} is not as it was written")
     return entry["facts"]
+
+
+def _read_entry(folder: Path) -> dict[str, Any]:
+    """→ checksums and facts, whose own checksum is the first line."""
+    checksum, _, content = (folder / ENTRY).read_text(encoding="utf-8", errors="replace").partition("\n")
+    if digest(content) != checksum:
+        raise ValueError(f"{ENTRY} is not as it was written")
+    return json.loads(content)
 
 
 def _checksum(path: Path) -> str:

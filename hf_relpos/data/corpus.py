@@ -40,6 +40,10 @@ class ReadRecord(Tally):
     num_documents: dict[str, int] = field(default_factory=dict)
     num_shared: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As results and `training.json` hold it, without what is 0 or empty."""
+        return {name: value for name, value in asdict(self).items() if value}
+
     def add(self, tally: Tally) -> None:
         """Counts the texts of one more split."""
         for each in fields(tally):

@@ -143,6 +143,7 @@ def _measure_text(
             if length > args.stride
         }
     corpus_facts = {"name": corpus.name, "split": split, "fingerprint": corpus.fingerprint, **numbers}
+    corpus_facts["read"] = corpus.read.to_dict()
     return {**found, "corpus": corpus_facts}
 
 

@@ -71,7 +71,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
             for entry in trainer.state.log_history
             if ("loss" in entry or "eval_loss" in entry) and entry["step"] <= steps
         ],
-        "corpus": {"name": run.data.name, "fingerprint": run.data.fingerprint},
+        "corpus": {"name": run.data.name, "fingerprint": run.data.fingerprint, "read": run.data.read},
         "changes": run.changes or None,
         "resume": recipe.to_dict(),
         "versions": versions(),

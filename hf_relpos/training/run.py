@@ -27,6 +27,7 @@ class TrainingData:
         name, fingerprint: of the corpus or the task, as in `training.json`.
         tokenizer: the one that made the tokens.
         train, validation: data sets of `input_ids` (block_size,) and what goes with them.
+        read: of a corpus, what was read and what was left out.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TrainingData:
     tokenizer: Any
     train: Any
     validation: Any
+    read: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def load_training_data(
         )
         if data_args.max_eval_samples is not None:
             validation = validation.take(data_args.max_eval_samples)
-        return TrainingData(corpus.name, corpus.fingerprint, tokenizer, train, validation)
+        read = corpus.read.to_dict()
+        return TrainingData(corpus.name, corpus.fingerprint, tokenizer, train, validation, read)
 
 
 def _task_data(

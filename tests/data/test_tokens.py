@@ -1,13 +1,18 @@
 """The tokenizer, and tokens cached by all that they depend on."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import make_text
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_relpos.data.arguments import TextArguments
+from hf_relpos.data.blocks import make_blocks
 from hf_relpos.data.corpus import load_corpus
-from hf_relpos.data.tokens import load_tokenizer, tokenize, train_tokenizer
+from hf_relpos.data.tokens import load_tokenizer, tokenize, tokenize_split, train_tokenizer
 from hf_relpos.model_loading import check_vocab_size
 
 
@@ -86,3 +91,89 @@ def test_tokens_end_with_the_end_of_text_and_are_cached_by_all_that_they_depend_
     assert tokenize(documents, tokenizer, "one")["input_ids"][:] == rows[:]
     with pytest.raises(AssertionError, match="tokenised again"):
         tokenize(documents, tokenizer, "two")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_control_tokens_in_text_are_text(streaming, tmp_path, capsys, corpus):
+    text = "a b<|pad|> c<|endoftext|>d <|pad|>"
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = train_tokenizer(corpus, 300)
+    args = TextArguments(validation_file=str(tmp_path / "a.txt"), streaming=streaming, document_separator="")
+    for _ in range(2):  # the second time from the cache
+        rows = tokenize_split(load_corpus(args), "validation", tokenizer, args)
+        (ids,) = [list(row["input_ids"]) for row in rows]
+        assert ids[-1] == tokenizer.eos_token_id and not {0, 1} & {*ids[:-1]}
+        assert tokenizer.decode(ids[:-1]) == text
+        assert capsys.readouterr().err.count("control tokens in the text") == 1
+    args.document_separator = "<|endoftext|>"
+    rows = tokenize_split(load_corpus(args), "validation", tokenizer, args)
+    assert [tokenizer.decode(row["input_ids"][:-1]) for row in rows] == ["a b<|pad|> c", "d <|pad|>"]
+    assert tokenizer("<|pad|>")["input_ids"] == [tokenizer.pad_token_id], "prompts are read as before"
+
+
+def test_a_control_token_that_cannot_be_text_is_refused():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
+    assert tokenize(Dataset.from_dict({"text": ["a b <unk>"]}), tokenizer)["input_ids"][:] == [[2, 0, 0, 1]]
+    with pytest.raises(
+        ValueError, match="the text holds '<end>', which this tokenizer encodes as a control token only"
+    ):
+        tokenize(Dataset.from_dict({"text": ["a <end> a"]}), tokenizer)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, zero, flip, Path.unlink])
+def test_damaged_caches_are_made_anew_and_named(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": make_text(400, index)}) for index in range(9)))
+    args = TextArguments(train_file=str(tmp_path / "a.jsonl"))
+
+    def prepare():
+        corpus = load_corpus(args)
+        tokenizer = load_tokenizer(args, corpus, 300)
+        blocks = make_blocks(tokenize_split(corpus, "train", tokenizer, args), 16, False, "train")
+        return tokenizer.backend_tokenizer.to_str(), blocks[:]
+
+    expected = prepare()
+    files = sorted(path for path in (tmp_path / "cache" / "hf_relpos").rglob("*") if path.is_file())
+    assert {path.parent.name.partition("-")[0] for path in files} == {"documents", "tokenizer", "tokens", "blocks"}
+    capsys.readouterr()
+    assert prepare() == expected and "damaged" not in capsys.readouterr().err
+    for path in files:
+        damage(path)
+        assert prepare() == expected
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("damaged cache, made anew: ")]
+        assert len(lines) == 1 and str(path.parent) in lines[0] and path.name in lines[0]
+
+
+def test_blocks_longer_than_the_split_are_refused_with_caches_too(corpus):
+    tokenizer = train_tokenizer(corpus, 300)
+    args = TextArguments()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`block_size` 100000 is more than the validation split holds: "):
+            make_blocks(tokenize_split(corpus, "validation", tokenizer, args), 100000, False, "validation")
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_processes_do_not_change_the_tokens(num_workers, corpus):
+    tokenizer = train_tokenizer(corpus, 300)
+    rows = tokenize(corpus.splits["train"], tokenizer, f"workers {num_workers}", num_workers)["input_ids"]
+    assert rows[:] == tokenize(corpus.splits["train"], tokenizer)["input_ids"][:]
