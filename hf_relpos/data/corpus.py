@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.packaged_modules.csv.csv import Csv
 
 from .arguments import TextArguments
-from .cache import cached_rows, digest, say
+from .cache import cache_root, cached_rows, digest, say
 from .documents import Tally, check_column, check_text_type, pieces, read_documents, split_text
 from .files import FileList, check_apart, content_hash, file_type, list_files
 
@@ -207,7 +207,10 @@ def _load_named(args: TextArguments) -> Corpus:
         builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name)
         lists = _local_files(args.dataset_name, builder)
         if lists is None:
+            content = _folder_hash(args.dataset_name)
             options = {"keep_default_na": False, "na_filter": False} if isinstance(builder, Csv) else {}
+            if content:  # `datasets` tells files by their names and times
+                options["cache_dir"] = str(cache_root() / f"loaded-{digest(content)[:24]}")
             loaded = datasets.load_dataset(
                 args.dataset_name, args.dataset_config_name, streaming=args.streaming, **options
             )
@@ -233,12 +236,13 @@ def _load_named(args: TextArguments) -> Corpus:
                 fn_kwargs={"how": how},
             )
         else:
-            key = ["named", rows._fingerprint, *how]
+            key = ["named", content, rows._fingerprint, *how]
             documents[split] = _keep(key, lambda tally: _split_column(rows, how, tally), read)  # noqa: B023
     if args.streaming:
         return Corpus(name, documents, "", read)
-    separator = [args.document_separator] * (args.document_separator != TextArguments.document_separator)
-    fingerprint = digest(args.text_column, *(rows._fingerprint for rows in splits.values()), *separator)
+    others = [content] if content else []
+    others += [args.document_separator] if args.document_separator != TextArguments.document_separator else []
+    fingerprint = digest(args.text_column, *(rows._fingerprint for rows in splits.values()), *others)
     return Corpus(name, documents, fingerprint, read)
 
 
@@ -251,6 +255,12 @@ def _local_files(name: str, builder: Any) -> dict[str, FileList] | None:
             return None
         found[str(split)] = FileList("dataset_name", name, kinds.pop(), [Path(path) for path in paths])
     return found or None
+
+
+def _folder_hash(name: str) -> str:
+    """→ a hash of all files in a folder here; empty if there is none of that name."""
+    paths = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
+    return digest([(str(path.relative_to(name)), content_hash(path)) for path in paths]) if paths else ""
 
 
 def _check_rows(rows: Dataset | IterableDataset, column: str) -> None:
