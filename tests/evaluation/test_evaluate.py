@@ -20,6 +20,8 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
     assert len(result["loss_by_position"]) == 128 and result["slope"]["slope"] is not None
     assert set(result["sliding_window"]) == {"32", "64", "128"}
     assert result["corpus"]["name"] == "train+valid.txt" and str(tmp_path) not in json.dumps(result)
+    read = {"num_files": 13, "num_documents": {"train": 12, "validation": 1}}
+    assert result["corpus"]["read"] == result["training"]["corpus"]["read"] == read
     for plot in ("loss_by_position.png", "perplexity_by_length.png"):
         assert (tmp_path / "eval" / plot).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
