@@ -27,11 +27,12 @@ CONTRACT = {
     "inference": "model model_loading cli",
     "tasks": "data",
     "results": "environment cli",
+    "model_corpus": "data tasks results environment",
     "scheme_docs": "model",
-    "evaluation": "model model_loading data tasks results environment cli scheme_files",
+    "evaluation": "model model_loading data tasks results environment cli scheme_files model_corpus",
     "hub": "model model_loading results scheme_docs environment cli",
     "demo": "model model_loading evaluation inference results cli",
-    "training": "model model_loading data tasks results hub environment cli scheme_files",
+    "training": "model model_loading data tasks results hub environment cli scheme_files model_corpus",
     "experiments": "model data tasks training evaluation results environment cli scheme_files",
 }
 

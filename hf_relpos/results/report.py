@@ -12,7 +12,16 @@ from ..cli import command, parse_arguments
 from ..environment import write_text
 from .plots import plot_results, plot_scores
 from .report_figures import draw_figures
-from .result_file import RESULTS, escape_markdown, markdown, markdown_table, read_readable, read_results
+from .result_file import (
+    RESULTS,
+    corpus_note,
+    escape_markdown,
+    markdown,
+    markdown_table,
+    read_readable,
+    read_results,
+    split_name,
+)
 from .statistics import Comparison, Group, Interval, compare, group_results, run_labels, verdict
 
 
@@ -86,8 +95,11 @@ def write_report(
     comparisons = compare(groups, baseline)
     content = {
         "title": title,
-        "summary": _summary(groups, comparisons, baseline),
-        "tables": _tables(groups, comparisons, baseline),
+        "summary": f"{_summary(groups, comparisons, baseline)} {corpus_note(results)}",
+        "tables": [
+            (heading, f"{split_name(results[0])}. {note}", rows)
+            for heading, note, rows in _tables(groups, comparisons, baseline)
+        ],
         "verdicts": [(comparison.significant, verdict(comparison, baseline)) for comparison in comparisons],
         "figures": draw_figures(groups),
         "footer": _footer(results),
@@ -274,7 +286,10 @@ class ReportArguments:
     )
     varied: list[str] = field(
         default_factory=list,
-        metadata={"help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate; others must agree."},
+        metadata={
+            "help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate, or training.corpus; "
+            "others must agree."
+        },
     )
     title: str = field(default="Position schemes", metadata={"help": "Heading of the page of a sweep."})
 
@@ -295,11 +310,11 @@ def main() -> None:
         for error in errors:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
-        table = markdown_table(results, names)
+        table = f"{markdown_table(results, names)}\n\n{escape_markdown(corpus_note(results))}"
         write_text(folder / "table.md", table + "\n")
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
-    print("\n".join(f"wrote {path}" for path in paths))
+    print("\n".join(f"wrote {path}: {split_name(results[0])}" for path in paths))
 
 
 def _results_of_sweep(folder: Path) -> Path:
