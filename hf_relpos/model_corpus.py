@@ -126,6 +126,28 @@ class ModelCorpus:
         filled.given = given
         return filled
 
+    def load(self, args: DataArguments) -> tuple[Any, UsedCorpus]:
+        """The corpus that filled flags name.
+
+        Returns:
+            a `Corpus`, and what to record of it.
+
+        Raises:
+            ValueError: as `load_corpus`; if it is the model's own, also where it is not what it was, naming the file.
+        """
+        from .data.corpus import load_corpus  # the data libraries take a second
+
+        try:
+            corpus = load_corpus(args)
+        except ValueError as error:
+            if not self.files or _is_named(args.given or {}):
+                raise
+            places = {flag: getattr(args, flag) for flag in self.files}
+            raise self._changed(next(self._differences(self._hash_again(places), places), str(error))) from error
+        used = UsedCorpus.of(corpus, args)
+        self.check(used, args)
+        return corpus, used
+
     def check(self, used: UsedCorpus, args: DataArguments) -> None:
         """Raises `ValueError`, naming the file, if the model's corpus was not named and is not what it was."""
         expected, found = self.record.get("fingerprint"), used.record["fingerprint"]
@@ -136,10 +158,13 @@ class ModelCorpus:
                 return  # read in another way, as was asked for
         elif not found or not self._reads_alike(used):
             return  # a stream, or other columns of a data set that cannot be told from another
-        reason = next(self._differences(used), f"its fingerprint is {found[:12]}, expected {expected[:12]}")
-        raise ValueError(
-            f"the corpus {self.name!r} of {self.model!r} has changed since the training: {reason}; restore it, or "
-            f"{NAME_IT}."
+        unknown = f"its fingerprint is {found[:12]}, expected {expected[:12]}"
+        raise self._changed(next(self._differences(used.files, used.places), unknown))
+
+    def _changed(self, reason: str) -> ValueError:
+        return ValueError(
+            f"the corpus {self.name!r} of {self.model!r} has changed since the training: {reason.rstrip('.')}; restore "
+            f"it, or {NAME_IT}."
         )
 
     def is_same(self, used: UsedCorpus, split: str) -> bool:
@@ -157,8 +182,8 @@ class ModelCorpus:
         return not theirs["fingerprint"] and theirs["name"] == ours["name"] and theirs["flags"] == ours["flags"]
 
     def _reads_alike(self, used: UsedCorpus) -> bool:
-        flags = self.record.get("flags", {})
-        return all(flags.get(name) == used.record["flags"].get(name) for name in TEXT_FLAGS)
+        flags = self.record.get("flags")
+        return flags is None or all(flags.get(name) == used.record["flags"].get(name) for name in TEXT_FLAGS)
 
     def _flags(self) -> dict[str, Any]:
         """→ the flags that read the model's corpus again."""
@@ -189,15 +214,24 @@ class ModelCorpus:
         return next((place for place in found if len(found) == 1 or self._is_whole(flag, place)), found[0])
 
     def _is_whole(self, flag: str, place: str) -> bool:
-        paths = {name: Path(place, name) if os.path.isdir(place) else Path(place) for name in self.files.get(flag, {})}
-        return all(path.is_file() and content_hash(path) == self.files[flag][name] for name, path in paths.items())
+        return self._hash_again({flag: place})[flag] == self.files.get(flag, {})
 
-    def _differences(self, used: UsedCorpus) -> Iterator[str]:
+    def _hash_again(self, places: dict[str, str]) -> dict[str, dict[str, str]]:
+        """→ the hashes now of the files that were read in training, without those that are gone."""
+        paths = {
+            flag: {name: _file(place, name) for name in self.files.get(flag, {})} for flag, place in places.items()
+        }
+        return {
+            flag: {name: content_hash(path) for name, path in named.items() if path.is_file()}
+            for flag, named in paths.items()
+        }
+
+    def _differences(self, files: dict[str, dict[str, str]], places: dict[str, str]) -> Iterator[str]:
         """Says of each file what is not as it was."""
         for flag, known in self.files.items():
-            found, place = used.files.get(flag, {}), used.places.get(flag, "")
+            found = files.get(flag, {})
             for name in sorted({*known, *found}):
-                path = os.path.join(place, name) if os.path.isdir(place) else place
+                path = str(_file(places.get(flag, ""), name))
                 if name not in known:
                     yield f"`{flag}` holds a new file, {path!r}"
                 elif name not in found:
@@ -211,6 +245,11 @@ class ModelCorpus:
             f"{self.model!r} was trained on {self.name!r}{f' ({files})' if files else ''}, and its record does not say "
             f"where that lies on this machine: {NAME_IT}."
         )
+
+
+def _file(place: str, name: str) -> Path:
+    """→ a file of a folder, or the file that was named itself."""
+    return Path(place, name) if os.path.isdir(place) else Path(place)
 
 
 def _is_named(given: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ CONTRACT = {
     "scheme_docs": "model",
     "evaluation": "model model_loading data tasks results environment cli scheme_files model_corpus",
     "hub": "model model_loading results scheme_docs environment cli",
-    "demo": "model model_loading evaluation inference results cli",
+    "demo": "model model_loading evaluation inference results cli model_corpus",
     "training": "model model_loading data tasks results hub environment cli scheme_files model_corpus",
     "experiments": "model data tasks training evaluation results environment cli scheme_files",
 }

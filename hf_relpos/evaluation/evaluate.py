@@ -139,12 +139,9 @@ def _measure_text(
     own: ModelCorpus,
 ) -> dict[str, Any]:
     """Losses by length and by position on the documents of a corpus."""
-    from ..data.corpus import load_corpus  # the data libraries take a second, which --help and tasks do not need
-    from ..data.tokens import evaluation_documents
+    from ..data.tokens import evaluation_documents  # takes a second, which --help and tasks do not need
 
-    corpus = load_corpus(data_args)
-    used = UsedCorpus.of(corpus, data_args)
-    own.check(used, data_args)
+    corpus, used = own.load(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
     numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}

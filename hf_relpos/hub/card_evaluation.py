@@ -40,8 +40,8 @@ def evaluation_section(
         )
     if corpus.get("same_corpus_as_training") is False:
         own = corpus.get("trained_on")
-        known = f"it was trained on {escape_markdown(own)}" if own else "what it was trained on is not recorded"
-        about = f"**Another corpus than the model's own**: {known}. {about}"
+        known = f", {escape_markdown(own)}" if own else ", of which nothing is recorded"
+        about = f"**This is no split of the corpus that the model was trained on{known}.** {about}"
     spread = f"Mean ± standard deviation over the {seeds_in_words(runs)}. " if len(runs) > 1 else ""
     return {
         "title": f"{'Score' if is_task else 'Loss'} by length: {what}",

@@ -95,7 +95,7 @@ def write_report(
     comparisons = compare(groups, baseline)
     content = {
         "title": title,
-        "summary": f"{_summary(groups, comparisons, baseline)} {corpus_note(results)}",
+        "summary": f"{_summary(groups, comparisons, baseline)} {corpus_note(results, run_labels(results, varied))}",
         "tables": [
             (heading, f"{split_name(results[0])}. {note}", rows)
             for heading, note, rows in _tables(groups, comparisons, baseline)
@@ -310,7 +310,7 @@ def main() -> None:
         for error in errors:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
-        table = f"{markdown_table(results, names)}\n\n{escape_markdown(corpus_note(results))}"
+        table = f"{markdown_table(results, names)}\n\n{escape_markdown(corpus_note(results, names))}"
         write_text(folder / "table.md", table + "\n")
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]

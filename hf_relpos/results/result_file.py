@@ -124,7 +124,7 @@ def _refuse_constant(name: str) -> None:
 
 def labels(results: Sequence[dict[str, Any]]) -> list[str]:
     """What to call each run in a table or a plot: scheme and seed, the model's name where that is not enough, and
-    whether it was trained on another corpus."""
+    whether it was trained on another text."""
     names = [f"{result['pos_embedding_type'] or result.get('model', 'model')} ({result['seed']})" for result in results]
     return [
         (f"{name}, {result.get('model')}" if names.count(name) > 1 else name) + other_corpus_mark(result)
@@ -133,8 +133,8 @@ def labels(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def other_corpus_mark(result: dict[str, Any]) -> str:
-    """→ what stands behind the name of a run on another corpus than it was trained on; empty for its own."""
-    return ", on another corpus" if result["corpus"].get("same_corpus_as_training") is False else ""
+    """→ what stands behind the name of a run on text that is no split of what it was trained on; else nothing."""
+    return ", on another text" if result["corpus"].get("same_corpus_as_training") is False else ""
 
 
 def split_name(result: dict[str, Any]) -> str:
@@ -142,17 +142,24 @@ def split_name(result: dict[str, Any]) -> str:
     return f"{result['corpus'].get('name')}, split {result['corpus'].get('split')}"
 
 
-def corpus_note(results: Sequence[dict[str, Any]]) -> str:
-    """A sentence or two for results on one text: which it is, and which models were trained on another."""
+def corpus_note(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
+    """A sentence or two for results on one text: which it is, and which models were trained on another.
+
+    Args:
+        results: any number of runs.
+        names: what to call each; by default `labels`.
+    """
     lines, own = [f"Text: {split_name(results[0])}."], []
     others: dict[str | None, list[str]] = {}
-    for result, name in zip(results, labels(results)):
+    for result, name in zip(results, names or labels(results)):
         mark = other_corpus_mark(result)
         (others.setdefault(result["corpus"].get("trained_on"), []) if mark else own).append(name.removesuffix(mark))
     for corpus, names in others.items():
         whose = ", ".join(dict.fromkeys(names)) if own or len(others) > 1 or len(names) == 1 else "the models"
-        known = f"trained on {corpus}" if corpus else "whose training is not recorded"
-        lines.append(f"This is another corpus than that of {whose}, {known}.")
+        if corpus is None:
+            lines.append(f"What {whose} trained on is not recorded.")
+        else:
+            lines.append(f"It is no split of the corpus that {whose} trained on, {corpus}.")
     return " ".join(lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..data.blocks import make_blocks
-from ..data.corpus import Corpus, load_corpus
+from ..data.corpus import Corpus
 from ..data.tokens import load_named_tokenizer, load_tokenizer, tokenize_split
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus, UsedCorpus
@@ -89,9 +89,7 @@ def load_training_data(
             data = _task_data(data_args, args, tokenizer, vocab_size)
             own.check(data.corpus, data_args)
             return data
-        corpus = load_corpus(data_args)
-        used = UsedCorpus.of(corpus, data_args)
-        own.check(used, data_args)
+        corpus, used = own.load(data_args)
         tokenizer = tokenizer or load_tokenizer(data_args, corpus, vocab_size)
         train, validation = (
             _make_blocks(corpus, split, tokenizer, data_args, args.block_size) for split in ("train", "validation")
