@@ -24,6 +24,7 @@ from .tasks.arguments import DataArguments
 LOCAL_RECORD = "_local_corpus.json"
 NAME_IT = "name the data with --train_file, --validation_file, --dataset_name or --task"
 MAX_FILES = 1000  # of a folder, whose hashes are kept one by one
+RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
 # flags that decide what the documents are; `streaming` decides only how they are read
 TEXT_FLAGS = ("text_column", "document_separator", "validation_split_percentage")
 
@@ -47,8 +48,7 @@ class UsedCorpus:
     def of(cls, corpus: Any, args: DataArguments) -> "UsedCorpus":
         """From a `Corpus` and the filled flags that it was loaded with."""
         places = {flag: os.path.abspath(os.path.expanduser(getattr(args, flag))) for flag in corpus.files}
-        names = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
-        flags = {name: value for name in names if (value := getattr(args, name)) is not None}
+        flags = {name: value for name in RECORDED_FLAGS if (value := getattr(args, name)) is not None}
         flags |= {flag: Path(place).name for flag, place in places.items()}
         record = {"name": corpus.name, "fingerprint": corpus.fingerprint, "splits": corpus.split_fingerprints}
         hashes = {flag: digest(list(files.items())) for flag, files in corpus.files.items()}
@@ -78,32 +78,30 @@ class ModelCorpus:
         record: as in `UsedCorpus`; empty if there is none.
         places: flag → paths on this machine; empty for a model that comes from elsewhere.
         files: as in `UsedCorpus`.
+        crosses: of a record of version 0.1.0, which has no flags of the corpus, whether attention crosses documents.
     """
 
     model: str | None
     record: dict[str, Any] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     files: dict[str, dict[str, str]] = field(default_factory=dict)
+    crosses: bool | None = None
 
     @classmethod
     def read(cls, model: str | None) -> "ModelCorpus":
         """Of a saved model, a checkpoint or a model of the Hub."""
         if model is None:
             return cls(None)
-        training = read_record(model)
+        training, root = read_record(model), os.path.abspath(model)
         record = dict(training.get("corpus") or {})
-        if record and "flags" not in record:  # of version 0.1.0
-            flags = training.get("flags") or {}
-            kept = {name: flags[name] for name in ("cross_document_attention", "streaming") if name in flags}
-            record["old_flags"] = kept
-        local: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
+        # a damaged file of places tells nothing: the data must be named then
+        with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
             local = json.loads((Path(model) / LOCAL_RECORD).read_text(encoding="utf-8"))
-        if not local or (record and local["corpus"]["fingerprint"] != record.get("fingerprint")):
-            return cls(model, record)
-        root = os.path.abspath(model)
-        places = {flag: [os.path.join(root, path) for path in paths] for flag, paths in local["places"].items()}
-        return cls(model, record or local["corpus"], places, local["files"])
+            corpus, files = dict(local["corpus"]), {flag: dict(files) for flag, files in local["files"].items()}
+            places = {flag: [os.path.join(root, path) for path in paths] for flag, paths in local["places"].items()}
+            if not record or record.get("fingerprint") == corpus["fingerprint"]:
+                return cls(model, record or corpus, places, files)
+        return cls(model, record, crosses=(training.get("flags") or {}).get("cross_document_attention"))
 
     @property
     def name(self) -> str | None:
@@ -119,9 +117,9 @@ class ModelCorpus:
         """
         given = args.given if args.given is not None else non_default_fields(args)
         flags = {} if _is_named(given) else self._flags()
-        known = self.record.get("flags", self.record.get("old_flags", {}))
         # how attention goes over documents belongs to the model, whatever it reads
-        flags |= {name: known[name] for name in ("cross_document_attention",) if name in known}
+        crosses = (self.record.get("flags") or {}).get("cross_document_attention", self.crosses)
+        flags |= {} if crosses is None else {"cross_document_attention": crosses}
         filled = replace(args, **{**flags, **given}).filled()
         filled.given = given
         return filled
@@ -192,7 +190,7 @@ class ModelCorpus:
         if not self.record:
             say(f"{self.model!r} has no record of its corpus: the built-in corpus {BUILT_IN} is used, as another one")
             return {}
-        flags = dict(self.record.get("flags", {}))
+        flags = {name: value for name, value in (self.record.get("flags") or {}).items() if name in RECORDED_FLAGS}
         if "flags" not in self.record:
             if self.name != BUILT_IN and not str(self.name).startswith("task "):
                 raise self._not_here()

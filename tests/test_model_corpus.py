@@ -8,6 +8,7 @@ import pytest
 from conftest import make_text, save_with_tokenizer
 from datasets import Dataset
 from helpers import finetuning_flags, refusal, training_flags
+from matplotlib.axes import Axes
 
 from hf_relpos.data import corpus as corpora
 from hf_relpos.hub.repository import repository_files
@@ -112,7 +113,8 @@ def test_a_newcomer_names_the_text_once(flags, name, split, project, train, eval
     monkeypatch.chdir(project)
     sizes = {"vocab_size": None, "max_eval_samples": 8} if "--task" in flags else {}
     model = train(*flags, **sizes)
-    assert f"6 steps on the split train of {name}; loss " in capsys.readouterr().out
+    printed = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert f"6 steps on {name}, split train; loss " in printed and printed.endswith(f" on {name}, split validation")
     recorded = record_of(model)["corpus"]
     assert recorded["name"] == name and len(recorded["fingerprint"]) == 64
     given = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2]))
@@ -322,4 +324,26 @@ def test_a_configuration_of_no_data_set_is_refused(run_script, capsys, tmp_path,
     flags = ["--model_name_or_path", trained / "none", "--output_dir", tmp_path / "x", "--dataset_config_name", "en"]
     assert "`dataset_config_name` needs `dataset_name`, got 'en' alone" in refusal(
         run_script, capsys, "evaluate", flags
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"corpus": 1}', '{"corpus": {}, "places": {"train_file": 3}, "files": {}}']
+)
+def test_a_damaged_note_of_the_places_is_none(content, trained, tmp_path, run_script, capsys):
+    shutil.copytree(trained / "none", tmp_path / "model")
+    (tmp_path / "model" / LOCAL_RECORD).write_text(content)
+    flags = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "x", *LENGTHS]
+    line = refusal(run_script, capsys, "evaluate", flags)
+    assert "was trained on 'train+valid.txt' (train_file 'train', validation_file 'valid.txt')" in line
+
+
+def test_figures_say_what_they_are_about(trained, evaluate, corpus_files, monkeypatch):
+    titles = []
+    set_title = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **kw: (titles.append(text), set_title(self, text, **kw)))
+    evaluate(trained / "none")
+    evaluate(trained / "none", "--validation_file", corpus_files / "train")
+    assert (
+        titles == ["train+valid.txt, split validation"] * 2 + ["train, split validation (not what was trained on)"] * 2
     )

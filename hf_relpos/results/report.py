@@ -21,6 +21,7 @@ from .result_file import (
     read_readable,
     read_results,
     split_name,
+    text_title,
 )
 from .statistics import Comparison, Group, Interval, compare, group_results, run_labels, verdict
 
@@ -97,7 +98,7 @@ def write_report(
         "title": title,
         "summary": f"{_summary(groups, comparisons, baseline)} {corpus_note(results, run_labels(results, varied))}",
         "tables": [
-            (heading, f"{split_name(results[0])}. {note}", rows)
+            (heading, f"{text_title(results)}. {note}", rows)
             for heading, note, rows in _tables(groups, comparisons, baseline)
         ],
         "verdicts": [(comparison.significant, verdict(comparison, baseline)) for comparison in comparisons],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure, plain
-from .result_file import smooth_by_position, split_name
+from .result_file import smooth_by_position, text_title
 from .statistics import Group
 
 
@@ -42,7 +42,7 @@ def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) 
 def _text_shown(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> str:
     """→ which text a figure is about: corpus and split."""
     if draw not in (_training_curves, _learned_biases):
-        return split_name(groups[0].first)
+        return text_title([group.first for group in groups])
     names = dict.fromkeys(group.first["training"].get("corpus", {}).get("name") for group in groups)
     return f"{', '.join(map(str, names))}, split train"
 

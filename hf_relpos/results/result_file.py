@@ -142,6 +142,12 @@ def split_name(result: dict[str, Any]) -> str:
     return f"{result['corpus'].get('name')}, split {result['corpus'].get('split')}"
 
 
+def text_title(results: Sequence[dict[str, Any]]) -> str:
+    """→ the text of results for a heading, marked if it is another one than all of them were trained on."""
+    marks = {other_corpus_mark(result) for result in results}
+    return split_name(results[0]) + (" (not what was trained on)" if "" not in marks else "")
+
+
 def corpus_note(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
     """A sentence or two for results on one text: which it is, and which models were trained on another.
 

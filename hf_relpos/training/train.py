@@ -138,7 +138,8 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     finished = _finished(run, recipe)
     if finished:
         if args.process_index == 0:
-            print(f"finished: {args.output_dir!r} holds the model after step {finished['num_steps']}; nothing to do")
+            trained = f"the model after step {finished['num_steps']} on {finished['corpus']['name']}"
+            print(f"finished: {args.output_dir!r} holds {trained}; nothing to do")
         return finished
     if run.checkpoint:
         _check_checkpoint(run.checkpoint, model.config)
@@ -178,9 +179,9 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
 
 def _closing_line(record: dict[str, Any], folder: str) -> str:
     """What was saved where, and on which text it was trained and scored."""
-    name, trained = record["corpus"]["name"], f"{record['num_steps']} steps on the split train of "
-    done = trained if record["num_steps"] else "not trained; "
-    return f"saved {folder}: {done}{name}; loss {record['validation_loss']:.4f} on its split validation"
+    name, loss = record["corpus"]["name"], record["validation_loss"]
+    done = f"{record['num_steps']} steps on {name}, split train" if record["num_steps"] else "no step"
+    return f"saved {folder}: {done}" + ("" if loss is None else f"; loss {loss:.4f} on {name}, split validation")
 
 
 def _train(run: TrainingRun, trainer: RelPosTrainer) -> float | None:
