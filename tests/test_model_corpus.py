@@ -11,6 +11,7 @@ from helpers import finetuning_flags, refusal, training_flags
 from matplotlib.axes import Axes
 
 from hf_relpos.data import corpus as corpora
+from hf_relpos.hub.push import _identity
 from hf_relpos.hub.repository import repository_files
 from hf_relpos.model_corpus import LOCAL_RECORD, ModelCorpus
 from hf_relpos.tasks.arguments import DataArguments
@@ -133,7 +134,7 @@ def test_a_newcomer_names_the_text_once(flags, name, split, project, train, eval
         assert printed.rstrip().endswith(f"results.json: {name}, split {split}")
     results = [project.parent / f"evaluation-{index}" / "results.json" for index in (0, 1)]
     run_script("report", "--results", *results, "--varied", "tokens_per_step", "--output_dir", project / "report")
-    assert capsys.readouterr().out.rstrip().endswith(f".png: {name}, split {split}")
+    assert capsys.readouterr().out.endswith(f"\nText: {name}, split {split}.\n")
 
 
 def test_no_path_of_this_machine_leaves_it(project, train, tmp_path, evaluate, run_script, capsys):
@@ -347,3 +348,22 @@ def test_figures_say_what_they_are_about(trained, evaluate, corpus_files, monkey
     assert (
         titles == ["train+valid.txt, split validation"] * 2 + ["train, split validation (not what was trained on)"] * 2
     )
+
+
+def test_a_card_marks_results_on_another_text(project, train, run_script):
+    model = train("--train_file", project / "mine.txt")
+    for name, flags in (("own", []), ("another", ["--validation_file", project / "other.txt"])):
+        run_script("evaluate", "--model_name_or_path", model, "--output_dir", model / name, *LENGTHS, *flags)
+    card = repository_files(model, "me/model")["README.md"].decode()
+    another, own = card.split("## Loss by length: ")[1:]  # in the order of their folders
+    assert own.startswith("the validation split of mine.txt") and "no split" not in own
+    assert another.startswith("the validation split of other.txt")
+    assert "**This is no split of the corpus that the model was trained on, mine.txt.**" in another
+    assert "Loss by position, linear_cpb: other.txt, split validation" in another
+
+
+def test_a_repository_of_an_earlier_version_is_of_the_same_run():
+    """Versions differ in what they record of a corpus beside its name and fingerprint."""
+    old = {"name": "a", "fingerprint": "f"}
+    assert _identity({**old, "splits": {}, "files": {"train_file": "0"}, "flags": {}}) == _identity(old)
+    assert _identity({**old, "fingerprint": "g"}) != _identity(old)

@@ -20,7 +20,6 @@ from .result_file import (
     markdown_table,
     read_readable,
     read_results,
-    split_name,
     text_title,
 )
 from .statistics import Comparison, Group, Interval, compare, group_results, run_labels, verdict
@@ -303,6 +302,7 @@ def main() -> None:
         raise ValueError("either --results or --sweep is required.")
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
+        names = run_labels(results, args.varied)
         paths = write_report(results, folder, args.baseline, args.title, args.varied)
     else:
         results, errors = read_readable(args.results)
@@ -311,11 +311,11 @@ def main() -> None:
         for error in errors:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
-        table = f"{markdown_table(results, names)}\n\n{escape_markdown(corpus_note(results, names))}"
-        write_text(folder / "table.md", table + "\n")
+        table = markdown_table(results, names)
+        write_text(folder / "table.md", f"{table}\n\n{escape_markdown(corpus_note(results, names))}\n")
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
-    print("\n".join(f"wrote {path}: {split_name(results[0])}" for path in paths))
+    print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
 
 
 def _results_of_sweep(folder: Path) -> Path:
