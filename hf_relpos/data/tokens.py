@@ -184,16 +184,19 @@ class TokenizedDocuments:
     Args:
         tokenized: rows of `input_ids`.
         joined: whether the documents are read as one text, in pieces of 2^20 tokens.
+        end: the token that ends each row; a document that is read alone is scored without it, as by harnesses.
     """
 
     piece_length = 2**20
 
-    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False) -> None:
-        self.tokenized, self.joined = tokenized, joined
+    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False, end: int | None = None) -> None:
+        self.tokenized, self.joined, self.end = tokenized, joined, end
 
     def __iter__(self) -> Iterator[np.ndarray]:
         documents = (np.asarray(row["input_ids"], dtype=np.int32) for row in self.tokenized)
-        return self._join(documents) if self.joined else documents
+        if self.joined:
+            return self._join(documents)
+        return (document if self.end is None else document[:-1] for document in documents)
 
     def _join(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         rest = np.empty(0, dtype=np.int32)
@@ -223,7 +226,8 @@ def evaluation_documents(
     split = split or ("test" if "test" in corpus.splits else "validation")
     if split not in corpus.splits:
         raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
-    return split, TokenizedDocuments(tokenize_split(corpus, split, tokenizer, args), args.cross_document_attention)
+    rows = tokenize_split(corpus, split, tokenizer, args)
+    return split, TokenizedDocuments(rows, args.cross_document_attention, tokenizer.eos_token_id)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
