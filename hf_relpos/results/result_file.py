@@ -16,7 +16,7 @@ REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versi
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
 # significant digits that `write_results` keeps: of long curves, which are only drawn, and of all other numbers
-CURVE_DIGITS, DIGITS = {"loss_by_position": 5, "distance_bias": 4, "log": 5}, 8
+CURVE_DIGITS, DIGITS = {"loss_by_position": 5, "distance_bias": 4, "log": 5, "documents": 6}, 8
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

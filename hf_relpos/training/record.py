@@ -6,6 +6,7 @@ from typing import Any
 from transformers import Trainer
 
 from ..environment import hardware, peak_memory_mib, versions
+from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
@@ -17,6 +18,7 @@ from .run import TrainingRun
 POSITION_FIELDS = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation")
 POSITION_FIELDS += ("position_sampling", "layer_types", "sliding_window", "train_length")
 RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
+CONFIG_FIELDS = (*RelPosConfig.__annotations__, "rope_parameters", "layer_types")
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -53,6 +55,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "seed": args.seed,
         "data_seed": args.data_seed,
         "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
+        "config": {name: getattr(config, name, None) for name in CONFIG_FIELDS},
         "num_parameters": trainer.model.num_parameters(),
         "num_steps": steps,
         "num_processes": args.world_size,
