@@ -188,7 +188,7 @@ def test_the_results_page_holds_no_other_figure():
     others = [line for line in lines if line not in reports and "---" not in line and "notebook" not in line]
     assert lines and others
     books = (ROOT / "docs" / "results" / "books" / "report.md").read_text(encoding="utf-8")
-    ratios = dict(re.findall(r"^\| ([^|]+) \| \d+ \|.*\| ([\d.]+) ± [^|]*\|$", books, re.MULTILINE))
+    ratios = dict(re.findall(r"^\| ([^|]+) \| \d+ \|.*\| ([\d.]+) \([^|]*\) \|$", books, re.MULTILINE))
     for line in others:
         name, ratio, *_ = (cell.strip() for cell in line.strip("|").split("|"))
         assert ratios[name] == ratio, line
