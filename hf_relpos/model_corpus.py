@@ -149,7 +149,10 @@ class ModelCorpus:
     def check(self, used: UsedCorpus, args: DataArguments) -> None:
         """Raises `ValueError`, naming the file, if the model's corpus was not named and is not what it was."""
         expected, found = self.record.get("fingerprint"), used.record["fingerprint"]
-        if _is_named(args.given or {}) or not expected or found == expected:
+        if _is_named(args.given or {}) or not self.record or (expected and found == expected):
+            return
+        if not expected:
+            say(f"the corpus {self.name!r} of {self.model!r} is streamed: nothing tells whether it is as it was")
             return
         if used.record.get("files"):
             if used.record["files"] == self.record.get("files"):
@@ -207,7 +210,7 @@ class ModelCorpus:
             expected = self.record["files"][flag][:12]
             raise ValueError(
                 f"the corpus {self.name!r} of {self.model!r} is gone: `{flag}` {places[0]!r} does not exist (expected "
-                f"sha256 {expected}); put it back, or {NAME_IT}."
+                f"content {expected}); put it back, or {NAME_IT}."
             )
         return next((place for place in found if len(found) == 1 or self._is_whole(flag, place)), found[0])
 
@@ -251,4 +254,4 @@ def _file(place: str, name: str) -> Path:
 
 
 def _is_named(given: dict[str, Any]) -> bool:
-    return any(name in given for name in ("task", *SOURCE_FLAGS))
+    return any(name in given for name in ("task", "dataset_config_name", *SOURCE_FLAGS))

@@ -47,8 +47,10 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
             if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
             if isinstance(value, str):
-                with suppress(OSError, ValueError):  # text that is too long for a path
-                    value = Path(value).name if Path(value).exists() else value  # paths of this machine stay here
+                with suppress(OSError, ValueError, RuntimeError):  # text that is too long for a path
+                    # paths of this machine stay here
+                    is_path = name in ("train_file", "validation_file") or Path(value).expanduser().exists()
+                    value = Path(value).name if is_path else value
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 
