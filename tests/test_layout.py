@@ -19,6 +19,7 @@ PACKAGE = ROOT / "hf_relpos"
 CONTRACT = {
     "model": "",
     "environment": "",
+    "processes": "",
     "scheme_files": "model",
     "cli": "model scheme_files",
     "__main__": "cli",
@@ -31,8 +32,8 @@ CONTRACT = {
     "evaluation": "model model_loading data tasks results environment cli scheme_files",
     "hub": "model model_loading results scheme_docs environment cli",
     "demo": "model model_loading evaluation inference results cli",
-    "training": "model model_loading data tasks results hub environment cli scheme_files",
-    "experiments": "model data tasks training evaluation results environment cli scheme_files",
+    "training": "model model_loading data tasks results hub environment processes cli scheme_files",
+    "experiments": "model data tasks training evaluation results environment processes cli scheme_files",
 }
 
 
