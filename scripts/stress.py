@@ -14,17 +14,18 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing import Process, get_context
 from pathlib import Path
 
 
-SCRIPTS = Path(__file__).resolve().parent
 WORDS = "the state of union and people in congress a government peace war with law to will our year country".split()
+KINDS = ("train", "finetune", "sweep")
 # moment → the files of a run that say that it has come, and the greatest number of new ones to wait for
 MOMENTS = {
     "in a save": ("checkpoint-*", 4),
@@ -32,10 +33,10 @@ MOMENTS = {
     "in the final evaluation": ("model.safetensors", 1),
     "past the end": ("training.json", 1),
 }
-KILLS_PER_RUN = 6
+KILLS_PER_RUN = 9
 SECONDS_TO_END = 30  # for a worker of a killed sweep: it notices when it has imported torch
 MARK = "HF_RELPOS_STRESS"  # variable of the environment that all processes of a call have
-RECIPE = {"max_steps": 200, "per_device_train_batch_size": 4, "eval_steps": 200, "save_steps": 20, "logging_steps": 10}
+RECIPE = {"max_steps": 120, "per_device_train_batch_size": 4, "eval_steps": 120, "save_steps": 20, "logging_steps": 10}
 RECIPE |= {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "use_cpu": "true", "bf16": "false"}
 RECIPE |= {"report_to": "none", "disable_tqdm": "true"}
 MODEL = {"block_size": 32, "vocab_size": 300, "pos_embedding_type": "linear_cpb", "position_start_augmentation": "true"}
@@ -44,34 +45,32 @@ MODEL |= {"config_overrides": "hidden_size=32,num_hidden_layers=2,num_attention_
 
 @dataclass
 class Call:
-    """What is started, killed and started again: `name` is that of a script.
+    """A script that is started, killed and started again.
 
     Attributes:
         name: train, finetune or sweep.
+        main: the function of the script.
         flags: of the script, without the output folder.
         data: folder of the corpus and the log.
     """
 
     name: str
+    main: Callable[[], None]
     flags: dict
     data: Path
 
-    def start(self, output: Path, resume: bool = False) -> subprocess.Popen:
+    def start(self, output: Path, resume: bool = False) -> Process:
         flags = self.flags | {"output_dir": output} | ({"resume_from_checkpoint": "last"} if resume else {})
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        environment = os.environ | {"HF_DATASETS_CACHE": str(self.data / "cache"), "HF_HUB_OFFLINE": "1"}
-        environment |= {MARK: str(output), "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        with (self.data / "log.txt").open("a") as log:
-            command = [sys.executable, str(SCRIPTS / f"{self.name}.py"), *words]
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = get_context("fork").Process(target=run_script, args=(self, words, output))
+        process.start()
+        return process
 
     def finish(self, output: Path, resume: bool = False) -> None:
         """Starts it and waits until it is done."""
-        code = self.start(output, resume).wait()
-        if code:
+        process = self.start(output, resume)
+        process.join()
+        if code := process.exitcode:
             raise SystemExit(f"{self.name} failed with exit code {code}\n{(self.data / 'log.txt').read_text()[-3000:]}")
 
     def files(self, output: Path, pattern: str) -> set[Path]:
@@ -85,6 +84,26 @@ class Call:
         """Whether a single run has what `--resume_from_checkpoint last` needs; a sweep looks for itself."""
         saved = any(output.glob("checkpoint-*/trainer_state.json"))
         return self.name != "sweep" and (saved or self.is_finished(output))
+
+
+def load_scripts(cache: Path) -> dict[str, Callable[[], None]]:
+    """→ the function of each script. They are imported once, so that the calls, which are forked, begin at once."""
+    os.environ |= {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from hf_relpos.experiments.sweep import main as sweep_main
+    from hf_relpos.training.train import finetune_main, train_main
+
+    return {"train": train_main, "finetune": finetune_main, "sweep": sweep_main}
+
+
+def run_script(call: Call, words: list[str], output: Path) -> None:
+    """In a process of its own."""
+    log = os.open(call.data / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ[MARK] = str(output)
+    sys.argv = [call.name, *words]
+    call.main()
 
 
 # --- what a call leaves
@@ -152,11 +171,11 @@ def no_orphan(output: Path, counts: Counter) -> None:
 # --- kills
 
 
-def wait_for(call: Call, process: subprocess.Popen, output: Path, moment: str, until: float, number: int) -> None:
+def wait_for(call: Call, process: Process, output: Path, moment: str, until: float, number: int) -> None:
     """Waits until `number` new files say that the moment has come, or the process has ended."""
     pattern = MOMENTS[moment][0] if moment in MOMENTS else ""
     before = call.files(output, pattern) if pattern else set()
-    while process.poll() is None:
+    while process.exitcode is None:
         if pattern:
             found = call.files(output, pattern)
             before &= found  # one that is removed may come again
@@ -167,15 +186,15 @@ def wait_for(call: Call, process: subprocess.Popen, output: Path, moment: str, u
         time.sleep(0.001)
 
 
-def kill(call: Call, process: subprocess.Popen, output: Path, moment: str, rng: random.Random, counts: Counter) -> bool:
+def kill(call: Call, process: Process, output: Path, moment: str, rng: random.Random, counts: Counter) -> bool:
     """Sends a signal to the process, or to a worker of a sweep, and waits for its end; → whether there was one."""
     number, target = rng.choice((signal.SIGKILL, signal.SIGTERM)), process.pid
     if call.name == "sweep" and rng.random() < 1 / 3:
         living = workers(output, process.pid)
-        if not living or process.poll() is not None:
+        if not living or process.exitcode is not None:
             return False
         target = rng.choice(living)
-    if process.poll() is not None:
+    if process.exitcode is not None:
         return False
     try:
         os.kill(target, number)
@@ -185,7 +204,7 @@ def kill(call: Call, process: subprocess.Popen, output: Path, moment: str, rng: 
     counts["kills"] += 1
     counts[f"kills: {signal.Signals(number).name} {whom} {moment}"] += 1
     if target == process.pid:
-        process.wait()
+        process.join()
         no_orphan(output, counts)
     return True
 
@@ -200,32 +219,41 @@ def disturb(call: Call, output: Path, kills: int, seconds: float, rng: random.Ra
             counts["started anew before the first checkpoint"] += 1
         process = call.start(output, resume)
         counts["starts"] += 1
-        while process.poll() is None:
+        while process.exitcode is None:
             if done == kills:
-                process.wait()
+                process.join()
                 break
             moment = rng.choice(["any time", *MOMENTS])
             number = rng.randint(1, MOMENTS.get(moment, ("", 1))[1])
             wait_for(call, process, output, moment, time.monotonic() + rng.uniform(0, seconds), number)
             time.sleep(rng.uniform(0, 0.2) if "final" in moment or "end" in moment else rng.uniform(0, 0.02))
             done += kill(call, process, output, moment, rng, counts)
-        if process.returncode not in (0, 130, -signal.SIGKILL, -signal.SIGTERM):
-            raise SystemExit(f"{call.name} failed with exit code {process.returncode}")
+        if process.exitcode not in (0, 130, -signal.SIGKILL, -signal.SIGTERM):
+            raise SystemExit(f"{call.name} failed with exit code {process.exitcode}")
     return done
 
 
 # --- the two tests
 
 
-def kill_calls(calls: list[Call], folder: Path, num_kills: int, rng: random.Random, counts: Counter) -> dict:
-    """Kills each kind of call a third of the time; → the outcome of an undisturbed sweep."""
+def undisturbed(calls: list[Call], folder: Path) -> tuple[dict[str, dict], dict[str, float]]:
+    """→ for each kind of call, what it leaves and the seconds that it takes in one process."""
     expected, seconds = {}, {}
     for call in calls:
         begun = time.monotonic()
-        call.finish(folder / f"{call.name}-whole")
+        one = replace(call, flags=call.flags | {"num_parallel": 1}) if call.name == "sweep" else call
+        one.finish(folder / f"{call.name}-whole")
         seconds[call.name] = time.monotonic() - begun
         expected[call.name] = outcome(folder / f"{call.name}-whole")
-    left = {call.name: num_kills // 3 + (index < num_kills % 3) for index, call in enumerate(calls)}
+    return expected, seconds
+
+
+def kill_calls(
+    calls: list[Call], folder: Path, num_kills: int, known: tuple[dict, dict], rng: random.Random, counts: Counter
+) -> None:
+    """Kills each kind of call equally often and compares what they leave with what is known of undisturbed ones."""
+    expected, seconds = known
+    left = {call.name: len(range(index, num_kills, len(calls))) for index, call in enumerate(calls)}
     for call in calls:
         while left[call.name]:
             counts[f"{call.name}: disturbed until done"] += 1
@@ -244,7 +272,6 @@ def kill_calls(calls: list[Call], folder: Path, num_kills: int, rng: random.Rand
             if differing or changed:
                 print(f"{output.name}: other outcome {differing}, changed {changed}", file=sys.stderr)
             print(f"{counts['kills']} of {num_kills} kills", file=sys.stderr, flush=True)
-    return expected["sweep"]
 
 
 def start_together(sweep: Call, folder: Path, times: int, expected: dict, rng: random.Random, counts: Counter) -> None:
@@ -253,10 +280,12 @@ def start_together(sweep: Call, folder: Path, times: int, expected: dict, rng: r
         output = folder / f"together-{index}"
         pair = []
         for _ in range(2):
-            one = Call("sweep", sweep.flags | {"num_parallel": rng.choice((1, 2))}, sweep.data)
+            one = replace(sweep, flags=sweep.flags | {"num_parallel": rng.choice((1, 1, 2))})
             pair.append(one.start(output))
             time.sleep(rng.choice((0, 0, rng.uniform(0, 10))))
-        codes = [process.wait() for process in pair]
+        for process in pair:
+            process.join()
+        codes = [process.exitcode for process in pair]
         trained = [path.read_text().count("train_runtime") for path in output.glob("runs/*/log.txt")]
         counts["pairs of sweeps"] += 1
         counts["pairs: false failures"] += codes != [0, 0] or bool(list(output.glob("runs/*/failure.txt")))
@@ -267,7 +296,7 @@ def start_together(sweep: Call, folder: Path, times: int, expected: dict, rng: r
         print(f"{index + 1} of {times} pairs", file=sys.stderr, flush=True)
 
 
-def write_inputs(folder: Path) -> list[Call]:
+def make_calls(folder: Path) -> list[Call]:
     """The corpus, random words, and the experiment; → the calls."""
     rng = random.Random(0)
     for name, num_words in (("train", 30_000), ("valid", 10_000)):
@@ -275,32 +304,34 @@ def write_inputs(folder: Path) -> list[Call]:
         text = "".join(word + ("\n" if rng.random() < 0.05 else " ") for word in words)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     files = {"train_file": str(folder / "train.txt"), "validation_file": str(folder / "valid.txt")}
-    finetuning = RECIPE | {"block_size": 64, "max_steps": 100, "eval_steps": 100}
+    finetuning = RECIPE | {"block_size": 64, "max_steps": 80, "eval_steps": 80}
     experiment = {"train": {**RECIPE, **MODEL, **files}, "grid": {"seed": [1, 2]}, "finetune": finetuning}
     experiment |= {"evaluate": {"eval_lengths": [32, 64], "max_windows": 16, **files}}
     (folder / "experiment.yaml").write_text(json.dumps(experiment), encoding="utf-8")  # JSON is YAML
     base = {"model_name_or_path": folder / "train-whole"}
     sweep = {"experiment": folder / "experiment.yaml", "num_parallel": 2}
-    return [
-        Call("train", RECIPE | MODEL | files, folder),
-        Call("finetune", finetuning | base | files, folder),
-        Call("sweep", sweep, folder),
-    ]
+    flags = {"train": RECIPE | MODEL | files, "finetune": finetuning | base | files, "sweep": sweep}
+    mains = load_scripts(folder / "cache")
+    return [Call(name, mains[name], flags[name], folder) for name in KINDS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="How many, of all kinds together.")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="What is killed.")
     parser.add_argument("--together", type=int, default=10, help="How often two sweeps are started in one folder.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     args = parser.parse_args()
     rng, counts = random.Random(args.seed), Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calls = write_inputs(folder)
+        calls = make_calls(folder)
         try:
-            expected = kill_calls(calls, folder, args.kills, rng, counts)
-            start_together(calls[-1], folder, args.together, expected, rng, counts)
+            killed = [call for call in calls if call.name in args.kinds and args.kills]
+            needed = [*killed, *(calls[:1] if "finetune" in args.kinds else []), *(calls[2:] if args.together else [])]
+            known = undisturbed([call for call in calls if call in needed], folder)
+            kill_calls(killed, folder, args.kills, known, rng, counts)
+            start_together(calls[-1], folder, args.together, known[0].get("sweep", {}), rng, counts)
         except BaseException:
             print((folder / "log.txt").read_text()[-5000:], file=sys.stderr)
             raise

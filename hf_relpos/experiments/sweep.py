@@ -52,6 +52,8 @@ def run_one(run: Run, root: Path) -> None:
             import_schemes(run.import_files)
             if not (folder / TRAINING_RECORD).is_file():
                 _train(run, root)
+            for part in folder.glob("checkpoint-*"):  # of this call, or of one that was killed here
+                shutil.rmtree(part)
             if not run.result(root).is_file():
                 values = {
                     **run.evaluation,
@@ -88,8 +90,6 @@ def _train(run: Run, root: Path) -> None:
     else:
         values["model_name_or_path"] = str(run.base.folder(root))
         finetune(*parse_values(FINETUNE_TYPES, values), callbacks=callbacks)
-    for part in folder.glob("checkpoint-*"):
-        shutil.rmtree(part)
 
 
 # --- all runs
