@@ -36,9 +36,9 @@ MOMENTS = {
 KILLS_PER_RUN = 9
 SECONDS_TO_END = 30  # for a worker of a killed sweep: it notices when it has imported torch
 MARK = "HF_RELPOS_STRESS"  # variable of the environment that all processes of a call have
-RECIPE = {"max_steps": 120, "per_device_train_batch_size": 4, "eval_steps": 120, "save_steps": 20, "logging_steps": 10}
+RECIPE = {"max_steps": 60, "per_device_train_batch_size": 4, "eval_steps": 60, "save_steps": 10, "logging_steps": 10}
 RECIPE |= {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "use_cpu": "true", "bf16": "false"}
-RECIPE |= {"report_to": "none", "disable_tqdm": "true"}
+RECIPE |= {"report_to": "none", "disable_tqdm": "true", "max_eval_samples": 64}
 MODEL = {"block_size": 32, "vocab_size": 300, "pos_embedding_type": "linear_cpb", "position_start_augmentation": "true"}
 MODEL |= {"config_overrides": "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,hidden_dropout=0.1"}
 
@@ -299,12 +299,12 @@ def start_together(sweep: Call, folder: Path, times: int, expected: dict, rng: r
 def make_calls(folder: Path) -> list[Call]:
     """The corpus, random words, and the experiment; → the calls."""
     rng = random.Random(0)
-    for name, num_words in (("train", 30_000), ("valid", 10_000)):
+    for name, num_words in (("train", 20_000), ("valid", 5_000)):
         words = (rng.choice(WORDS) for _ in range(num_words))
         text = "".join(word + ("\n" if rng.random() < 0.05 else " ") for word in words)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     files = {"train_file": str(folder / "train.txt"), "validation_file": str(folder / "valid.txt")}
-    finetuning = RECIPE | {"block_size": 64, "max_steps": 80, "eval_steps": 80}
+    finetuning = RECIPE | {"block_size": 64, "max_steps": 40, "eval_steps": 40}
     experiment = {"train": {**RECIPE, **MODEL, **files}, "grid": {"seed": [1, 2]}, "finetune": finetuning}
     experiment |= {"evaluate": {"eval_lengths": [32, 64], "max_windows": 16, **files}}
     (folder / "experiment.yaml").write_text(json.dumps(experiment), encoding="utf-8")  # JSON is YAML

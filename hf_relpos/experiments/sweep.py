@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,8 @@ def main() -> None:
         with signals_interrupt(), live_table(runs, root):
             failed = _run_all(todo, root, args)
     except KeyboardInterrupt:
-        print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be closed
+            print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
         raise
     for run in failed:
         print(f"failed: {run.label}, see {run.folder(root)}/{FAILURE}", file=sys.stderr)
