@@ -15,7 +15,7 @@ from ..cli import command, import_schemes, parse_arguments, parse_values
 from ..environment import write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
-from ..results.result_file import RESULTS, read_readable, write_results
+from ..results.result_file import RESULTS, read_readable, split_name, write_results
 from ..results.training_record import TRAINING_RECORD
 from ..training.checkpoints import damage
 from ..training.interrupt import SIGNALS
@@ -95,14 +95,14 @@ def _train(run: Run, root: Path) -> None:
 # --- all runs
 
 
-def collect_results(runs: Sequence[Run], root: Path) -> int:
-    """Writes the results of all runs that are done to `results.jsonl`, in the order of the experiment; → how many."""
+def collect_results(runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
+    """Writes the results of all runs that are done to `results.jsonl`, in the order of the experiment; → these."""
     with only_owner(root, seconds=-1):  # another call may be writing them
         results, errors = read_readable(run.result(root) for run in runs if run.result(root).is_file())
         write_results(root / RESULTS, results)
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
-    return len(results)
+    return results
 
 
 # --- the command
@@ -142,10 +142,10 @@ def signals_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    ignored = signal.SIG_IGN, None  # by nohup, or by what is no Python
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) not in ignored}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
@@ -178,7 +178,8 @@ def main() -> None:
         raise
     for run in failed:
         print(f"failed: {run.label}, see {run.folder(root)}/{FAILURE}", file=sys.stderr)
-    count = collect_results(runs, root)
-    print(f"{count} of {len(runs)} results, in {root / RESULTS}")
+    results = collect_results(runs, root)
+    texts = "; ".join(dict.fromkeys(map(split_name, results)))
+    print(f"{len(results)} of {len(runs)} results, in {root / RESULTS}" + (f": {texts}" if texts else ""))
     if failed:
         sys.exit(1)
