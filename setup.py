@@ -28,6 +28,7 @@ setup(
         "datasets>=5.2",
         "tokenizers>=0.22",
         "evaluate>=0.4.6",
+        "filelock>=4.2",
         "jinja2",
         "matplotlib>=3.9",
         "numpy",

@@ -75,3 +75,13 @@ def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked
 def task_rows(task, length, kind, count=50):
     """→ test rows of a synthetic task, as (tokens, which of them are the answer)."""
     return [task.make_row(task.rng(0, TEST, kind, index), length, kind) for index in range(count)]
+
+
+def hold(folder, seconds: float = 60) -> subprocess.Popen:
+    """→ another process that holds a folder for so many seconds, as one that works in it does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = f"import fcntl, time; file = open({str(folder / '.lock')!r}, 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+    code += f"print('held', flush=True); time.sleep({seconds})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "hf_relpos"
 CONTRACT = {
     "model": "",
     "environment": "",
+    "processes": "",
     "special_tokens": "",
     "scheme_files": "model",
     "cli": "model scheme_files",
@@ -33,8 +34,8 @@ CONTRACT = {
     "evaluation": "model model_loading special_tokens data tasks results environment cli scheme_files model_corpus",
     "hub": "model model_loading results scheme_docs environment cli",
     "demo": "model model_loading evaluation inference results cli model_corpus",
-    "training": "model model_loading data tasks results hub environment cli scheme_files model_corpus",
-    "experiments": "model data tasks training evaluation results environment cli scheme_files",
+    "training": "model model_loading data tasks results hub environment processes cli scheme_files model_corpus",
+    "experiments": "model data tasks training evaluation results environment processes cli scheme_files",
 }
 
 

@@ -1,12 +1,14 @@
 """Training from scratch, and finetuning a saved model at another length or with another position scheme."""
 
+import functools
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..data.blocks import BlockCollator
 from ..environment import write_json
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
+from ..processes import end_with_parent, only_owner
 from ..results.training_record import TRAINING_RECORD
 from ..tasks.arguments import DataArguments
 from .arguments import FinetuningArguments, RelPosTrainingArguments
@@ -56,7 +59,25 @@ def finetune_main() -> None:
     finetune(*parse_arguments((ChangeArguments, DataArguments, FinetuningArguments), FINETUNE_DESCRIPTION))
 
 
+def alone(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Decorator of `train` and `finetune`: no other process may work in the output folder meanwhile, and the processes
+    of a launcher end with it."""
+
+    @functools.wraps(function)
+    def wrapped(
+        model_args: Any, data_args: Any, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
+    ) -> dict[str, Any]:
+        _check_processes(args)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun and accelerate launch, which live as long as their processes
+            end_with_parent()
+        with only_owner(args.output_dir) if args.process_index == 0 else nullcontext():
+            return function(model_args, data_args, args, callbacks)
+
+    return wrapped
+
+
 @safe_output
+@alone
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -73,10 +94,10 @@ def train(
         the record of the run, as in `training.json`.
 
     Raises:
-        ValueError: for wrong flags, data or models; nothing is written then.
+        ValueError: for wrong flags, data or models, or if another process trains into that folder; nothing is written
+            then.
         KeyboardInterrupt: after an interruption, when its checkpoint is saved.
     """
-    _check_processes(args)
     checkpoint = find_checkpoint(args)
     if model_args.model_name_or_path:
         model, tokenizer = load_saved(model_args, data_args)
@@ -97,6 +118,7 @@ def train(
 
 
 @safe_output
+@alone
 def finetune(
     model_args: ChangeArguments,
     data_args: DataArguments,
@@ -104,7 +126,6 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Continues with a saved model at `args.block_size`, with the changes that are asked for; otherwise as `train`."""
-    _check_processes(args)
     checkpoint = find_checkpoint(args)
     if not model_args.model_name_or_path:
         raise ValueError("--model_name_or_path is required.")

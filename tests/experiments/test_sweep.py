@@ -14,7 +14,9 @@ import yaml
 from conftest import ROOT
 
 from hf_relpos.experiments.grid import load_experiment
-from hf_relpos.experiments.sweep import progress_table, run_here, run_in_processes, run_on_ray, status
+from hf_relpos.experiments.progress import progress_table, status
+from hf_relpos.experiments.sweep import run_one
+from hf_relpos.experiments.workers import run_here, run_in_processes, run_on_ray
 from hf_relpos.results.result_file import read_results
 
 
@@ -275,21 +277,21 @@ def test_done_runs_are_kept_and_a_failed_one_stops_only_what_needs_it(tiny, tmp_
     grid = [{"seed": [1, 2]}, {"seed": [3], "block_size": [4096]}]
     runs = load_experiment(tiny(grid, finetune={"max_steps": [1], "per_device_train_batch_size": 1}))
     root = tmp_path / "out"
-    failed = run_here(runs, root)
+    failed = run_here(runs, root, run_one)
     assert [status(run, root)["state"] for run in runs[:3]] == ["done", "done", "failed"]
     assert failed == [run for run in runs if 3 in (run.settings["seed"],)]
     assert "4096" in (runs[2].folder(root) / "failure.txt").read_text()
     result = json.loads(runs[3].result(root).read_text())
     assert result["training"]["base_train_length"] == 16 and result["seed"] == 1
     times = {run.key: run.result(root).stat().st_mtime_ns for run in runs if run not in failed}
-    run_here([run for run in runs if run not in failed], root)
+    run_here([run for run in runs if run not in failed], root, run_one)
     assert times == {run.key: run.result(root).stat().st_mtime_ns for run in runs if run not in failed}
 
 
 def test_several_processes_give_the_same_results(tiny, tmp_path):
     runs = load_experiment(tiny({"pos_embedding_type": ["alibi"], "seed": [1, 2]}))
-    assert run_here(runs, tmp_path / "here") == []
-    assert run_in_processes(runs, tmp_path / "there", 2) == []
+    assert run_here(runs, tmp_path / "here", run_one) == []
+    assert run_in_processes(runs, tmp_path / "there", run_one, 2) == []
     for run in runs:
         here, there = (json.loads(run.result(tmp_path / name).read_text()) for name in ("here", "there"))
         for length, row in here["lengths"].items():
@@ -314,7 +316,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     assert [result["seed"] for result in read_results(root / "results.jsonl")] == [1, 2]
     resumed = json.loads(runs[0].result(root).read_text())
     assert resumed["training"]["resumed_from_step"] >= 10 and not list(runs[0].folder(root).glob("checkpoint-*"))
-    assert run_here(runs[:1], tmp_path / "through") == []
+    assert run_here(runs[:1], tmp_path / "through", run_one) == []
     through = json.loads(runs[0].result(tmp_path / "through").read_text())
     assert resumed["lengths"]["16"]["loss"] == pytest.approx(through["lengths"]["16"]["loss"], abs=1e-5)
 
@@ -335,9 +337,9 @@ def test_a_ray_cluster_outlives_a_worker(tiny, tmp_path):
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     try:
-        assert run_on_ray(runs, root, 1, 0) == []
+        assert run_on_ray(runs, root, run_one, 1, 0) == []
         with pytest.raises(ValueError, match="no machine of the cluster has {'CPU': 64, 'GPU': 0}"):
-            run_on_ray(runs, root, 64, 0)
+            run_on_ray(runs, root, run_one, 64, 0)
     finally:
         ray.shutdown()
     assert killed and killed[0] != os.getpid()
