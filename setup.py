@@ -29,6 +29,7 @@ setup(
         "tokenizers>=0.22",
         "evaluate>=0.4.6",
         "jinja2",
+        "jsonschema>=4.18",
         "matplotlib>=3.9",
         "numpy",
         "pillow",

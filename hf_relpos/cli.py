@@ -5,11 +5,14 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from .file_reading import read_yaml, reason
 
 
 PROGRAM = "hf-relpos"
@@ -30,29 +33,59 @@ COMMANDS = {
     "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
 }
 IMPORT_FILE = "import_file"
+DEBUG = "HF_RELPOS_DEBUG"
 IMPORT_HELP = "Python files that register position schemes."
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorator of a program's `main`: a user's error becomes one line on stderr and exit code 2."""
+    """Decorator of a program's `main`: an error becomes one line on stderr and exit code 2.
+
+    With `--debug` on the command line, or the environment variable `HF_RELPOS_DEBUG`, its traceback stands before it.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        debug = _pop_debug(sys.argv) or os.environ.get(DEBUG, "0") not in ("", "0")
         try:
             main()
-        except (ValueError, OSError) as error:
-            if os.environ.get("RANK", "0") == "0":
-                message = " ".join(str(error).split())
-                print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-            sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:
+            if os.environ.get("RANK", "0") == "0":
+                if debug:
+                    traceback.print_exc()
+                print(f"{Path(sys.argv[0]).name}: error: {describe(error)}", file=sys.stderr)
+            sys.exit(2)
         finally:
             torch = sys.modules.get("torch")
             if torch and torch.distributed.is_initialized():  # its threads abort a process that ends while they run
                 torch.distributed.destroy_process_group()
 
     return wrapped
+
+
+def describe(error: Exception) -> str:
+    """An error in one line: what is wrong with what was given, or else where in the package nobody foresaw it."""
+    if isinstance(error, (ValueError, OSError)):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"there is not enough memory: {reason(error)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
+    place = f"{Path(places[-1].filename).name}, line {places[-1].lineno}" if places else "nowhere"
+    said = " ".join(reason(error).split()).removeprefix(f"{type(error).__name__}: ")
+    return f"unexpected {type(error).__name__}: {said} ({place}; --debug shows the traceback)"
+
+
+def _pop_debug(argv: list[str]) -> bool:
+    """Takes `--debug`, `--debug true` or `--debug false` out of the command line; with the name of a check it is a flag
+    of transformers."""
+    for index, word in enumerate(argv):
+        following = "".join(argv[index + 1 : index + 2]).lower()
+        if word == "--debug" and following not in ("underflow_overflow", "tpu_metrics_debug"):
+            del argv[index : index + 1 + (following in ("true", "false"))]
+            return following != "false"
+    return False
 
 
 @command
@@ -69,7 +102,7 @@ def main() -> None:
         raise ValueError(f"a sub-command is needed, one of {', '.join(COMMANDS)}; --help says what they do.")
     name, *flags = words
     if name not in COMMANDS:
-        raise ValueError(f"unknown sub-command: {name!r}{_nearest(name, COMMANDS)}; --help lists those that exist.")
+        raise ValueError(f"unknown sub-command: {name!r}{nearest(name, COMMANDS)}; --help lists those that exist.")
     if name == "serve":  # its flags are those of `transformers serve`, which other parsers read
         import_schemes(_pop_import_files(flags))
         _check_schemes_are_imported(flags[0] if flags else None)
@@ -90,7 +123,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            f"`{PROGRAM} SUB-COMMAND --help` lists the flags, `{PROGRAM} --version` prints the version.",
+            f"`{PROGRAM} SUB-COMMAND --help` lists the flags, `{PROGRAM} --version` prints the version; --debug shows",
+            "the traceback of an error.",
         )
     )
 
@@ -136,8 +170,8 @@ def parse_arguments(
     *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        nearest = _nearest(flag, parser._option_string_actions)
-        raise ValueError(f"unknown flag: {unknown[0]!r}{nearest}; --help lists those that exist.")
+        hint = nearest(flag, parser._option_string_actions)
+        raise ValueError(f"unknown flag: {unknown[0]!r}{hint}; --help lists those that exist.")
     words = others.words if positional else []
     for folder in (*(getattr(each, "model_name_or_path", None) for each in parsed), *words):
         _check_schemes_are_imported(folder)
@@ -151,34 +185,8 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
         unknown.discard(action.dest)
     if unknown:
         flag = sorted(unknown)[0]
-        raise ValueError(f"unknown flag: {flag!r}{_nearest(flag, [action.dest for action in parser._actions])}.")
+        raise ValueError(f"unknown flag: {flag!r}{nearest(flag, [action.dest for action in parser._actions])}.")
     return parser.parse_args_into_dataclasses(_words(values))
-
-
-def read_yaml(path: str) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ValueError: if it cannot be read, or gives a key of one dictionary twice, naming the line.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Of two values under one key it would take the last, in silence."""
-
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node, seen = super().compose_mapping_node(anchor), {}
-            for key, _ in node.value:
-                name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
-                if name is not None and (first := seen.setdefault((key.tag, name), key)) is not key:
-                    lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
-                    raise yaml.constructor.ConstructorError(problem=f"{name!r} stands there twice, in {lines}")
-            return node
-
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def import_schemes(files: Sequence[str]) -> None:
@@ -219,9 +227,9 @@ def _parser(types: Sequence[type], description: str | None = None) -> Any:
     return ArgumentParser(types, description=description, allow_abbrev=False)
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def nearest(word: Any, words: Iterable[Any]) -> str:
     """→ "", or what was probably meant."""
-    found = get_close_matches(word, list(words), 1)
+    found = get_close_matches(str(word), list(map(str, words)), 1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
@@ -256,16 +264,13 @@ def _pop_config(argv: list[str]) -> str | None:
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, Any]:
-    try:
-        values = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"--config {path!r} cannot be read: {error}") from error
+    values = read_yaml(path, "--config")
     if not isinstance(values, dict):
         raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
     for name in values:
         if name not in known:
-            nearest = _nearest(str(name), sorted(known))
-            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}{nearest}.")
+            hint = nearest(str(name), sorted(known))
+            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}{hint}.")
     return values
 
 

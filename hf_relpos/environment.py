@@ -72,10 +72,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes the file whole or not at all, making its folder where it is missing; an `OSError` names the file."""
     staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content)
+        os.replace(staged, path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise type(error)(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 def check_at_least_1(name: str, value: float | None) -> None:

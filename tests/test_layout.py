@@ -19,20 +19,22 @@ PACKAGE = ROOT / "hf_relpos"
 CONTRACT = {
     "model": "",
     "environment": "",
-    "scheme_files": "model",
-    "cli": "model scheme_files",
+    "file_reading": "",
+    "scheme_files": "model file_reading",
+    "cli": "model scheme_files file_reading",
     "__main__": "cli",
-    "model_loading": "model",
+    "model_loading": "model file_reading",
     "data": "model model_loading environment",
-    "inference": "model model_loading cli",
+    "inference": "model model_loading cli file_reading environment",
     "tasks": "data",
-    "results": "environment cli",
+    "results": "environment cli file_reading",
     "scheme_docs": "model",
     "evaluation": "model model_loading data tasks results environment cli scheme_files",
-    "hub": "model model_loading results scheme_docs environment cli",
+    "hub": "model model_loading results scheme_docs environment cli file_reading",
     "demo": "model model_loading evaluation inference results cli",
-    "training": "model model_loading data tasks results hub environment cli scheme_files",
-    "experiments": "model data tasks training evaluation results environment cli scheme_files",
+    "training": "model model_loading data tasks results hub environment cli scheme_files file_reading",
+    "experiments": "model model_loading data tasks training evaluation results environment cli scheme_files "
+    "file_reading",
 }
 
 

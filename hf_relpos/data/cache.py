@@ -35,7 +35,12 @@ def cache_root() -> Path:
     import datasets  # takes a second, and hashes alone do not need it
 
     root = Path(datasets.config.HF_DATASETS_CACHE) / "hf_relpos"
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a user without a home, or with one that is read-only
+        raise OSError(
+            f"the cache {str(root)!r} cannot be made ({error.strerror}): HF_DATASETS_CACHE=FOLDER names another place."
+        ) from error
     return root
 
 
@@ -63,7 +68,10 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Pa
     with tempfile.TemporaryDirectory(dir=cache_root(), prefix="making-") as name:
         folder = Path(name) / "entry"
         folder.mkdir()
-        facts = make(folder)
+        try:
+            facts = make(folder)
+        except OSError as error:  # what is read has its own errors, which are `ValueError`
+            raise OSError(f"the cache {str(target.parent)!r} cannot be written: {error}") from error
         checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
         content = json.dumps({"checksums": checksums, "facts": facts})
         (folder / ENTRY).write_text(f"{digest(content)}\n{content}", encoding="utf-8")

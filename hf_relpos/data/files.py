@@ -49,7 +49,7 @@ def list_files(flag: str, given: str) -> FileList:
     Raises:
         ValueError: for nothing to read, files of several kinds, or compression that cannot be read.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))  # pathlib fails without a home
     if not path.exists():
         raise ValueError(f"`{flag}` {given!r} does not exist.")
     files, skipped = _walk(path, flag) if path.is_dir() else ([path], [])

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..cli import as_list, import_schemes, parse_values, read_yaml
+from ..cli import as_list, import_schemes, nearest, parse_values
 from ..environment import versions
 from ..evaluation.evaluate import EvaluationArguments
+from ..evaluation.loss_by_length import check_lengths
+from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
+from ..model_loading import check_size
 from ..results.training_record import RESULT_NEUTRAL_FLAGS
 from ..scheme_files import imported_files
 from ..tasks.arguments import DataArguments
@@ -58,7 +61,7 @@ class Run:
         """Twelve hexadecimal digits of the hash of what determines the trained model."""
         if not self._key:
             facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
-            texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
+            texts = {name: _digest(str(facts[name])) for name in FILES if facts.get(name)}
             base = self.base and self.base.key
             content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base}
             schemes = imported_files(str(self.settings.get("pos_embedding_type")))
@@ -137,16 +140,15 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"experiment {path!r} cannot be read: {error}") from error
+    content = read_yaml(path, "experiment")
     if not isinstance(content, dict):
         raise ValueError(f"experiment {path!r} must hold a dictionary with a `grid`.")
     import_schemes(as_list(content.pop("import_file", None)))
     unknown = sorted(map(str, set(content) - set(SECTIONS)))
     if unknown:
-        raise ValueError(f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}.")
+        raise ValueError(
+            f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}{nearest(unknown[0], SECTIONS)}."
+        )
     return content
 
 
@@ -193,7 +195,9 @@ def _section(path: str, name: str, values: Any, place: str | None = None) -> dic
         if key in RESERVED or key == "model_name_or_path":
             raise ValueError(f"{path}: `{place}.{key}` is not for an experiment to set.")
         if key not in _names(*SECTIONS[name]):
-            raise ValueError(f"{path}: `{place}` holds an unknown flag: {key!r}.")
+            raise ValueError(
+                f"{path}: `{place}` holds an unknown flag: {key!r}{nearest(key, _names(*SECTIONS[name]))}."
+            )
     return values
 
 
@@ -227,9 +231,14 @@ def _check(runs: list[Run], drop_repeats: bool) -> None:
                 check_task(data_args.task)
             if run.base is None:
                 configs[run] = new_config(model_args, args.block_size)
-            elif run.base in configs:
-                changed_config(configs[run.base], model_args, args.block_size)
-            parse_values(EVALUATE_TYPES, {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"})
+            else:
+                configs[run] = changed_config(configs[run.base], model_args, args.block_size)
+                if args.extend_learned_positions:
+                    configs[run].max_position_embeddings = max(configs[run].max_position_embeddings, args.block_size)
+            check_size(configs[run])
+            flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
+            tested, _ = parse_values(EVALUATE_TYPES, flags)
+            check_lengths(tested.eval_lengths, configs[run])
             key = run.key
         except (ValueError, OSError) as error:
             raise ValueError(f"{run.place}: {error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import command, parse_arguments
-from ..environment import write_text
+from ..environment import write_bytes, write_text
 from .plots import plot_results, plot_scores
 from .report_figures import draw_figures
 from .result_file import RESULTS, escape_markdown, markdown, markdown_table, read_readable, read_results
@@ -97,7 +97,7 @@ def write_report(
     write_text(paths[1], _as_html(content))
     for heading, image in content["figures"]:
         paths.append(folder / _file_name(heading))
-        paths[-1].write_bytes(image)
+        write_bytes(paths[-1], image)
     return paths
 
 

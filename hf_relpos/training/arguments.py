@@ -1,6 +1,7 @@
 """The recipe: training arguments and their defaults."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +73,9 @@ class RelPosTrainingArguments(TrainingArguments):
         self.given = non_default_fields(self)  # before defaults depend on the machine
         if self.output_dir is None:
             raise ValueError("--output_dir is required.")
+        for each in fields(self):
+            if isinstance(value := getattr(self, each.name), float) and not math.isfinite(value):
+                raise ValueError(f"`{each.name}` must be a finite number, got {value}.")
         if self.block_size < 2:
             raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
         if self.max_steps != self.fewest_steps:

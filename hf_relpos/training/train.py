@@ -16,11 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
 from ..environment import write_json
+from ..file_reading import reading
 from ..model.configuration_relpos import RelPosConfig
-from ..results.training_record import TRAINING_RECORD
+from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
 from .arguments import FinetuningArguments, RelPosTrainingArguments
-from .checkpoints import STATE, damage, find_checkpoint, load_weights, read_json
+from .checkpoints import STATE, damage, find_checkpoint, load_weights
 from .interrupt import InterruptCallback
 from .model_setup import ModelArguments, extend_learned_positions, load_saved, new_config, new_model
 from .output_stream import safe_output
@@ -156,15 +157,22 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
         record = training_record(run, trainer, seconds, recipe)
         record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
         _save_record(trainer, record)
-    except SafetensorError as error:  # a full disk, while weights are written
-        raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "file write" in str(error) or "basic_ios" in str(error):
+    except Exception as error:
+        if _comes_of_writing(error):
             raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
         raise
     finally:
         interrupt.restore()
     return record
+
+
+def _comes_of_writing(error: Exception) -> bool:
+    """Whether a full disk, or the like, is what a library met: each has an error of its own, without the file."""
+    signs = ("PytorchStreamWriter", "file write", "basic_ios", "os error")  # of torch, and of tokenizers
+    if isinstance(error, OSError):
+        return error.filename is None
+    is_bare = type(error) in (RuntimeError, Exception) and any(sign in str(error) for sign in signs)
+    return isinstance(error, SafetensorError) or is_bare
 
 
 def _train(run: TrainingRun, trainer: RelPosTrainer) -> float | None:
@@ -206,7 +214,7 @@ def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not (folder / TRAINING_RECORD).is_file():
         return None
-    record = read_json(folder / TRAINING_RECORD)
+    record = read_record(args.output_dir)
     differing = differences(record.get("resume", {}).get("values", {}), recipe.values, run)
     if not differing:
         _check_checkpoint(args.output_dir, run.model.config)
@@ -295,7 +303,8 @@ def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[s
 
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:
-    saved = RelPosConfig.from_pretrained(checkpoint)
+    with reading(f"the configuration of {checkpoint!r} cannot be read"):
+        saved = RelPosConfig.from_pretrained(checkpoint)
     for name in (*RelPosConfig.__annotations__, "rope_parameters", "layer_types"):
         theirs, ours = getattr(saved, name, None), getattr(config, name, None)
         if theirs != ours and name != "use_cache":

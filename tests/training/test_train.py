@@ -166,7 +166,7 @@ BAD_TRAINING = {
     "tokenizer of another size": (dict(tokenizer_name="MODEL", vocab_size=400), "but the tokenizer has 300 entries"),
     "no model": (
         dict(model_name_or_path="no/such/folder", vocab_size=None, config_overrides=None),
-        "'no/such/folder' is not a folder",
+        "'no/such/folder': there is no such folder",
     ),
     "two models": (dict(model_name_or_path="MODEL"), "`vocab_size` is that of the saved model"),
     "no checkpoint": (dict(resume_from_checkpoint="last"), "holds no checkpoint"),
