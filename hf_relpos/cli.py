@@ -3,7 +3,9 @@ that register schemes, and one line for a user's error."""
 
 import functools
 import json
+import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .environment import write_error
 from .file_reading import read_yaml, reason
 
 
@@ -34,6 +37,7 @@ COMMANDS = {
 }
 IMPORT_FILE = "import_file"
 DEBUG = "HF_RELPOS_DEBUG"
+MAX_LINE = 1500  # characters of an error: a value may be of any length
 IMPORT_HELP = "Python files that register position schemes."
 
 
@@ -66,8 +70,12 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 def describe(error: Exception) -> str:
     """An error in one line: what is wrong with what was given, or else where in the package nobody foresaw it."""
+    cause = write_error(error)
+    if cause is not None and str(cause) not in str(error):
+        return f"a file cannot be written: {reason(cause)}"
     if isinstance(error, (ValueError, OSError)):
-        return " ".join(str(error).split())
+        line = " ".join(str(error).split())
+        return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} .. {line[-MAX_LINE // 2 :]}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"there is not enough memory: {reason(error)}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -167,7 +175,11 @@ def parse_arguments(
         files = [*as_list(values.pop(IMPORT_FILE, None)), *files]
         argv = _words(values) + argv
     import_schemes(files)
-    *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    try:
+        *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        _check_numbers(parsed)
+    except ValueError as error:
+        raise ValueError(_with_file(str(error), path, values if path is not None else {})) from error
     if unknown:
         flag = unknown[0].partition("=")[0]
         hint = nearest(flag, parser._option_string_actions)
@@ -186,7 +198,9 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
     if unknown:
         flag = sorted(unknown)[0]
         raise ValueError(f"unknown flag: {flag!r}{nearest(flag, [action.dest for action in parser._actions])}.")
-    return parser.parse_args_into_dataclasses(_words(values))
+    parsed = parser.parse_args_into_dataclasses(_words(values))
+    _check_numbers(parsed)
+    return parsed
 
 
 def import_schemes(files: Sequence[str]) -> None:
@@ -225,6 +239,22 @@ def _parser(types: Sequence[type], description: str | None = None) -> Any:
             raise ValueError(message)
 
     return ArgumentParser(types, description=description, allow_abbrev=False)
+
+
+def _check_numbers(parsed: Iterable[Any]) -> None:
+    """Raises `ValueError` for a number that no computation could take."""
+    for instance in parsed:
+        for name, value in ((name, each) for name, values in vars(instance).items() for each in as_list(values)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}.")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"`{name}` must be below 2^63, got a number of {len(str(value))} digits.")
+
+
+def _with_file(message: str, path: str | None, values: Iterable[str]) -> str:
+    """An error of a flag, with the file of flags before it if the flag stands there."""
+    named = re.match(r"argument --(\w+)|`(\w+)`", message)
+    return f"--config {path!r}: {message}" if named and (named[1] or named[2]) in values else message
 
 
 def nearest(word: Any, words: Iterable[Any]) -> str:

@@ -3,6 +3,7 @@
 torch is imported where it is needed only, so that this module costs nothing to import.
 """
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,12 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# of torch, and of libraries in Rust
+WRITE_SIGNS = ("PytorchStreamWriter", "inline_container", "file write", "basic_ios")
+WRITE_SIGNS += tuple(f"(os error {number})" for number in WRITE_ERRORS)
 
 
 def versions() -> dict[str, str]:
@@ -86,6 +93,19 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             staged.unlink()
         raise type(error)(error.errno, error.strerror, error.filename or str(path)) from error
+
+
+def write_error(error: BaseException) -> BaseException | None:
+    """What says that a file could not be written, as on a full disk: the error, one that it came of, or `None`.
+
+    Each library has errors of its own for it, and none names the file.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if (isinstance(seen, OSError) and seen.errno in WRITE_ERRORS) or any(sign in str(seen) for sign in WRITE_SIGNS):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def check_at_least_1(name: str, value: float | None) -> None:

@@ -128,13 +128,12 @@ def _parse_float(text: str) -> float:
 
 
 def _check_depth(content: Any) -> None:
-    level = [content]
-    for _ in range(MAX_DEPTH + 1):
-        nodes = [each for each in level if isinstance(each, (dict, list))]
+    level, depth = [content], 0
+    while nodes := [each for each in level if isinstance(each, (dict, list))]:
         level = [child for each in nodes for child in (each.values() if isinstance(each, dict) else each)]
-        if not level:
-            return
-    raise ValueError("it is nested too deeply")
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
 
 
 def _kind(value: Any) -> str:
@@ -167,7 +166,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             self.depth += 1
-            if self.depth > MAX_DEPTH:
+            if self.depth > MAX_DEPTH and not self.check_event(yaml.ScalarEvent, yaml.AliasEvent):
                 raise ValueError("it is nested too deeply")
             node = super().compose_node(parent, index)
             self.depth -= 1
@@ -206,7 +205,7 @@ def _measure(node: Any, sizes: dict[int, tuple[int, int]], inside: set[int]) -> 
     if id(node) in inside:
         raise ValueError("an alias names what it stands in")
     inside.add(id(node))
-    size, depth = 1, 1
+    size, depth = 1, int(isinstance(node.value, list))
     for child in node.value if isinstance(node.value, list) else ():
         for each in child if isinstance(child, tuple) else (child,):
             more, levels = _measure(each, sizes, inside)

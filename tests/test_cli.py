@@ -112,7 +112,7 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
             ["report", "--output_dir", "x", "--result", "y"],
             "error: unknown flag: '--result' (did you mean '--results'?)",
         ),
-        (["schemes", "--config=c.yaml"], "hf-relpos schemes: error: --config 'c.yaml' cannot be read"),
+        (["schemes", "--config=c.yaml"], "hf-relpos schemes: error: --config 'c.yaml' does not exist"),
         (["schemes", "--import_file"], "hf-relpos schemes: error: --import_file takes Python files, NAME.py."),
         (["schemes", "--import_file", "no.py"], "`import_file` 'no.py' does not exist"),
         (["serve"], "hf-relpos: error: usage: hf-relpos serve DIR"),

@@ -21,7 +21,7 @@ CONTRACT = {
     "environment": "",
     "file_reading": "",
     "scheme_files": "model file_reading",
-    "cli": "model scheme_files file_reading",
+    "cli": "model scheme_files file_reading environment",
     "__main__": "cli",
     "model_loading": "model file_reading",
     "data": "model model_loading environment",

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..environment import write_error
+
 
 CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
 CONTENT_VERSION = 2  # raise it when data/ changes what it makes and keeps
@@ -70,8 +72,10 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Pa
         folder.mkdir()
         try:
             facts = make(folder)
-        except OSError as error:  # what is read has its own errors, which are `ValueError`
-            raise OSError(f"the cache {str(target.parent)!r} cannot be written: {error}") from error
+        except Exception as error:
+            if cause := write_error(error):
+                raise OSError(f"the cache {str(target.parent)!r} cannot be written: {cause}") from error
+            raise
         checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
         content = json.dumps({"checksums": checksums, "facts": facts})
         (folder / ENTRY).write_text(f"{digest(content)}\n{content}", encoding="utf-8")

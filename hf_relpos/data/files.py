@@ -50,7 +50,7 @@ def list_files(flag: str, given: str) -> FileList:
         ValueError: for nothing to read, files of several kinds, or compression that cannot be read.
     """
     path = Path(os.path.expanduser(given))  # pathlib fails without a home
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"`{flag}` {given!r} does not exist.")
     files, skipped = _walk(path, flag) if path.is_dir() else ([path], [])
     found: list[tuple[Path, str]] = []

@@ -1,6 +1,7 @@
 """The configuration of the RelPos family."""
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -236,7 +237,7 @@ class RelPosConfig(PreTrainedConfig):
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"`pad_token_id` must be below `vocab_size` {self.vocab_size}, got {self.pad_token_id}.")
         for name in ("initializer_range", "rms_norm_eps"):
-            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0:
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
         for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
@@ -292,7 +293,7 @@ class RelPosConfig(PreTrainedConfig):
                     f"`pos_embedding_kwargs` of {self.pos_embedding_type!r} may hold {sorted(allowed)}, got {name!r}."
                 )
             number = int if isinstance(allowed[name], int) else (int, float)
-            if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(
                     f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
                 )

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
-from ..environment import write_json
+from ..environment import write_error, write_json
 from ..file_reading import reading
 from ..model.configuration_relpos import RelPosConfig
 from ..results.training_record import TRAINING_RECORD, read_record
@@ -158,21 +157,12 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
         record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
         _save_record(trainer, record)
     except Exception as error:
-        if _comes_of_writing(error):
-            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
+        if cause := write_error(error):
+            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {cause}") from error
         raise
     finally:
         interrupt.restore()
     return record
-
-
-def _comes_of_writing(error: Exception) -> bool:
-    """Whether a full disk, or the like, is what a library met: each has an error of its own, without the file."""
-    signs = ("PytorchStreamWriter", "file write", "basic_ios", "os error")  # of torch, and of tokenizers
-    if isinstance(error, OSError):
-        return error.filename is None
-    is_bare = type(error) in (RuntimeError, Exception) and any(sign in str(error) for sign in signs)
-    return isinstance(error, SafetensorError) or is_bare
 
 
 def _train(run: TrainingRun, trainer: RelPosTrainer) -> float | None:
@@ -298,7 +288,8 @@ def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[s
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
-            f"`output_dir` {run.args.output_dir!r} has room for {free >> 20} MiB, a checkpoint takes {num_bytes >> 20}."
+            f"`output_dir` {run.args.output_dir!r} has room for {free / 2**20:.1f} MiB, a checkpoint takes "
+            f"{num_bytes / 2**20:.1f}."
         )
 
 
