@@ -173,9 +173,9 @@ def parse_arguments(
     if path is not None:
         values = _read_config(path, known)
         files = [*as_list(values.pop(IMPORT_FILE, None)), *files]
-        argv = _words(values) + argv
     import_schemes(files)
     try:
+        argv = (_words(values, parser) if path is not None else []) + argv
         *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         _check_numbers(parsed)
     except ValueError as error:
@@ -198,7 +198,7 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
     if unknown:
         flag = sorted(unknown)[0]
         raise ValueError(f"unknown flag: {flag!r}{nearest(flag, [action.dest for action in parser._actions])}.")
-    parsed = parser.parse_args_into_dataclasses(_words(values))
+    parsed = parser.parse_args_into_dataclasses(_words(values, parser))
     _check_numbers(parsed)
     return parsed
 
@@ -304,12 +304,15 @@ def _read_config(path: str, known: set[str]) -> dict[str, Any]:
     return values
 
 
-def _words(values: dict[str, Any]) -> list[str]:
-    """→ the command line that says the same."""
+def _words(values: dict[str, Any], parser: Any) -> list[str]:
+    """→ the command line that says the same; raises `ValueError` for a list where one value is wanted."""
+    several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     flags = []
     for name, value in values.items():
-        if value is None:
-            continue
-        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *(str(word) for word in words)]
+        if isinstance(value, list) and name not in several:
+            raise ValueError(f"`{name}` takes one value, got {value!r}.")
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
