@@ -16,7 +16,8 @@ from typing import Any
 
 
 FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-ARCHIVES = (".7z", ".br", ".lz4", ".rar", ".tar", ".tbz", ".tgz", ".txz", ".z", ".zip")
+ARCHIVES = (".7z", ".br", ".bz", ".lz", ".lz4", ".lzo", ".rar", ".snappy", ".sz", ".tar", ".tbz", ".tgz", ".txz")
+ARCHIVES += (".z", ".zip", ".zlib")
 LEFT_OUT = re.compile(
     r"^(\.|__)|(^|[._-])checkpoints?($|[._-])", re.IGNORECASE
 )  # .git, .ipynb_checkpoints, checkpoint-500
@@ -141,6 +142,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
+    ".lzma": lzma.open,
     ".zst": _open_zst,
 }
 

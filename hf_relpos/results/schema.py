@@ -30,6 +30,7 @@ ANY_OBJECT, OBJECT_OR_NULL = {"type": "object"}, {"type": ["object", "null"]}
 TEXTS_OR_NULL = {"type": ["array", "null"], "items": TEXT}
 
 HARDWARE = _object({"cpu": TEXT, "gpu": TEXT, "num_gpus": COUNT, "cores": COUNT_OR_NULL}, "cpu")
+MACHINE = {**HARDWARE, "required": ["cpu", "cores"], "dependentRequired": {"gpu": ["num_gpus"]}}
 CORPUS = _object({"name": TEXT, "split": TEXT, "fingerprint": TEXT_OR_NULL, "num_windows": COUNT_OR_NULL}, "name")
 PAIR = {"type": "array", "minItems": 2, "maxItems": 2}
 MADE = _object({"name": TEXT, "script": TEXT, "flags": ANY_OBJECT}, "name script flags")
@@ -65,7 +66,11 @@ RECORD = _object(
 # of training.json; what a result repeats of it may be less
 RECORD_KEYS = "pos_embedding_type train_length seed data_seed num_steps num_tokens tokens_per_step recipe corpus"
 RECORD_KEYS += " seconds tokens_per_second peak_memory_mib"
-TRAINING_FILE = {**RECORD, "required": RECORD_KEYS.split()}
+TRAINING_FILE = {
+    **RECORD,
+    "properties": {**RECORD["properties"], "hardware": MACHINE},
+    "required": RECORD_KEYS.split(),
+}
 
 ESTIMATE = {"standard_error": NUMBER_OR_NULL}
 LOSSES = _object({"loss": NUMBER, "perplexity": POSITIVE, "median_loss": NUMBER, "num_tokens": COUNT}, "perplexity")
