@@ -78,6 +78,8 @@ def describe(error: Exception) -> str:
         return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} .. {line[-MAX_LINE // 2 :]}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"there is not enough memory: {reason(error)}"
+    if isinstance(error, ImportError):
+        return f"a package is missing: {' '.join(str(error).split())}"
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
     place = f"{Path(places[-1].filename).name}, line {places[-1].lineno}" if places else "nowhere"

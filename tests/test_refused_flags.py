@@ -162,4 +162,5 @@ def test_debug_stays_a_flag_of_transformers(monkeypatch):
 
 def test_memory_and_long_lines():
     assert describe(MemoryError("x")) == "there is not enough memory: MemoryError: x"
+    assert describe(ImportError("install x")) == "a package is missing: install x"
     assert len(describe(ValueError("x" * 10**6))) < 2000 and describe(ValueError("a\nb")) == "a b"

@@ -74,6 +74,8 @@ class RelPosTrainingArguments(TrainingArguments):
             raise ValueError("--output_dir is required.")
         if self.block_size < 2:
             raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
+        if self.metric_for_best_model not in (None, "loss", "eval_loss"):  # else found out after the first evaluation
+            raise ValueError(f"`metric_for_best_model` must be loss or eval_loss, got {self.metric_for_best_model!r}.")
         if self.max_steps != self.fewest_steps:
             check_at_least_1("max_steps", self.max_steps)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
