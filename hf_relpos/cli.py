@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         debug = _pop_debug(sys.argv) or os.environ.get(DEBUG, "0") not in ("", "0")
         try:
             main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:

@@ -130,6 +130,15 @@ def test_a_flag_of_a_configuration_is_suggested_too(monkeypatch, capsys, tmp_pat
     assert "an unknown flag: 'output_dirs' (did you mean 'output_dir'?)" in error(monkeypatch, capsys, *words)
 
 
+def test_a_reader_that_has_gone_is_no_error():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hf_relpos", "schemes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 141 and "error" not in errors and "Broken" not in errors
+
+
 def test_an_error_in_another_process(tmp_path):
     done = run("train", "--output_dir", str(tmp_path / "x"), "--no_such_flag", "1")
     assert done.returncode == 2 and "Traceback" not in done.stderr
