@@ -43,7 +43,8 @@ def make_config(pos_embedding_type: str, **overrides) -> RelPosConfig:
     fields = dict(
         vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=160
     )
-    fields |= dict(initializer_range=0.15, hidden_dropout=0.0, pad_token_id=0, eos_token_id=1, train_length=8)
+    fields |= dict(initializer_range=0.15, embedding_multiplier=2.0, hidden_dropout=0.0, train_length=8)
+    fields |= dict(pad_token_id=0, eos_token_id=1)
     window, *kinds = MIXES.get(pos_embedding_type, (None,))
     if window is not None:
         num_layers = overrides.get("num_hidden_layers", fields["num_hidden_layers"])

@@ -368,8 +368,9 @@ metric_list:
 
 @pytest.mark.parametrize("scheme", ["learned", "linear_cpb", "rotary"])
 def test_lm_eval_gives_our_perplexity_by_length(scheme, tmp_path, run_script):
-    """lm-eval reads <eos> and the text in windows of n + 1 tokens that overlap by one and predicts all but their first;
-    so does scripts/evaluate.py at length n + 1 if each window is a document. Words are tokens here."""
+    """lm-eval's rolling perplexity reads the token that begins a document and its text in windows of n + 1 tokens that
+    overlap by one; so does scripts/evaluate.py by a sliding window of n + 1 tokens that moves by n. Words are tokens
+    here."""
     pytest.importorskip("lm_eval", reason="an independent judge of the perplexity")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -380,18 +381,14 @@ def test_lm_eval_gives_our_perplexity_by_length(scheme, tmp_path, run_script):
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     (tmp_path / "by_length.yaml").write_text(TASK % (tmp_path / "test.jsonl"), encoding="utf-8")
     perplexities = []
-    for length in (8, 32, 96):
+    for length in (8, 40, 95):
         model = HFLM(str(tmp_path / "model"), trust_remote_code=True, max_length=length, device="cpu", batch_size=2)
         tasks = {"tasks": ["by_length"], "task_manager": TaskManager(include_path=str(tmp_path))}
         result = simple_evaluate(model, bootstrap_iters=0, log_samples=False, **tasks)
-        words = [["<|eos|>", *text.split()] for text in texts]
-        windows = [row[start : start + length + 1] for row in words for start in range(0, 96, length)]
-        rows = [json.dumps({"text": " ".join(window)}) for window in windows]
-        (tmp_path / "windows.jsonl").write_text("\n".join(rows), encoding="utf-8")
         out = tmp_path / f"out-{length}"
-        flags = ["--model_name_or_path", tmp_path / "model", "--validation_file", tmp_path / "windows.jsonl"]
-        run_script("evaluate", *flags, "--eval_lengths", length + 1, "--output_dir", out)
-        ours = json.loads((out / "results.json").read_text())["lengths"][str(length + 1)]
+        flags = ["--model_name_or_path", tmp_path / "model", "--validation_file", tmp_path / "test.jsonl"]
+        run_script("evaluate", *flags, "--eval_lengths", length + 1, "--stride", length, "--output_dir", out)
+        ours = json.loads((out / "results.json").read_text())["sliding_window"][str(length + 1)]
         assert ours["num_tokens"] == 2 * 96
         # lm-eval adds the log-probabilities up in fp32 and in other batches
         assert result["results"]["by_length"]["word_perplexity,none"] == pytest.approx(ours["perplexity"], rel=1e-4)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 from datasets import Dataset, IterableDataset
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..model_loading import check_vocab_size, load_tokenizer_of
+from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_start
 from .arguments import TextArguments
 from .cache import cached, cached_rows, digest, say
 from .corpus import Corpus
@@ -47,14 +48,15 @@ def load_named_tokenizer(name: str, vocab_size: int | None) -> PreTrainedTokeniz
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` entries, `<|endoftext|>` and `<|pad|>` among them, from the training split."""
-    if vocab_size < 258:
-        raise ValueError(f"`vocab_size` must be at least 258 (256 bytes and 2 special tokens), got {vocab_size}.")
+    """A byte-level BPE of `vocab_size` entries, its special tokens among them, from the training split; it puts its
+    beginning-of-sequence token before each text."""
+    if vocab_size < 259:
+        raise ValueError(f"`vocab_size` must be at least 259 (256 bytes and 3 special tokens), got {vocab_size}.")
     if "train" not in corpus.splits:
         raise ValueError("`train_file` or `tokenizer_name` is needed: there is no text to train a tokenizer on.")
     if not corpus.fingerprint:
         return _train_tokenizer(corpus, vocab_size)
-    parts = [corpus.fingerprint, vocab_size, tokenizers.__version__]
+    parts = [corpus.fingerprint, vocab_size, SPECIAL_TOKENS, tokenizers.__version__]
     folder, _ = cached("tokenizer", parts, lambda folder: _save(_train_tokenizer(corpus, vocab_size), folder))
     return AutoTokenizer.from_pretrained(folder)
 
@@ -69,7 +71,7 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
+        special_tokens=[END, PAD, START],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     train = corpus.splits["train"]
@@ -79,15 +81,15 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast
         raise ValueError(
             f"`vocab_size` {vocab_size} is more than this corpus gives: {backend.get_vocab_size()} entries."
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
-    )
+    start = (START, backend.token_to_id(START))
+    backend.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
 
 def tokenize(
     documents: Dataset | IterableDataset, tokenizer: Any, fingerprint: str = "", num_workers: int | None = None
 ) -> Dataset | IterableDataset:
-    """Documents → one row of `input_ids` each, ended by the end-of-sequence token, if the tokenizer has one.
+    """Documents → one row of `input_ids` each, from `document_start` to the end-of-sequence token, if there is one.
 
     Control tokens that stand in a document are encoded as the text that they are; a line says that there are some.
 
@@ -108,7 +110,7 @@ def tokenize(
     if not fingerprint:
         _say_control_tokens(encoder.count(batch["text"] for batch in documents.iter(batch_size=1000)))
         return documents.map(encoder, desc="Tokenising", **options)
-    parts = [fingerprint, _tokenizer_hash(tokenizer), tokenizers.__version__]
+    parts = [fingerprint, _tokenizer_hash(tokenizer), encoder.start, tokenizers.__version__]
 
     def make(folder: Path) -> int:
         file = str(folder / "tokens.arrow")
@@ -124,7 +126,7 @@ class _Encoder:
     """Documents → tokens, for `map`.
 
     Args:
-        tokenizer: its end-of-sequence token ends every document.
+        tokenizer: its special tokens begin and end every document.
 
     Attributes:
         says: whether a line is due when the first control token is met.
@@ -132,6 +134,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.says = tokenizer, False
+        self.start = document_start(tokenizer)
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         names = sorted(map(str, getattr(tokenizer, "all_special_tokens", [])), key=len, reverse=True)
         names = [name for name in names if name]
@@ -152,7 +155,7 @@ class _Encoder:
                 if self.says:
                     self.says = False
                     say(f"control tokens in the text are encoded as plain text, {found[0]!r} first")
-        return {"input_ids": [ids + self.end for ids in rows]}
+        return {"input_ids": [self.start + ids + self.end for ids in rows]}
 
     def count(self, batches: Iterable[list[str]]) -> int:
         """How many control tokens stand in texts."""
@@ -178,16 +181,19 @@ class TokenizedDocuments:
     Args:
         tokenized: rows of `input_ids`.
         joined: whether the documents are read as one text, in pieces of 2^20 tokens.
+        end: the token that ends each row; a document that is read alone is scored without it, as by harnesses.
     """
 
     piece_length = 2**20
 
-    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False) -> None:
-        self.tokenized, self.joined = tokenized, joined
+    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False, end: int | None = None) -> None:
+        self.tokenized, self.joined, self.end = tokenized, joined, end
 
     def __iter__(self) -> Iterator[np.ndarray]:
         documents = (np.asarray(row["input_ids"], dtype=np.int32) for row in self.tokenized)
-        return self._join(documents) if self.joined else documents
+        if self.joined:
+            return self._join(documents)
+        return (document if self.end is None else document[:-1] for document in documents)
 
     def _join(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         rest = np.empty(0, dtype=np.int32)
@@ -217,7 +223,8 @@ def evaluation_documents(
     split = split or ("test" if "test" in corpus.splits else "validation")
     if split not in corpus.splits:
         raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
-    return split, TokenizedDocuments(tokenize_split(corpus, split, tokenizer, args), args.cross_document_attention)
+    rows = tokenize_split(corpus, split, tokenizer, args)
+    return split, TokenizedDocuments(rows, args.cross_document_attention, tokenizer.eos_token_id)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

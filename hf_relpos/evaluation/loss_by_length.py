@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 LOSSES_AT_A_TIME = 2048
 IN_CONTEXT_BASE = 50
 IN_CONTEXT_TOKENS = (250, 500, 1000)
+MAX_DOCUMENT_GROUPS = 256
 
 
 class RunningLoss:
@@ -84,6 +85,37 @@ class ClusteredMean:
             return mean, None
         spread = max(ss - 2 * mean * ns + mean**2 * nn, 0.0)
         return mean, float(math.sqrt(spread * clusters / (clusters - 1)) / number)
+
+
+class DocumentLosses:
+    """Sums of losses by document and length, for intervals that hold for new documents.
+
+    Args:
+        lengths: evaluation lengths in tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self.sums: dict[int, np.ndarray] = {}  # document → number of targets, then the sum of losses at each length
+
+    def add(self, document: int, length: int, losses: np.ndarray) -> None:
+        """The losses of one window of a document, on the targets that all lengths share."""
+        row = self.sums.setdefault(document, np.zeros(1 + len(self.lengths)))
+        index = self.lengths.index(length)
+        row[0] += losses.size if index == 0 else 0
+        row[1 + index] += losses.sum(dtype=np.float64)
+
+    def summary(self) -> dict[str, Any]:
+        """→ `num_tokens`: targets of each document; `loss`: "L" → mean loss of each document.
+
+        Of more than 256 documents neighbours are put together, so that 256 groups of documents are left.
+        """
+        rows = np.stack(list(self.sums.values()))
+        if len(rows) > MAX_DOCUMENT_GROUPS:
+            rows = np.stack([part.sum(axis=0) for part in np.array_split(rows, MAX_DOCUMENT_GROUPS)])
+        means = rows[:, 1:] / rows[:, :1]
+        loss = {str(length): means[:, index].tolist() for index, length in enumerate(self.lengths)}
+        return {"num_tokens": rows[:, 0].astype(int).tolist(), "loss": loss}
 
 
 @contextmanager
@@ -166,6 +198,7 @@ def evaluate_lengths(
         1000; the loss at a token is the mean over the tokens within 10 % of it; `None` where the windows are too short;
         `slope`: `slope` (nats per token) and `standard_error` of the straight line through the losses past
         `train_length`, or `None`;
+        `documents`: the mean losses of each document, see `DocumentLosses.summary`;
         `num_windows`, `num_documents`: how many windows were read, from how many documents.
 
     Raises:
@@ -177,6 +210,7 @@ def evaluate_lengths(
     longest = lengths[-1]
     sums = {length: RunningLoss() for length in lengths}
     by_position, context = np.zeros(longest), _ContextStatistics(train_length)
+    by_document = DocumentLosses(lengths)
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
     available = _count_windows(documents, longest)
@@ -193,6 +227,8 @@ def evaluate_lengths(
             for length in lengths:
                 losses = _losses_in_blocks(model, tokens, length, tokens_per_batch)
                 sums[length].add(losses[:, targets])
+                for (document, _), row in zip(group, losses[:, targets]):
+                    by_document.add(document, length, row)
             by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
             for (document, _), row in zip(group, losses):
                 context.add(row, document)
@@ -200,6 +236,7 @@ def evaluate_lengths(
     return {
         "lengths": {str(length): sums[length].summary() for length in lengths},
         "loss_by_position": [None, *(by_position[1:] / total).tolist()],
+        "documents": by_document.summary(),
         "num_windows": total,
         **context.summary(),
     }

@@ -7,6 +7,7 @@ import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_relpos.evaluation.loss_by_length import evaluate_lengths
+from hf_relpos.special_tokens import document_start
 
 
 class PerplexityByLength(evaluate.Metric):
@@ -46,7 +47,9 @@ class PerplexityByLength(evaluate.Metric):
             model = AutoModelForCausalLM.from_pretrained(model)
         if tokenizer is None:
             raise ValueError("`tokenizer` is needed unless `model` is a name.")
-        documents = tokenizer(list(predictions), add_special_tokens=False, verbose=False)["input_ids"]
+        start = document_start(tokenizer)
+        rows = tokenizer(list(predictions), add_special_tokens=False, verbose=False)["input_ids"]
+        documents = [start + row for row in rows]
         by_length = evaluate_lengths(model, documents, lengths, tokens_per_batch=tokens_per_batch)["lengths"]
         scores = {f"perplexity_{length}": score["perplexity"] for length, score in by_length.items()}
         scores |= {f"loss_{length}": score["loss"] for length, score in by_length.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import as_list, import_schemes, nearest, parse_values
+from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
 from ..environment import versions
 from ..evaluation.evaluate import EvaluationArguments
 from ..evaluation.loss_by_length import check_lengths
@@ -32,7 +33,8 @@ EVALUATE_TYPES = (EvaluationArguments, DataArguments)
 SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
 # flags that the sweep sets itself, or that no run of a sweep may have
 RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
-FILES = ("train_file", "validation_file")
+# what belongs to the text that a run is trained on
+TEXT_SETTINGS = {"task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS} - {"cross_document_attention"}
 # what --scale multiplies, and the least that it leaves
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
 
@@ -61,9 +63,8 @@ class Run:
         """Twelve hexadecimal digits of the hash of what determines the trained model."""
         if not self._key:
             facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
-            texts = {name: _digest(str(facts[name])) for name in FILES if facts.get(name)}
             base = self.base and self.base.key
-            content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base}
+            content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": _texts(facts), "base": base}
             schemes = imported_files(str(self.settings.get("pos_embedding_type")))
             content |= {"schemes": [_digest(str(file)) for file in schemes]} if schemes else {}
             self._key = _hash(content)
@@ -76,6 +77,8 @@ class Run:
         if self.base:
             changes = (self.settings.get(name) for name in ("pos_embedding_type", "rope_parameters"))
             words += [f"then {change}" for change in changes if change is not None]
+        texts = (self.settings.get(name) for name in ("task", "dataset_name", "train_file"))
+        words += [f"on {Path(str(text)).name}" for text in texts if text and not self.base]
         words += ["augmented"] if self.settings.get("position_start_augmentation") else []
         words += [f"{sampling} positions"] if (sampling := self.settings.get("position_sampling")) else []
         names = {"layer_types": "{}", "sliding_window": "window {}", "model_size": "{}", "block_size": "at {}"}
@@ -90,11 +93,19 @@ class Run:
     def result(self, root: Path) -> Path:
         """The file of its evaluation: another evaluation does not train the model again."""
         facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
+        facts |= {"texts": texts} if (texts := _texts(facts)) else {}
         return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
 
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _texts(flags: dict[str, Any]) -> dict[str, str]:
+    """→ the hash of each text that flags name on this machine; a data set of the Hub has none."""
+    named = {name: str(flags[name]) for name in SOURCE_FLAGS if flags.get(name)}
+    is_local = {name: name != "dataset_name" or Path(path).is_dir() for name, path in named.items()}
+    return {name: _digest(path) for name, path in named.items() if is_local[name]}
 
 
 def _digest(path: str) -> str:
@@ -161,8 +172,7 @@ def _trained(path: str, content: dict[str, Any], scale: float) -> Iterator[Run]:
         place = f"grid[{index}]" if len(grids) > 1 else "grid"
         for number, choice in enumerate(_multiply(path, place, _section(path, "grid", grid or {}, place))):
             settings = _scaled({**train, **choice}, scale)
-            tested = {"task": settings["task"], **evaluation} if "task" in settings else evaluation
-            yield Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(tested, scale))
+            yield Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(evaluation, scale))
 
 
 def _finetuned(path: str, section: Any, bases: list[Run], scale: float) -> list[Run]:
@@ -171,6 +181,8 @@ def _finetuned(path: str, section: Any, bases: list[Run], scale: float) -> list[
     section = {name: value if isinstance(value, list) else [value] for name, value in section.items()}
     for run, choice in itertools.product(bases, _multiply(path, "finetune", section)):
         inherited = {name: value for name, value in run.settings.items() if name in _names(DataArguments)}
+        if {"task", *SOURCE_FLAGS} & choice.keys():  # another text, which is read by its own flags
+            inherited = {name: value for name, value in inherited.items() if name not in TEXT_SETTINGS}
         settings = _scaled({**inherited, "seed": run.settings.get("seed", 42), **choice}, scale)
         place = f"{path}: finetune {choice} of {run.place.partition(': ')[2]}"
         runs.append(Run(place, settings, run.evaluation, run))
@@ -240,6 +252,7 @@ def _check(runs: list[Run], drop_repeats: bool) -> None:
             tested, _ = parse_values(EVALUATE_TYPES, flags)
             check_lengths(tested.eval_lengths, configs[run])
             key = run.key
+            run.result(Path())  # reads the texts that it names
         except (ValueError, OSError) as error:
             raise ValueError(f"{run.place}: {error}") from error
         if key in places and drop_repeats:

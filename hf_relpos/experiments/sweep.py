@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from ..cli import command, import_schemes, parse_arguments, parse_values
 from ..environment import write_json
 from ..evaluation.evaluate import evaluate_model
-from ..results.result_file import RESULTS, read_readable, write_results
+from ..results.result_file import RESULTS, read_readable, split_name, write_results
 from ..results.training_record import TRAINING_RECORD
 from ..training.checkpoints import damage
 from ..training.train import finetune, train
@@ -244,13 +244,13 @@ def _run_on(run: Run, root: Path, device: str | None, num_threads: int) -> None:
     run_one(run, root)
 
 
-def collect_results(runs: Sequence[Run], root: Path) -> int:
-    """Writes the results of all runs that are done to `results.jsonl`, in the order of the experiment; → how many."""
+def collect_results(runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
+    """Writes the results of all runs that are done to `results.jsonl`, in the order of the experiment; → these."""
     results, errors = read_readable(run.result(root) for run in runs if run.result(root).is_file())
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
     write_results(root / RESULTS, results)
-    return len(results)
+    return results
 
 
 # --- the table of states
@@ -364,7 +364,8 @@ def main() -> None:
             failed = run_in_processes(todo, root, args.num_parallel)
     for run in failed:
         print(f"failed: {run.label}, see {run.folder(root)}/{FAILURE}", file=sys.stderr)
-    count = collect_results(runs, root)
-    print(f"{count} of {len(runs)} results, in {root / RESULTS}")
+    results = collect_results(runs, root)
+    texts = "; ".join(dict.fromkeys(map(split_name, results)))
+    print(f"{len(results)} of {len(runs)} results, in {root / RESULTS}" + (f": {texts}" if texts else ""))
     if failed:
         sys.exit(1)

@@ -53,7 +53,7 @@ RUN_IDENTITY = (
     "seed",
     "data_seed",
     "shape",
-    "corpus",
+    "corpus",  # of which the name and the fingerprint
     "base_model",
     "position_start_augmentation",
     "position_sampling",
@@ -200,13 +200,23 @@ def check_not_taken(
     pairs = {name: (theirs.get(name), config[name]) for name in ("model_type", "pos_embedding_type")}
     if TRAINING_RECORD in there:
         theirs = _read_fields(api, repo_id, TRAINING_RECORD, revision)
-        pairs |= {name: (theirs[name], record[name]) for name in RUN_IDENTITY if name in theirs and name in record}
+        pairs |= {
+            name: (_identity(theirs[name]), _identity(record[name]))
+            for name in RUN_IDENTITY
+            if name in theirs and name in record
+        }
     for name, (existing, new) in pairs.items():
         if existing != new:
             raise ValueError(
                 f"the name is taken: {repo_id!r} holds another model (`{name}` is {existing!r}, not {new!r}); choose "
                 "another name, or give --overwrite true (--hub_overwrite true in training)."
             )
+
+
+def _identity(value: Any) -> Any:
+    """→ of a corpus its name and fingerprint; versions differ in what else they record of it."""
+    is_corpus = isinstance(value, dict) and "fingerprint" in value
+    return {name: value.get(name) for name in ("name", "fingerprint")} if is_corpus else value
 
 
 def push_folder(folder: str | Path, repo_id: str, *, results: Sequence[str] = (), **kwargs: Any) -> CommitInfo:

@@ -24,6 +24,7 @@ from ..cli import command, parse_arguments
 from ..environment import write_text
 from ..file_reading import read_text_file
 from ..model_loading import load_model, load_model_tokenizer
+from ..special_tokens import document_start
 
 
 DESCRIPTION = """\
@@ -128,9 +129,8 @@ def check_window(model: Any, num_tokens: int, max_new_tokens: int) -> None:
 
 
 def _encode(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    start = tokenizer.bos_token or tokenizer.eos_token
-    texts = [prompt or start for prompt in prompts]  # an empty prompt is the start of a document
-    return tokenizer(texts, return_tensors="pt", padding=len(texts) > 1)
+    rows = [tokenizer(prompt)["input_ids"] or document_start(tokenizer) for prompt in prompts]
+    return tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding=len(rows) > 1)
 
 
 def stream(model: Any, tokenizer: Any, prompt: str, config: GenerationConfig) -> str:

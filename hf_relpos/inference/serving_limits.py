@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ..special_tokens import document_start
+
 
 TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 CAP_FLAGS = ("--max_new_tokens", "--max-new-tokens")
@@ -134,7 +136,8 @@ def start_empty_prompts(handler: Any) -> None:
     async def started(body: dict[str, Any], request_id: str) -> Any:
         if body.get("prompt", "") == "":
             _, _, tokenizer = handler._resolve_model(dict(body))
-            body["prompt"] = tokenizer.bos_token or tokenizer.eos_token or ""
+            if not tokenizer("")["input_ids"]:
+                body["prompt"] = tokenizer.decode(document_start(tokenizer))
         return await handle(body, request_id)
 
     handler.handle_request = started

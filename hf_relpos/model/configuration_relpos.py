@@ -22,6 +22,7 @@ ROPE_KEYWORDS = ("rope_scaling", "rope_theta", "partial_rotary_factor")
 # what transformers and its servers store in configurations of any model
 FOREIGN_KEYWORDS = {"auto_map", "quantization_config", "model_type", "torch_dtype", "num_labels", "name_or_path"}
 FOREIGN_KEYWORDS |= {"output_attentions", "attn_implementation", "experts_implementation", "per_layer_config"}
+INITIALIZERS = ("fan_in", "normal")
 MODEL_SIZES = {
     # name: layers, width, heads (3.1M, 10.6M, 25.2M, 84.9M and 201.3M weights besides the embeddings)
     "xsmall": (4, 256, 4),
@@ -65,7 +66,13 @@ class RelPosConfig(PreTrainedConfig):
             (two parts with a skip between them, arXiv 2309.10400) or `None`. Distances change too.
         hidden_dropout: dropout of the embeddings and of each residual branch.
         attention_dropout: dropout of the attention weights; above 0 it rules out the fused kernels.
-        initializer_range: standard deviation of the initial weights.
+        embedding_multiplier: factor of the token embeddings where they enter the first layer, and of `inputs_embeds`,
+            as in Granite; sqrt(C) by default, with which embeddings from N(0, 1/C) enter at a scale of 1.
+        initializer: initial weights of linear layers and token embeddings: "fan_in" for N(0, 1/inputs) and N(0, 1/C),
+            or "normal" for N(0, initializer_range²); "normal" by default if `initializer_range` is given, else
+            "fan_in".
+        initializer_range: standard deviation of initial weights, 0.02 by default; with `initializer` "fan_in" only
+            that of what is neither a linear layer nor a token embedding (learned positions, gates).
         rms_norm_eps: epsilon of the RMSNorms.
         use_cache: whether the model returns its keys and values.
         tie_word_embeddings: whether input and output embeddings are one matrix.
@@ -110,7 +117,9 @@ class RelPosConfig(PreTrainedConfig):
     position_sampling: str | None = None
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    embedding_multiplier: float | None = None
+    initializer: str | None = None
+    initializer_range: float | None = None
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -132,6 +141,7 @@ class RelPosConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._choose_scales()
         self._check_heads()
         self._check_ranges()
         self._configure_positions(rope_parameters)
@@ -217,6 +227,16 @@ class RelPosConfig(PreTrainedConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
+    def _choose_scales(self) -> None:
+        # what was saved before these fields existed has the scales of that time
+        saved_without = self.transformers_version is not None and self.initializer is None
+        if self.initializer is None:
+            self.initializer = "normal" if saved_without or self.initializer_range is not None else "fan_in"
+        if self.embedding_multiplier is None:
+            self.embedding_multiplier = 1.0 if saved_without else math.sqrt(self.hidden_size)
+        if self.initializer_range is None:
+            self.initializer_range = 0.02
+
     def _check_heads(self) -> None:
         if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -236,7 +256,9 @@ class RelPosConfig(PreTrainedConfig):
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"`pad_token_id` must be below `vocab_size` {self.vocab_size}, got {self.pad_token_id}.")
-        for name in ("initializer_range", "rms_norm_eps"):
+        if self.initializer not in INITIALIZERS:
+            raise ValueError(f"`initializer` must be one of {list(INITIALIZERS)}, got {self.initializer!r}.")
+        for name in ("initializer_range", "rms_norm_eps", "embedding_multiplier"):
             if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
         for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):

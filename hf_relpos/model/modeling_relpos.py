@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -99,6 +100,15 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SelfInitialized):
             module.reset_parameters()
+        elif self.config.initializer == "fan_in" and isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif self.config.initializer == "fan_in" and isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            # the row that padding reads; without the check, a loaded one would be overwritten too
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
         else:
             super()._init_weights(module)
 
@@ -202,6 +212,8 @@ class RelPosModel(RelPosPreTrainedModel):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.embedding_multiplier != 1:
+            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         paged = None if cache is None or isinstance(cache, Cache) else cache
         if paged is None:
             check_keywords(kwargs, position_ids, self.config._attn_implementation)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import write_bytes
-from .result_file import labels, score_cells, smooth_by_position
+from .result_file import labels, score_cells, smooth_by_position, text_title
 
 
 # palettes that keep the colours of many lines with their bands, at a third of the bytes; and of a single line
@@ -117,5 +117,6 @@ def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Pat
         axes.axvline(length, color="grey", linestyle=":", linewidth=1)
         axes.text(length, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="grey")
     axes.grid(alpha=0.3)
+    axes.set_title(plain(text_title(results)), fontsize="medium")
     axes.legend()
     save_figure(figure, path, NUM_COLORS if len(results) > 1 else FEW_COLORS)

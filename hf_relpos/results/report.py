@@ -12,7 +12,16 @@ from ..cli import command, parse_arguments
 from ..environment import write_bytes, write_text
 from .plots import plot_results, plot_scores
 from .report_figures import draw_figures
-from .result_file import RESULTS, escape_markdown, markdown, markdown_table, read_readable, read_results
+from .result_file import (
+    RESULTS,
+    corpus_note,
+    escape_markdown,
+    markdown,
+    markdown_table,
+    read_readable,
+    read_results,
+    text_title,
+)
 from .statistics import Comparison, Group, Interval, compare, group_results, run_labels, verdict
 
 
@@ -86,8 +95,11 @@ def write_report(
     comparisons = compare(groups, baseline)
     content = {
         "title": title,
-        "summary": _summary(groups, comparisons, baseline),
-        "tables": _tables(groups, comparisons, baseline),
+        "summary": f"{_summary(groups, comparisons, baseline)} {corpus_note(results, run_labels(results, varied))}",
+        "tables": [
+            (heading, f"{text_title(results)}. {note}", rows)
+            for heading, note, rows in _tables(groups, comparisons, baseline)
+        ],
         "verdicts": [(comparison.significant, verdict(comparison, baseline)) for comparison in comparisons],
         "figures": draw_figures(groups),
         "footer": _footer(results),
@@ -274,7 +286,10 @@ class ReportArguments:
     )
     varied: list[str] = field(
         default_factory=list,
-        metadata={"help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate; others must agree."},
+        metadata={
+            "help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate, or training.corpus; "
+            "others must agree."
+        },
     )
     title: str = field(default="Position schemes", metadata={"help": "Heading of the page of a sweep."})
 
@@ -287,6 +302,7 @@ def main() -> None:
         raise ValueError("either --results or --sweep is required.")
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
+        names = run_labels(results, args.varied)
         paths = write_report(results, folder, args.baseline, args.title, args.varied)
     else:
         results, errors = read_readable(args.results)
@@ -296,10 +312,10 @@ def main() -> None:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
         table = markdown_table(results, names)
-        write_text(folder / "table.md", table + "\n")
+        write_text(folder / "table.md", f"{table}\n\n{escape_markdown(corpus_note(results, names))}\n")
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
-    print("\n".join(f"wrote {path}" for path in paths))
+    print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
 
 
 def _results_of_sweep(folder: Path) -> Path:

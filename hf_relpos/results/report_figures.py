@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure, plain
-from .result_file import smooth_by_position
+from .result_file import smooth_by_position, text_title
 from .statistics import Group
 
 
@@ -35,7 +35,16 @@ def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) 
     styles = cycler(linestyle=["-", "--", ":", "-."]) * rcParamsDefault["axes.prop_cycle"]
     with rc_context({"axes.prop_cycle": styles}):
         draw(figure, groups)
+        figure.suptitle(plain(_text_shown(draw, groups)), fontsize="medium")
     return figure_png(figure, NUM_COLORS if len(groups) > 1 else FEW_COLORS)
+
+
+def _text_shown(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> str:
+    """→ which text a figure is about: corpus and split."""
+    if draw not in (_training_curves, _learned_biases):
+        return text_title([group.first for group in groups])
+    names = dict.fromkeys(group.first["training"].get("corpus", {}).get("name") for group in groups)
+    return f"{', '.join(map(str, names))}, split train"
 
 
 def _size(groups: Sequence[Group]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versi
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
 # significant digits that `write_results` keeps: of long curves, which are only drawn, and of all other numbers
-CURVE_DIGITS, DIGITS = {"loss_by_position": 5, "distance_bias": 4, "log": 5}, 8
+CURVE_DIGITS, DIGITS = {"loss_by_position": 5, "distance_bias": 4, "log": 5, "documents": 6}, 8
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -109,9 +109,50 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def labels(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What to call each run in a table or a plot: scheme and seed, and the model's name where that is not enough."""
+    """What to call each run in a table or a plot: scheme and seed, the model's name where that is not enough, and
+    whether it was trained on another text."""
     names = [f"{result['pos_embedding_type'] or result.get('model', 'model')} ({result['seed']})" for result in results]
-    return [f"{name}, {result.get('model')}" if names.count(name) > 1 else name for name, result in zip(names, results)]
+    return [
+        (f"{name}, {result.get('model')}" if names.count(name) > 1 else name) + other_corpus_mark(result)
+        for name, result in zip(names, results)
+    ]
+
+
+def other_corpus_mark(result: dict[str, Any]) -> str:
+    """→ what stands behind the name of a run on text that is no split of what it was trained on; else nothing."""
+    return ", on another text" if result["corpus"].get("same_corpus_as_training") is False else ""
+
+
+def split_name(result: dict[str, Any]) -> str:
+    """→ the text of a result: corpus and split."""
+    return f"{result['corpus'].get('name')}, split {result['corpus'].get('split')}"
+
+
+def text_title(results: Sequence[dict[str, Any]]) -> str:
+    """→ the text of results for a heading, marked if it is another one than all of them were trained on."""
+    marks = {other_corpus_mark(result) for result in results}
+    return split_name(results[0]) + (" (not what was trained on)" if "" not in marks else "")
+
+
+def corpus_note(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
+    """A sentence or two for results on one text: which it is, and which models were trained on another.
+
+    Args:
+        results: any number of runs.
+        names: what to call each; by default `labels`.
+    """
+    lines, own = [f"Text: {split_name(results[0])}."], []
+    others: dict[str | None, list[str]] = {}
+    for result, name in zip(results, names or labels(results)):
+        mark = other_corpus_mark(result)
+        (others.setdefault(result["corpus"].get("trained_on"), []) if mark else own).append(name.removesuffix(mark))
+    for corpus, names in others.items():
+        whose = ", ".join(dict.fromkeys(names)) if own or len(others) > 1 or len(names) == 1 else "the models"
+        if corpus is None:
+            lines.append(f"What {whose} trained on is not recorded.")
+        else:
+            lines.append(f"It is no split of the corpus that {whose} trained on, {corpus}.")
+    return " ".join(lines)
 
 
 def markdown_table(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:

@@ -31,7 +31,13 @@ TEXTS_OR_NULL = {"type": ["array", "null"], "items": TEXT}
 
 HARDWARE = _object({"cpu": TEXT, "gpu": TEXT, "num_gpus": COUNT, "cores": COUNT_OR_NULL}, "cpu")
 MACHINE = {**HARDWARE, "required": ["cpu", "cores"], "dependentRequired": {"gpu": ["num_gpus"]}}
-CORPUS = _object({"name": TEXT, "split": TEXT, "fingerprint": TEXT_OR_NULL, "num_windows": COUNT_OR_NULL}, "name")
+CORPUS = _object(
+    {
+        **{"name": TEXT, "split": TEXT, "fingerprint": TEXT_OR_NULL, "num_windows": COUNT_OR_NULL},
+        **dict.fromkeys(("flags", "files", "splits", "read"), OBJECT_OR_NULL),
+    },
+    "name",
+)
 PAIR = {"type": "array", "minItems": 2, "maxItems": 2}
 MADE = _object({"name": TEXT, "script": TEXT, "flags": ANY_OBJECT}, "name script flags")
 RECORD = _object(

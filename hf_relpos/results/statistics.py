@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .result_file import score_cells
+from .result_file import other_corpus_mark, score_cells
 
 
 CONFIDENCE = 0.95
@@ -27,6 +27,7 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "changes": lambda value: _before(value) if value else "",
     "base_train_length": lambda value: f"from {value}" if value else "",
 }
+VARIED_ON_PURPOSE = ("tokens_per_step", "training.corpus")  # and the fields of the recipe
 ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
@@ -164,7 +165,7 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
     Raises:
         ValueError: if results cannot be compared (another corpus, recipe, or other windows or lengths), naming the
             fields that differ; if one seed stands twice in a group; if a result has no record of its training; for a
-            name in `varied` that is no field of a recipe.
+            name in `varied` that is no field of a recipe, nor `training.corpus`.
     """
     if not results:
         raise ValueError("there are no results to compare.")
@@ -189,16 +190,25 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
 def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> None:
     """Raises `ValueError`, naming the fields, unless results differ in nothing but what `group_results` groups by."""
     first = _facts(results[0])
-    allowed = sorted(name for name in first if name.startswith("recipe.") or name == "tokens_per_step")
+    allowed = sorted(name for name in first if name.startswith("recipe.") or name in VARIED_ON_PURPOSE)
     for name in varied:
         if name not in allowed:
             raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
     for result in results[1:]:
         facts = _facts(result)
-        differing = [name for name in {**first, **facts} if name not in varied and facts.get(name) != first.get(name)]
+        pairs = {name: (first.get(name), facts.get(name)) for name in {**first, **facts} if name not in varied}
+        if _same_split(results[0]["corpus"], result["corpus"]):
+            pairs = {name: pair for name, pair in pairs.items() if name not in ("corpus.name", "corpus.fingerprint")}
+        differing = [name for name, (one, other) in pairs.items() if one != other]
         if differing:
             pairs = "; ".join(f"`{name}` is {first.get(name)!r} and {facts.get(name)!r}" for name in differing)
             raise ValueError(f"results of different experiments are not compared: {pairs}.")
+
+
+def _same_split(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two results say that they are on the same text, whatever splits were named beside it."""
+    known = first.get("split_fingerprint")
+    return bool(known) and known == second.get("split_fingerprint")
 
 
 def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[str]:
@@ -219,7 +229,7 @@ def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) ->
     labels |= {id(result): str(result.get("model") or result["pos_embedding_type"] or "model") for result in others}
     bare = [{**result, "training": EVALUATION_ONLY} for result in (*recorded[:1], *others)] if others else []
     check_comparable(bare or results, () if others else varied)
-    names = [labels[id(result)] for result in results]
+    names = [labels[id(result)] + other_corpus_mark(result) for result in results]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two results are of {repeated[0]!r}: a table cannot tell them apart.")
     return names
@@ -236,12 +246,20 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "corpus.split": corpus.get("split"),
         "corpus.num_windows": corpus.get("num_windows"),
         "eval_lengths (longest)": int(longest),
+        "training.corpus": _training_corpus(training),
         "tokens_per_step": training.get("tokens_per_step"),
         "data_seed": training.get("data_seed"),
         "dtype": result.get("dtype"),
         "score_name": result.get("score_name"),
         **recipe,
     }
+
+
+def _training_corpus(training: dict[str, Any]) -> str | None:
+    """→ the names of what a model, and the one that it started from, were trained on, with their fingerprints."""
+    corpora = [training.get("corpus"), training.get("base_corpus")]
+    names = [f"{corpus['name']} {(corpus.get('fingerprint') or '')[:8]}".strip() for corpus in corpora if corpus]
+    return " after ".join(dict.fromkeys(names)) or None
 
 
 def _varied(result: dict[str, Any]) -> dict[str, Any]:

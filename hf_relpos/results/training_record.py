@@ -40,11 +40,12 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
     """The flags that differ from their defaults, as a command line would have them, without paths and secrets.
 
     Args:
-        arguments: instances of the scripts' dataclasses; one of `RelPosTrainingArguments` knows what it was given.
+        arguments: instances of the scripts' dataclasses; some know in `given` what they were given.
     """
     flags = {}
     for instance in arguments:
-        given = getattr(instance, "given", None) or non_default_fields(instance)
+        given = getattr(instance, "given", None)
+        given = non_default_fields(instance) if given is None else given
         for name, value in given.items():
             if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue

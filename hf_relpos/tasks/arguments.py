@@ -8,7 +8,8 @@ from .base import TASKS
 
 @dataclass
 class DataArguments(TextArguments):
-    """Which text, and how it becomes blocks, or which synthetic task; the built-in corpus if none of them is given."""
+    """Which text, and how it becomes blocks, or which synthetic task; that of a saved model where none is named, else
+    the built-in corpus."""
 
     task: str | None = field(default=None, metadata={"help": f"A synthetic task instead of text: {', '.join(TASKS)}."})
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..data.cache import digest
+from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_start
 
 
 TASKS: dict[str, type["Task"]] = {}
@@ -70,7 +71,7 @@ class Task:
 
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = self.make_tokenizer() if tokenizer is None else tokenizer
-        self.end = self.tokenizer.eos_token_id
+        self.start, self.end = document_start(self.tokenizer), self.tokenizer.eos_token_id
         vocabulary = self.tokenizer.get_vocab()
         missing = [word for word in self.words if word not in vocabulary]
         if missing:
@@ -81,12 +82,10 @@ class Task:
         """A tokenizer of the task's words, separated by spaces."""
         if not self.words:
             raise ValueError(f"`tokenizer_name` or a saved model is needed: `task` {self.name!r} is in plain text.")
-        vocabulary = {word: index for index, word in enumerate(("<|endoftext|>", "<|pad|>", *self.words))}
-        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|pad|>"))
+        vocabulary = {word: index for index, word in enumerate((END, PAD, START, *self.words))}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=PAD))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
-        )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
     @property
     def fingerprint(self) -> str:

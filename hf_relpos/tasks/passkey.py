@@ -50,7 +50,7 @@ class Passkey(DepthTask):
 
     def parts(self, rng: np.random.Generator) -> tuple[list[int], list[int], list[int], list[int]]:
         key = [self.ids[str(digit)] for digit in rng.integers(0, 10, 4)]
-        return [self.end], [self.ids["#"], *key], [self.ids["?"]], key
+        return self.start, [self.ids["#"], *key], [self.ids["?"]], key
 
     def filler(self, rng: np.random.Generator, length: int) -> list[int]:
         return [self.ids[self.words[index]] for index in rng.integers(0, 26, length)]
@@ -67,8 +67,7 @@ class TextPasskey(DepthTask):
     def __init__(self, tokenizer: Any = None) -> None:
         super().__init__(tokenizer)
         self.opening_ids, self.sentence_ids = self._encode(self.opening), self._encode(self.sentences)
-        start = self.tokenizer.bos_token_id
-        self.opening_ids = [*([] if start is None else [start]), *self.opening_ids]
+        self.opening_ids = [*self.start, *self.opening_ids]
         # another number may take more tokens: at most one for each of its 15 digits
         self.shortest = sum(map(len, self.parts(np.random.default_rng(0)))) + 15
 

@@ -7,7 +7,7 @@ from .base import Task, register_task
 
 @register_task("string_copy")
 class StringCopy(Task):
-    """Repeat a string of random letters: <|endoftext|> x₁ … xₙ = x₁ … xₙ <|endoftext|>.
+    """Repeat a string of random letters: <|startoftext|> x₁ … xₙ = x₁ … xₙ <|endoftext|>.
 
     Trained on n ~ U{1..N}, N = (length − 3) / 2, tested at n = N of longer rows: a scheme that extrapolates copies
     strings that are longer than any it saw. Paper: Kazemnejad et al. 2023, arXiv 2305.19466.
@@ -23,7 +23,7 @@ class StringCopy(Task):
 
     def _row(self, rng: np.random.Generator, size: int) -> tuple[list[int], list[bool]]:
         string = [self.ids[self.words[index]] for index in rng.integers(0, len(self.words) - 1, size)]
-        return [self.end, *string, self.ids["="], *string, self.end], [False] * (size + 2) + [True] * (size + 1)
+        return [*self.start, *string, self.ids["="], *string, self.end], [False] * (size + 2) + [True] * (size + 1)
 
 
 @register_task("string_copy_words")

@@ -59,7 +59,8 @@ def run_recipe(run: TrainingRun) -> Recipe:
         if each.init and value != _default(each):
             values[each.name] = value
     values |= {name: getattr(run.data_args, name) for name in DATA_FIELDS if hasattr(run.data_args, name)}
-    values |= {"corpus": run.data.name, "corpus_fingerprint": run.data.fingerprint}
+    corpus = run.data.corpus.record
+    values |= {"corpus": corpus["name"], "corpus_fingerprint": corpus["fingerprint"]}
     values["tokenizer"] = _tokenizer_digest(run.data.tokenizer)
     values["num_processes"] = run.args.world_size * max(1, run.args.n_gpu)
     name = run.model_args.model_name_or_path

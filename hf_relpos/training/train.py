@@ -17,6 +17,7 @@ from ..data.blocks import BlockCollator
 from ..environment import write_error, write_json
 from ..file_reading import reading
 from ..model.configuration_relpos import RelPosConfig
+from ..model_corpus import ModelCorpus
 from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
 from .arguments import FinetuningArguments, RelPosTrainingArguments
@@ -80,11 +81,15 @@ def train(
     if model_args.model_name_or_path:
         model, tokenizer = load_saved(model_args, data_args)
         _check_length(model.config, args.block_size)
-        data = load_training_data(data_args, args, tokenizer)
+        own = ModelCorpus.read(model_args.model_name_or_path)
+        data_args = own.fill(data_args)
+        data = load_training_data(data_args, args, own, tokenizer)
     else:
         config = new_config(model_args, args.block_size)
         _check_length(config, args.block_size)
-        data = load_training_data(data_args, args, vocab_size=model_args.vocab_size)
+        own = ModelCorpus(None)
+        data_args = own.fill(data_args)
+        data = load_training_data(data_args, args, own, vocab_size=model_args.vocab_size)
         tokens = {name: getattr(data.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         config = RelPosConfig.from_dict({**config.to_dict(), "vocab_size": len(data.tokenizer), **tokens})
         model = new_model(config, args.seed, model_args.attn_implementation)
@@ -115,7 +120,9 @@ def finetune(
     if changes and args.process_index == 0:
         print(describe_changes(changes))
     _check_length(model.config, args.block_size)
-    data = load_training_data(data_args, args, tokenizer)
+    own = ModelCorpus.read(model_args.model_name_or_path)
+    data_args = own.fill(data_args)
+    data = load_training_data(data_args, args, own, tokenizer)
     return _fit(TrainingRun(model, data, model_args, data_args, args, checkpoint, callbacks, changes))
 
 
@@ -131,7 +138,8 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     finished = _finished(run, recipe)
     if finished:
         if args.process_index == 0:
-            print(f"finished: {args.output_dir!r} holds the model after step {finished['num_steps']}; nothing to do")
+            trained = f"the model after step {finished['num_steps']} on {finished['corpus']['name']}"
+            print(f"finished: {args.output_dir!r} holds {trained}; nothing to do")
         return finished
     if run.checkpoint:
         _check_checkpoint(run.checkpoint, model.config)
@@ -139,7 +147,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     model.skip_logits = True
     interrupt = InterruptCallback()
     trainer = _make_trainer(run, interrupt)
-    trainer.recipe, trainer.changed = recipe, changed
+    trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
     check_before_training(run, trainer, base)
     start = time.perf_counter()
     try:
@@ -156,6 +164,8 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
         record = training_record(run, trainer, seconds, recipe)
         record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
         _save_record(trainer, record)
+        if args.process_index == 0:
+            print(_closing_line(record, args.output_dir))
     except Exception as error:
         if cause := write_error(error):
             raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {cause}") from error
@@ -163,6 +173,13 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     finally:
         interrupt.restore()
     return record
+
+
+def _closing_line(record: dict[str, Any], folder: str) -> str:
+    """What was saved where, and on which text it was trained and scored."""
+    name, loss = record["corpus"]["name"], record["validation_loss"]
+    done = f"{record['num_steps']} steps on {name}, split train" if record["num_steps"] else "no step"
+    return f"saved {folder}: {done}" + ("" if loss is None else f"; loss {loss:.4f} on {name}, split validation")
 
 
 def _train(run: TrainingRun, trainer: RelPosTrainer) -> float | None:

@@ -26,9 +26,10 @@ def corpus(corpus_files):
 def test_tokenizer_has_its_size_and_gives_back_any_text(corpus):
     tokenizer = train_tokenizer(corpus, 300)
     assert len(tokenizer) == 300
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
+    special = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
+    assert special == ("<|startoftext|>", "<|endoftext|>", "<|pad|>") and len({*tokenizer.all_special_ids}) == 3
     for text in ("the state of union", "naïve  Ünïcode 🙂\n\ttabs", " leading"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert (
         tokenizer(corpus.splits["train"][0]["text"])["input_ids"]
         == (train_tokenizer(corpus, 300)(corpus.splits["train"][0]["text"])["input_ids"])
@@ -36,7 +37,7 @@ def test_tokenizer_has_its_size_and_gives_back_any_text(corpus):
 
 
 def test_tokenizer_refuses_sizes_that_it_cannot_have(corpus, tmp_path):
-    with pytest.raises(ValueError, match="`vocab_size` must be at least 258 .* got 200"):
+    with pytest.raises(ValueError, match="`vocab_size` must be at least 259 .* got 200"):
         train_tokenizer(corpus, 200)
     with pytest.raises(ValueError, match="`vocab_size` 8192 is more than this corpus gives"):
         train_tokenizer(corpus, 8192)
@@ -73,7 +74,7 @@ def test_a_stream_of_unknown_content_is_not_cached(tmp_path):
             (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}))
         corpus = load_corpus(TextArguments(dataset_name=str(tmp_path), streaming=True))
         tokenizer = train_tokenizer(corpus, 300)
-        assert len(tokenizer(word)["input_ids"]) == 1 < len(tokenizer(other)["input_ids"])
+        assert len(tokenizer(word)["input_ids"]) == 2 < len(tokenizer(other)["input_ids"])
 
 
 def test_tokens_end_with_the_end_of_text_and_are_cached_by_all_that_they_depend_on(corpus, monkeypatch):
@@ -102,20 +103,20 @@ def test_control_tokens_in_text_are_text(streaming, tmp_path, capsys, corpus):
     for _ in range(2):  # the second time from the cache
         rows = tokenize_split(load_corpus(args), "validation", tokenizer, args)
         (ids,) = [list(row["input_ids"]) for row in rows]
-        assert ids[-1] == tokenizer.eos_token_id and not {0, 1} & {*ids[:-1]}
-        assert tokenizer.decode(ids[:-1]) == text
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert not {*tokenizer.all_special_ids} & {*ids[1:-1]} and tokenizer.decode(ids[1:-1]) == text
         assert capsys.readouterr().err.count("control tokens in the text") == 1
     args.document_separator = "<|endoftext|>"
     rows = tokenize_split(load_corpus(args), "validation", tokenizer, args)
-    assert [tokenizer.decode(row["input_ids"][:-1]) for row in rows] == ["a b<|pad|> c", "d <|pad|>"]
-    assert tokenizer("<|pad|>")["input_ids"] == [tokenizer.pad_token_id], "prompts are read as before"
+    assert [tokenizer.decode(row["input_ids"][1:-1]) for row in rows] == ["a b<|pad|> c", "d <|pad|>"]
+    assert tokenizer("<|pad|>")["input_ids"][1:] == [tokenizer.pad_token_id], "prompts are read as before"
 
 
 def test_a_control_token_that_cannot_be_text_is_refused():
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
-    assert tokenize(Dataset.from_dict({"text": ["a b <unk>"]}), tokenizer)["input_ids"][:] == [[2, 0, 0, 1]]
+    assert tokenize(Dataset.from_dict({"text": ["a b <unk>"]}), tokenizer)["input_ids"][:] == [[1, 2, 0, 0, 1]]
     with pytest.raises(
         ValueError, match="the text holds '<end>', which this tokenizer encodes as a control token only"
     ):

@@ -145,7 +145,8 @@ def test_joined_documents_are_one_text(corpus_files, monkeypatch):
     _, apart = evaluation_documents(corpus, args, tokenizer, "train")
     pieces = list(joined)
     assert [len(piece) for piece in pieces[:-1]] == [1000] * (len(pieces) - 1)
-    assert np.array_equal(np.concatenate(pieces), np.concatenate(list(apart))) and len(list(apart)) == 12
+    ended = [[*document, tokenizer.eos_token_id] for document in apart]  # which alone they are scored without
+    assert np.array_equal(np.concatenate(pieces), np.concatenate(ended)) and len(ended) == 12
 
 
 def test_dropout_is_off_and_the_mode_is_left_as_it_was():

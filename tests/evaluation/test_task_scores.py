@@ -60,7 +60,7 @@ def test_a_model_learns_to_copy_and_says_so(run_script, tmp_path, capsys):
     flags += ["--report_to", "none", "--eval_steps", 400, "--max_eval_samples", 64, "--bf16", "false"]
     run_script("train", "--task", "string_copy", *flags, "--output_dir", model)
     record = json.loads((model / "training.json").read_text())
-    assert record["corpus"]["name"] == "task string_copy" and record["recipe"]["vocab_size"] == 29
+    assert record["corpus"]["name"] == "task string_copy" and record["recipe"]["vocab_size"] == 30
     evaluation = ["--model_name_or_path", model, "--output_dir", result.parent, "--max_windows", 50]
     run_script("evaluate", "--task", "string_copy", "--eval_lengths", 5, 7, *evaluation)
     found = json.loads(result.read_text())

@@ -137,6 +137,68 @@ def test_finetuning_with_another_scheme(write):
         load_experiment(path)
 
 
+def test_every_run_is_evaluated_on_its_own_text(write, corpus_file, tmp_path, run_script, capsys):
+    """Also what is finetuned, on the same text or on another; the report refuses both together."""
+    other, (first, *_) = tmp_path / "other.jsonl", corpus_file.read_text().splitlines()
+    other.write_text("\n".join(first.replace("0 ", f"{index} other ", 1) for index in range(40)))
+    root, tuned = tmp_path / "out", {"max_steps": [1], "pos_embedding_type": "none", "bf16": False}
+    tuned |= {name: TINY[name] for name in ("block_size", "per_device_train_batch_size", "logging_steps")}
+    train = {**TINY, "train_file": str(corpus_file)}
+    path = write(train=train, evaluate=EVALUATE, grid={"seed": [1]}, finetune=tuned)
+    flags = ["--experiment", path, "--output_dir", root]
+    run_script("sweep", *flags)
+    assert capsys.readouterr().out.endswith("results.jsonl: corpus.jsonl, split validation\n")
+    results = read_results(root / "results.jsonl")
+    assert [result["corpus"]["name"] for result in results] == ["corpus.jsonl"] * 2
+    assert all(result["corpus"]["same_corpus_as_training"] for result in results)
+    run_script("report", "--sweep", root, "--output_dir", tmp_path / "report")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "Text: corpus.jsonl, split validation." in page and "no split" not in page
+    write(train=train, evaluate=EVALUATE, grid={"seed": [1]}, finetune={**tuned, "train_file": str(other)})
+    run_script("sweep", *flags)
+    results = read_results(root / "results.jsonl")
+    assert [result["corpus"]["name"] for result in results] == ["corpus.jsonl", "other.jsonl"]
+    assert results[1]["training"]["base_corpus"]["name"] == "corpus.jsonl"
+    with pytest.raises(SystemExit, match="2"):
+        run_script("report", "--sweep", root, "--output_dir", tmp_path / "report")
+    assert "`corpus.name` is 'corpus.jsonl' and 'other.jsonl'" in capsys.readouterr().err
+
+
+def test_finetuning_on_another_text_takes_none_of_its_flags(write, corpus_file):
+    train = {"validation_file": str(ROOT / "README.md"), "text_column": "body", "cross_document_attention": True}
+    train |= {"train_file": str(corpus_file), "max_eval_samples": 3}
+    path = write(train=train, grid={"seed": [1]}, finetune={"train_file": str(ROOT / "README.md")})
+    base, tuned = load_experiment(path)
+    kept = {"cross_document_attention": True, "max_eval_samples": 3, "seed": 1}
+    assert tuned.settings == {**kept, "train_file": str(ROOT / "README.md")}
+    assert base.label == "linear_cpb on corpus.jsonl seed 1" and tuned.label.startswith(base.label)
+    path = write(train={"task": "string_copy"}, grid={"seed": [1]}, finetune={"dataset_name": "some/set"})
+    assert load_experiment(path)[1].settings == {"dataset_name": "some/set", "seed": 1}
+
+
+def test_results_are_named_by_the_text_that_they_are_on(write, corpus_file, tmp_path):
+    """Another text under the name that the evaluation has is another result."""
+
+    def folder():
+        path = write(train={}, evaluate={"validation_file": str(corpus_file)}, grid={"seed": [1]})
+        return load_experiment(path)[0].result(tmp_path)
+
+    first = folder()
+    assert folder() == first
+    corpus_file.write_text(corpus_file.read_text() + json.dumps({"text": "one more"}) + "\n")
+    assert folder() != first and folder().parent.parent == first.parent.parent
+
+
+def test_a_run_is_named_by_the_text_of_a_data_set_in_a_folder(write, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}')
+    path = write(train={"dataset_name": str(folder)}, grid={"seed": [1]})
+    first = load_experiment(path)[0].key
+    (folder / "train.jsonl").write_text('{"text": "b"}')
+    assert load_experiment(path)[0].key != first
+
+
 def test_scale_keeps_the_shape(write):
     path = write(
         train={"max_steps": 1000, "warmup_steps": 50, "block_size": 64},

@@ -125,7 +125,8 @@ tokens, logits = torch.arange(2, 22).reshape(2, 10), {}
 for name in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    text = tokenizer.decode(model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=3)[0])
+    written = model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=3)[0]
+    text = tokenizer.decode(written, skip_special_tokens=True)
     assert text.startswith("the state"), text
     logits[name] = model(tokens).logits.tolist()
 print("LOGITS", json.dumps(logits))

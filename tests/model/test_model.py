@@ -32,11 +32,13 @@ each_kernel = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 
 
 def assert_gradients_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """Each gradient to 1e-5 of its own norm: fp32 summed in another order."""
+    """Each gradient to 1e-5 of its own norm, fp32 summed in another order; where the terms of a sum cancel, to 1e-8 of
+    the largest gradient."""
     assert first.keys() == second.keys()
+    largest = max(gradient.norm() for gradient in first.values())
     for name in first:
-        error = (first[name] - second[name]).norm() / first[name].norm()
-        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+        error = (first[name] - second[name]).norm()
+        assert error < 1e-5 * first[name].norm() + 1e-8 * largest, f"{name}: error {error:.1e}"
 
 
 def pad_left(tokens: torch.Tensor, pads: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

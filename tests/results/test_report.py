@@ -11,7 +11,7 @@ from scipy import stats
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
 from hf_relpos.results.report import write_report
-from hf_relpos.results.result_file import RESULTS, read_results, smooth_by_position, write_results
+from hf_relpos.results.result_file import RESULTS, read_result, read_results, smooth_by_position, write_results
 from hf_relpos.results.statistics import Interval, compare, group_results, holm, paired_p_value, verdict
 
 
@@ -203,7 +203,8 @@ def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, t
     printed = capsys.readouterr()
     assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in names[2:])
     table = (tmp_path / "report" / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + 4 and "| none (1337) |" in table
+    assert len(table.splitlines()) == 2 + 4 + 2 and "| none (1337) |" in table
+    assert table.endswith("\n\nText: books, split test.\n")
 
 
 @pytest.mark.parametrize(
@@ -214,9 +215,13 @@ def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, t
         (lambda r: r["corpus"].update(split="validation"), "`corpus.split` is 'test' and 'validation'"),
         (lambda r: r["training"]["recipe"].update(learning_rate=1.0), "`recipe.learning_rate` is 0.0002 and 1.0"),
         (lambda r: r["training"].update(tokens_per_step=1), "`tokens_per_step` is 16384 and 1"),
+        (
+            lambda r: r["training"].update(corpus={"name": "mine", "fingerprint": "0123456789"}),
+            "`training.corpus` is None and 'mine 01234567'",
+        ),
         (lambda r: r.update(pos_embedding_type="none"), "two results are of 'none' with seed 42"),
     ],
-    ids=["fingerprint", "corpus", "split", "recipe", "batch", "twice"],
+    ids=["fingerprint", "corpus", "split", "recipe", "batch", "training", "twice"],
 )
 def test_a_table_of_files_refuses_what_a_report_refuses(change, message, run_script, tmp_path, capsys):
     results = [make_result("none"), make_result("alibi")]
@@ -236,7 +241,7 @@ def test_a_table_of_files_names_what_sets_runs_apart(run_script, tmp_path, capsy
     files = [tmp_path / f"{index}.json" for index in range(3)]
     run_script("report", "--results", *files, "--output_dir", tmp_path / "out")
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
         "| alibi 10 steps (1)",
         "| alibi 20 steps (1)",
         "| gpt2",
@@ -246,6 +251,39 @@ def test_a_table_of_files_names_what_sets_runs_apart(run_script, tmp_path, capsy
     with pytest.raises(SystemExit, match="2"):
         run_script("report", "--results", *files, "--output_dir", tmp_path / "out")
     assert "`corpus.fingerprint` is 'f' and 'g'" in capsys.readouterr().err
+
+
+def test_models_of_several_corpora_are_compared_on_one_text_if_that_is_asked_for(run_script, tmp_path):
+    """Each goes by its corpus, and those that read no split of theirs are marked in the table."""
+    for index, name in enumerate(("books", "mine")):
+        result = make_result("alibi", 1, corpus={"name": name, "fingerprint": name * 3})
+        result["corpus"] |= {"same_corpus_as_training": name == "books", "trained_on": name}
+        write_json(tmp_path / f"{index}.json", result)
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    for flags in (["--results", *files], ["--sweep", tmp_path]):
+        with pytest.raises(SystemExit, match="2"):
+            write_results(tmp_path / "results.jsonl", map(read_result, files))
+            run_script("report", *flags, "--output_dir", tmp_path / "out")
+    varied = ["--varied", "training.corpus", "--output_dir", tmp_path / "out"]
+    run_script("report", "--results", *files, *varied)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "| alibi corpus books booksboo (1) |" in table
+    assert "| alibi corpus mine minemine (1), on another text |" in table
+    note = "Text: books, split test. It is no split of the corpus that alibi corpus mine minemine (1) trained on, mine."
+    assert table.endswith(f"\n{note}\n")
+    run_script("report", "--sweep", tmp_path, *varied)
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert note in page and page.count("\n\nbooks, split test. ") == 3
+
+
+def test_the_same_text_is_compared_whatever_was_named_beside_it(run_script, tmp_path):
+    """A split under another name, or without the training text, has the same fingerprint."""
+    for index, (scheme, name) in enumerate((("alibi", "a+b"), ("none", "b"))):
+        result = make_result(scheme, 1)
+        result["corpus"] |= {"name": name, "fingerprint": name, "split_fingerprint": "s"}
+        write_json(tmp_path / f"{index}.json", result)
+    run_script("report", "--results", tmp_path / "0.json", tmp_path / "1.json", "--output_dir", tmp_path / "out")
+    assert "none (1)" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
 
 
 HOSTILE = "<script>alert(1)</script> a|b `c` $b$ ![i](http://x/y.png) </td> \\"

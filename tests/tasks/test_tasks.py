@@ -38,7 +38,7 @@ def words(task, row):
 def test_string_copy_repeats_the_string_and_ends(name, make):
     task = make(name)
     found, answer = words(task, task.make_row(task.rng(0, TEST, "", 0), 43, ""))
-    assert found[0] == found[-1] == "<|endoftext|>" and found[21] == "=" and len(found) == 43
+    assert (found[0], found[-1]) == ("<|startoftext|>", "<|endoftext|>") and found[21] == "=" and len(found) == 43
     assert found[1:21] == found[22:42] and answer == found[22:]
     sizes = {len(task.training_row(task.rng(0, TRAINING, "", index), 43)[0]) for index in range(500)}
     assert sizes == {2 * size + 3 for size in range(1, 21)}

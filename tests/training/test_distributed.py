@@ -91,7 +91,8 @@ def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags,
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
     if steps == 6:
         for name, weight in weights(one_process).items():
-            torch.testing.assert_close(weights(folder)[name], weight, rtol=1e-3, atol=1e-5)
+            # Adam divides a gradient by its own size: one that is nearly 0 follows its rounding
+            torch.testing.assert_close(weights(folder)[name], weight, rtol=1e-3, atol=1e-4)
 
     for saved in (folder, folder / f"checkpoint-{first}"):
         assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP
