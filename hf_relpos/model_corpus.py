@@ -4,7 +4,6 @@
 machine stands beside it in `_local_corpus.json`, which is not.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +15,7 @@ from .data.arguments import BUILT_IN, READING_DEFAULTS, SOURCE_FLAGS
 from .data.cache import digest, say
 from .data.files import content_hash
 from .environment import write_json
+from .file_reading import read_json
 from .results.training_record import non_default_fields, read_record
 from .tasks.arguments import DataArguments
 
@@ -96,7 +96,7 @@ class ModelCorpus:
         record = dict(training.get("corpus") or {})
         # a damaged file of places tells nothing: the data must be named then
         with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
-            local = json.loads((Path(model) / LOCAL_RECORD).read_text(encoding="utf-8"))
+            local = read_json(Path(model) / LOCAL_RECORD)
             corpus, files = dict(local["corpus"]), {flag: dict(files) for flag, files in local["files"].items()}
             places = {flag: [os.path.join(root, path) for path in paths] for flag, paths in local["places"].items()}
             if not record or record.get("fingerprint") == corpus["fingerprint"]:

@@ -151,7 +151,7 @@ def evaluate_lengths(
 
 def check_lengths(lengths: Sequence[int], model: Any = None) -> list[int]:
     """Sorted lengths without repeats; raises `ValueError` for those below 2 or past what the model supports."""
-    limit = getattr(getattr(model, "config", None), "max_positions", None)
+    limit = getattr(getattr(model, "config", model), "max_positions", None)
     if not lengths or min(lengths) < 2:
         raise ValueError(f"`eval_lengths` must be at least 2 tokens each, got {list(lengths)}.")
     if limit is not None and max(lengths) > limit:

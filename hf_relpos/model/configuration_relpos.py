@@ -259,7 +259,7 @@ class RelPosConfig(PreTrainedConfig):
         if self.initializer not in INITIALIZERS:
             raise ValueError(f"`initializer` must be one of {list(INITIALIZERS)}, got {self.initializer!r}.")
         for name in ("initializer_range", "rms_norm_eps", "embedding_multiplier"):
-            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0:
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
         for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
@@ -315,7 +315,7 @@ class RelPosConfig(PreTrainedConfig):
                     f"`pos_embedding_kwargs` of {self.pos_embedding_type!r} may hold {sorted(allowed)}, got {name!r}."
                 )
             number = int if isinstance(allowed[name], int) else (int, float)
-            if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(
                     f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
                 )

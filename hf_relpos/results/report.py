@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import command, parse_arguments
-from ..environment import write_text
+from ..environment import write_bytes, write_text
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
 from .questions import Answer, answers, detail_rows, pair_rows, sentences
@@ -63,7 +63,7 @@ def write_report(
     for section in sections:
         if section.image:
             paths.append(folder / section.file_name)
-            paths[-1].write_bytes(section.image)
+            write_bytes(paths[-1], section.image)
     return paths
 
 

@@ -113,7 +113,14 @@ def _label_lines(axes: Any, lines: Sequence[Any]) -> None:
         name = line.get_label() + (" ↑" if y > 1 else " ↓" if y < 0 else "")  # the line ends outside
         y = min(max(y, 0.0), 1.0)
         options = {"xycoords": "axes fraction", "fontsize": 9, "va": "center", "annotation_clip": False}
-        arrow = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
+        arrow = {
+            "arrowstyle": "-",
+            "color": line.get_color(),
+            "linewidth": 0.6,
+            "shrinkA": 2,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
         place_of_text = (1.04, place)
         axes.annotate(name, (x, y), place_of_text, color=line.get_color(), arrowprops=arrow, **options)
 

@@ -147,6 +147,10 @@ BAD_TRAINING = {
     "unknown field": (dict(config_overrides="hidden=3"), "`config_overrides` must be"),
     "field of the tokenizer": (dict(config_overrides="vocab_size=555"), "`config_overrides` must be 'field=value,..'"),
     "no step": (dict(max_steps=0), "`max_steps` must be at least 1, got 0"),
+    "a best model by what is not measured": (
+        dict(load_best_model_at_end="true", metric_for_best_model="accuracy"),
+        "`metric_for_best_model` must be loss or eval_loss, got 'accuracy'",
+    ),
     "no block": (dict(per_device_train_batch_size=0), "`per_device_train_batch_size` must be at least 1, got 0"),
     "no accumulation": (dict(gradient_accumulation_steps=0), "`gradient_accumulation_steps` must be at least 1, got 0"),
     "no evaluation": (dict(max_eval_samples=0), "`max_eval_samples` must be at least 1, got 0"),
@@ -166,7 +170,7 @@ BAD_TRAINING = {
     "tokenizer of another size": (dict(tokenizer_name="MODEL", vocab_size=400), "but the tokenizer has 300 entries"),
     "no model": (
         dict(model_name_or_path="no/such/folder", vocab_size=None, config_overrides=None),
-        "'no/such/folder' is not a folder",
+        "'no/such/folder': there is no such folder",
     ),
     "two models": (dict(model_name_or_path="MODEL"), "`vocab_size` is that of the saved model"),
     "no checkpoint": (dict(resume_from_checkpoint="last"), "holds no checkpoint"),
