@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": ("hf_relpos.evaluation.evaluate:main", "measure the loss by length and by position, or score a task"),
     "generate": ("hf_relpos.inference.generate:main", "generate text from a prompt or a file of prompts"),
     "sweep": ("hf_relpos.experiments.sweep:main", "run the grid of trainings that a YAML file states"),
+    "compare": ("hf_relpos.experiments.compare:main", "train several schemes on a text and say which is best"),
     "report": ("hf_relpos.results.report:main", "make tables, plots and statistics of results"),
     "push": ("hf_relpos.hub.push:main", "publish a saved model on the Hub, with its card"),
     "serve": ("hf_relpos.inference.serve:main", "answer requests as OpenAI's API does"),

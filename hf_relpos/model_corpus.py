@@ -22,7 +22,7 @@ from .tasks.arguments import DataArguments
 
 # transformers' own Trainer never pushes a file whose name begins so
 LOCAL_RECORD = "_local_corpus.json"
-NAME_IT = "name the data with --train_file, --validation_file, --dataset_name or --task"
+NAME_IT = "name the data with --train_file, --validation_file, --test_file, --dataset_name or --task"
 MAX_FILES = 1000  # of a folder, whose hashes are kept one by one
 RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
 # flags that decide what the documents are; `streaming` decides only how they are read

@@ -19,7 +19,7 @@ from hf_relpos.tasks.arguments import DataArguments
 
 
 LENGTHS = ["--eval_lengths", 16, 32]
-NAME_IT = "name the data with --train_file, --validation_file, --dataset_name or --task"
+NAME_IT = "name the data with --train_file, --validation_file, --test_file, --dataset_name or --task"
 
 
 def texts(count, num_words=300, seed=0):

@@ -213,9 +213,9 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_apart(train: FileList, validation: FileList) -> None:
+def check_apart(first: FileList, second: FileList) -> None:
     """Raises `ValueError`, naming the file, if both splits hold one; links to a file are that file."""
-    places = {(path.stat().st_dev, path.stat().st_ino) for path in train.paths}
-    for path in validation.paths:
+    places = {(path.stat().st_dev, path.stat().st_ino) for path in first.paths}
+    for path in second.paths:
         if (path.stat().st_dev, path.stat().st_ino) in places:
-            raise ValueError(f"`{validation.flag}` must hold other files than training, got {str(path)!r} in both.")
+            raise ValueError(f"`{second.flag}` must hold other files than `{first.flag}`, got {str(path)!r} in both.")

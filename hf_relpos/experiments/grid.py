@@ -146,7 +146,7 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
         raise ValueError(f"{path}: `grid` is empty: it must list values of at least one flag.")
     if content.get("finetune"):
         runs += _finetuned(path, content["finetune"], runs, scale)
-    _check(runs, drop_repeats=scale < 1)
+    check_runs(runs, drop_repeats=scale < 1)
     return runs
 
 
@@ -231,8 +231,12 @@ def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
     }
 
 
-def _check(runs: list[Run], drop_repeats: bool) -> None:
-    """Parses all flags and makes sure that no two runs are the same; scaling alone may make some of them equal."""
+def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
+    """Parses all flags and makes sure that no two runs are the same; `drop_repeats` drops those that are.
+
+    Raises:
+        ValueError: naming the place of the run.
+    """
     places: dict[str, Run] = {}
     configs: dict[Run, RelPosConfig] = {}
     for run in list(runs):

@@ -52,7 +52,7 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
             if isinstance(value, str):
                 with suppress(OSError, ValueError, RuntimeError):  # text that is too long for a path
                     # paths of this machine stay here
-                    is_path = name in ("train_file", "validation_file") or Path(value).expanduser().exists()
+                    is_path = name.endswith("_file") or Path(value).expanduser().exists()
                     value = Path(value).name if is_path else value
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags

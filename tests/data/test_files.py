@@ -139,7 +139,7 @@ def test_one_file_for_both_splits_is_refused(streaming, tmp_path):
     (tmp_path / "hard.txt").hardlink_to(path)
     for train in (path, tmp_path / "all", tmp_path / "soft.txt", tmp_path / "hard.txt"):
         with pytest.raises(
-            ValueError, match="`validation_file` must hold other files than training, got .*a.txt' in both"
+            ValueError, match="`validation_file` must hold other files than `train_file`, got .*a.txt' in both"
         ):
             load(path, train_file=str(train), streaming=streaming)
 
