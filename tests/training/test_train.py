@@ -163,7 +163,7 @@ BAD_TRAINING = {
     "no number": (dict(block_size="long"), "invalid int value: 'long'"),
     "length of 0": (dict(block_size=0, per_device_train_batch_size=4), "`block_size` must be at least 2, got 0"),
     "missing file": (dict(train_file="no/such.txt"), "`train_file` 'no/such.txt' does not exist"),
-    "missing configuration": (dict(config="no.yaml"), "--config 'no.yaml' cannot be read"),
+    "missing configuration": (dict(config="no.yaml"), "--config 'no.yaml' does not exist"),
     "too short a corpus": (dict(block_size=100_000), "`block_size` 100000 is more than the train split holds"),
     "too large a batch": (dict(per_device_train_batch_size=10_000), "a step needs 10000 blocks"),
     "vocabulary of another size": (dict(vocab_size=5000), "`vocab_size` 5000 is more than this corpus gives"),
