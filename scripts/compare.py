@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Runs the experiment that a YAML file states, and continues where an earlier call stopped.
+"""Compares position schemes on a text: a learning rate for each, several seeds, and the answer in words.
 
-python scripts/sweep.py --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
+python scripts/compare.py --text my_texts/ --schemes rotary alibi linear_cpb --budget 20min
 """
 
-from hf_relpos.experiments.sweep import main
+from hf_relpos.experiments.compare import main
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ..results.report import write_report
 from ..results.result_file import read_result
 from ..tasks.arguments import DataArguments
 from ..training.model_setup import ModelArguments, new_config
-from .comparison_plan import Cost, MAX_PASSES, Plan, make_plan, measure, parse_budget, time_text
+from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, time_text
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
 from .progress import live_table, status
@@ -49,7 +49,8 @@ class CompareArguments:
     """Which schemes, on which text, and how long it may take."""
 
     text: str | None = field(
-        default=None, metadata={"help": "A file or folder of text (txt, jsonl, parquet, csv); a built-in one by default."}
+        default=None,
+        metadata={"help": "A file or folder of text (txt, jsonl, parquet, csv); a built-in one by default."},
     )
     schemes: list[str] = field(
         default_factory=lambda: ["rotary", "alibi", "linear_cpb"],
@@ -64,7 +65,8 @@ class CompareArguments:
         default=None, metadata={"help": "xsmall, small, ..; by default 4 layers of width 128, and xsmall on a GPU."}
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Entries of the tokenizer, which is trained on the text; by its size by default."}
+        default=None,
+        metadata={"help": "Entries of the tokenizer, which is trained on the text; by its size by default."},
     )
     num_parallel: int | None = field(
         default=None, metadata={"help": "Runs at once; by default one for each GPU, or for each core up to 4."}
@@ -207,7 +209,9 @@ class _Setup:
         """Refuses a text whose test documents hold too few windows, naming the longest length that it serves."""
 
         def serves(length: int) -> bool:
-            return sum(each // length for each in lengths) >= MIN_WINDOWS and sum(each >= length for each in lengths) > 1
+            return (
+                sum(each // length for each in lengths) >= MIN_WINDOWS and sum(each >= length for each in lengths) > 1
+            )
 
         if serves(self.args.run_length):
             return
@@ -254,10 +258,8 @@ class _Setup:
         overrides = "hidden_dropout=0" if size else f"{SMALL},hidden_dropout=0"
         return {"config_overrides": overrides} | ({"model_size": size} if size else {})
 
-    def runs(
-        self, plan: Plan, rates: dict[str, Sequence[float]], seeds: Sequence[int], tuning: bool
-    ) -> list[Run]:
-        """The runs of some seeds and rates: evaluated on the validation text to choose a rate, else on the test text."""
+    def runs(self, plan: Plan, rates: dict[str, Sequence[float]], seeds: Sequence[int], tuning: bool) -> list[Run]:
+        """The runs of some seeds and rates, evaluated on the validation text to choose a rate, else on the test one."""
         shared = {
             **self.data,
             **self._size(),

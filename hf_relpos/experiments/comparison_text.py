@@ -38,7 +38,10 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
         ValueError: if the folder holds another text, or as `load_corpus`.
     """
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-    corpus = load_corpus(TextArguments(train_file=text))
+    try:
+        corpus = load_corpus(TextArguments(validation_file=text))  # which is not split further
+    except ValueError as error:
+        raise ValueError(str(error).replace("`validation_file`", "`text`")) from error
     source = {"name": corpus.name, "fingerprint": corpus.fingerprint, "run_length": run_length}
     if (folder / SOURCE).is_file():
         if read_json(folder / SOURCE) != source:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -248,9 +249,17 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
     for group, settings in zip(groups, fields):
         words = [str(settings["pos_embedding_type"])]
         for name, value in settings.items():
-            if name != "pos_embedding_type" and any(other[name] != fields[0][name] for other in fields):
-                words.append(VARIED[name](value) if name in VARIED else f"{name.rpartition('.')[2]} {value}")
+            if name in VARIED and name != "pos_embedding_type" and any(o[name] != fields[0][name] for o in fields):
+                words.append(VARIED[name](value))
         group.label = " ".join(filter(None, words))
+    # the rest where it is needed to tell groups apart: each scheme may have a learning rate of its own
+    repeated = {label for label, count in Counter(group.label for group in groups).items() if count > 1}
+    for group, settings in zip(groups, fields):
+        if group.label in repeated:
+            others = [other for each, other in zip(groups, fields) if each.label in repeated]
+            for name, value in settings.items():
+                if name not in VARIED and any(other[name] != others[0][name] for other in others):
+                    group.label += f" {name.rpartition('.')[2]} {value}"
 
 
 def _pattern(layer_types: Sequence[str]) -> str:

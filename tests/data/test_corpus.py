@@ -9,6 +9,7 @@ from conftest import make_text
 
 from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.corpus import load_corpus, load_sotu
+from hf_relpos.data.tokens import evaluation_documents, train_tokenizer
 
 
 def test_built_in_corpus_is_split_by_year_without_importing_its_package():
