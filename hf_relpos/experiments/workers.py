@@ -239,7 +239,8 @@ def run_on_ray(
     except KeyboardInterrupt:
         for reference in references:  # as Ctrl-C in each: a checkpoint, then the end
             ray.cancel(reference)
-        ray.wait(references, num_returns=len(references))
+        if references:
+            ray.wait(references, num_returns=len(references))
         raise
 
 
