@@ -182,7 +182,7 @@ class Processes:
 
 
 def _work(task: Task, device: str | None, num_threads: int, parent: int) -> None:
-    """What a process does."""
+    """What a process does. One whose parent ended while it imported this file ends here."""
     end_with_parent(parent)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
