@@ -30,6 +30,7 @@ setup(
         "evaluate>=0.4.6",
         "filelock>=4.2",
         "jinja2",
+        "jsonschema>=4.18",
         "matplotlib>=3.9",
         "numpy",
         "pillow",

@@ -4,7 +4,6 @@
 machine stands beside it in `_local_corpus.json`, which is not.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,13 +15,14 @@ from .data.arguments import BUILT_IN, READING_DEFAULTS, SOURCE_FLAGS
 from .data.cache import digest, say
 from .data.files import content_hash
 from .environment import write_json
+from .file_reading import read_json
 from .results.training_record import non_default_fields, read_record
 from .tasks.arguments import DataArguments
 
 
 # transformers' own Trainer never pushes a file whose name begins so
 LOCAL_RECORD = "_local_corpus.json"
-NAME_IT = "name the data with --train_file, --validation_file, --dataset_name or --task"
+NAME_IT = "name the data with --train_file, --validation_file, --test_file, --dataset_name or --task"
 MAX_FILES = 1000  # of a folder, whose hashes are kept one by one
 RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
 # flags that decide what the documents are; `streaming` decides only how they are read
@@ -96,7 +96,7 @@ class ModelCorpus:
         record = dict(training.get("corpus") or {})
         # a damaged file of places tells nothing: the data must be named then
         with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
-            local = json.loads((Path(model) / LOCAL_RECORD).read_text(encoding="utf-8"))
+            local = read_json(Path(model) / LOCAL_RECORD)
             corpus, files = dict(local["corpus"]), {flag: dict(files) for flag, files in local["files"].items()}
             places = {flag: [os.path.join(root, path) for path in paths] for flag, paths in local["places"].items()}
             if not record or record.get("fingerprint") == corpus["fingerprint"]:
@@ -149,7 +149,10 @@ class ModelCorpus:
     def check(self, used: UsedCorpus, args: DataArguments) -> None:
         """Raises `ValueError`, naming the file, if the model's corpus was not named and is not what it was."""
         expected, found = self.record.get("fingerprint"), used.record["fingerprint"]
-        if _is_named(args.given or {}) or not expected or found == expected:
+        if _is_named(args.given or {}) or not self.record or (expected and found == expected):
+            return
+        if not expected:
+            say(f"the corpus {self.name!r} of {self.model!r} is streamed: nothing tells whether it is as it was")
             return
         if used.record.get("files"):
             if used.record["files"] == self.record.get("files"):
@@ -207,7 +210,7 @@ class ModelCorpus:
             expected = self.record["files"][flag][:12]
             raise ValueError(
                 f"the corpus {self.name!r} of {self.model!r} is gone: `{flag}` {places[0]!r} does not exist (expected "
-                f"sha256 {expected}); put it back, or {NAME_IT}."
+                f"content {expected}); put it back, or {NAME_IT}."
             )
         return next((place for place in found if len(found) == 1 or self._is_whole(flag, place)), found[0])
 
@@ -251,4 +254,4 @@ def _file(place: str, name: str) -> Path:
 
 
 def _is_named(given: dict[str, Any]) -> bool:
-    return any(name in given for name in ("task", *SOURCE_FLAGS))
+    return any(name in given for name in ("task", "dataset_config_name", *SOURCE_FLAGS))

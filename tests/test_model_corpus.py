@@ -13,12 +13,13 @@ from matplotlib.axes import Axes
 from hf_relpos.data import corpus as corpora
 from hf_relpos.hub.push import _identity
 from hf_relpos.hub.repository import repository_files
-from hf_relpos.model_corpus import LOCAL_RECORD, ModelCorpus
+from hf_relpos.model_corpus import LOCAL_RECORD, TEXT_FLAGS, ModelCorpus, UsedCorpus
+from hf_relpos.results.training_record import given_flags
 from hf_relpos.tasks.arguments import DataArguments
 
 
 LENGTHS = ["--eval_lengths", 16, 32]
-NAME_IT = "name the data with --train_file, --validation_file, --dataset_name or --task"
+NAME_IT = "name the data with --train_file, --validation_file, --test_file, --dataset_name or --task"
 
 
 def texts(count, num_words=300, seed=0):
@@ -367,3 +368,25 @@ def test_a_repository_of_an_earlier_version_is_of_the_same_run():
     old = {"name": "a", "fingerprint": "f"}
     assert _identity({**old, "splits": {}, "files": {"train_file": "0"}, "flags": {}}) == _identity(old)
     assert _identity({**old, "fingerprint": "g"}) != _identity(old)
+
+
+def test_flags_are_recorded_without_the_folders_of_this_machine():
+    """Also of files that are gone by then, and of those of a user's home."""
+    args = DataArguments(train_file="/gone/mine.txt", validation_file="~/gone/valid.txt")
+    assert given_flags(args) == {"train_file": "mine.txt", "validation_file": "valid.txt"}
+
+
+def test_a_stream_that_cannot_be_told_is_said(capsys):
+    flags = {"dataset_name": "some/set", "streaming": True, **dict.fromkeys(TEXT_FLAGS)}
+    record = {"name": "set", "fingerprint": "", "splits": {}, "flags": flags, "files": {}, "read": {}}
+    own, used = ModelCorpus("model", record), UsedCorpus(record)
+    own.check(used, own.fill(DataArguments()))
+    assert "the corpus 'set' of 'model' is streamed: nothing tells whether it is as it was" in capsys.readouterr().err
+    assert own.is_same(used, "validation")
+    assert not own.is_same(UsedCorpus({**record, "flags": {**flags, "dataset_name": "other/set"}}), "validation")
+
+
+def test_a_configuration_needs_its_data_set():
+    own = ModelCorpus("model", {"name": "set", "fingerprint": "f", "flags": {"dataset_name": "some/set"}})
+    assert own.fill(DataArguments()).dataset_name == "some/set"
+    assert own.fill(DataArguments(dataset_config_name="en")).dataset_name is None  # which is refused then

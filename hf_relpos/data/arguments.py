@@ -8,7 +8,8 @@ from ..environment import check_at_least_1
 
 BUILT_IN = "sotu"  # the name of the built-in corpus
 # the flags that say where text is, and what those that say how it is read mean where nothing else tells
-SOURCE_FLAGS = ("dataset_name", "train_file", "validation_file")
+FILE_FLAGS = ("train_file", "validation_file", "test_file")
+SOURCE_FLAGS = ("dataset_name", *FILE_FLAGS)
 READING_DEFAULTS = {
     "text_column": "text",
     "document_separator": "<|endoftext|>",
@@ -35,7 +36,10 @@ class TextArguments:
             "help": "A txt, jsonl, parquet or csv file to train on, also as gz, bz2, xz, zst, or a folder of one kind."
         },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on while training."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "The same, which evaluation reads instead if it is given."}
+    )
     text_column: str | None = field(default=None, metadata={"help": "The column that holds the text; text by default."})
     document_separator: str | None = field(
         default=None,

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,7 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.packaged_modules.csv.csv import Csv
 
-from .arguments import BUILT_IN, TextArguments
+from .arguments import BUILT_IN, FILE_FLAGS, TextArguments
 from .cache import cache_root, cached_rows, digest, say
 from .documents import Tally, check_column, check_text_type, pieces, read_documents, split_text
 from .files import FileList, check_apart, content_hash, file_type, list_files
@@ -94,15 +95,16 @@ def load_corpus(args: TextArguments) -> Corpus:
     args = args.filled()
     if args.dataset_config_name and not args.dataset_name:
         raise ValueError(f"`dataset_config_name` needs `dataset_name`, got {args.dataset_config_name!r} alone.")
-    if args.dataset_name and (args.train_file or args.validation_file):
-        raise ValueError("`dataset_name` and `train_file`/`validation_file` exclude each other, got both.")
+    given = {name: path for name in FILE_FLAGS if (path := getattr(args, name))}
+    if args.dataset_name and given:
+        raise ValueError(f"`dataset_name` and `{next(iter(given))}` exclude each other, got both.")
     if not 0 < args.validation_split_percentage < 100:
         raise ValueError(
             f"`validation_split_percentage` must lie between 0 and 100, got {args.validation_split_percentage}."
         )
     if args.dataset_name:
         corpus = _load_named(args)
-    elif args.train_file or args.validation_file:
+    elif given:
         corpus = _load_files(args)
     else:
         corpus = load_sotu()
@@ -145,16 +147,16 @@ def load_sotu() -> Corpus:
 
 
 def _load_files(args: TextArguments) -> Corpus:
-    given = {"train": args.train_file, "validation": args.validation_file}
-    lists = {split: list_files(f"{split}_file", path) for split, path in given.items() if path}
-    name = "+".join(dict.fromkeys(Path(path).name for path in given.values() if path))
+    given = {flag.removesuffix("_file"): path for flag in FILE_FLAGS if (path := getattr(args, flag))}
+    lists = {split: list_files(f"{split}_file", path) for split, path in given.items()}
+    name = "+".join(dict.fromkeys(Path(path).name for path in given.values()))
     return _read_lists(name, lists, args)
 
 
 def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> Corpus:
     hashes = {path: content_hash(path) for files in lists.values() for path in files.paths}
-    if "train" in lists and "validation" in lists:
-        check_apart(lists["train"], lists["validation"])
+    for first, second in itertools.combinations(lists.values(), 2):
+        check_apart(first, second)
     how = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS)
     splits, read, contents, named = {}, ReadRecord(), {}, {}
     for split, files in lists.items():

@@ -11,7 +11,8 @@ import torch
 from jinja2 import Environment
 
 from ..evaluation.evaluate import bias_curve_limit
-from ..evaluation.loss_by_length import RunningLoss, evaluation_mode, token_losses
+from ..evaluation.loss_by_length import evaluation_mode, token_losses
+from ..evaluation.loss_sums import RunningLoss
 from ..inference.generate import sample
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..results.result_file import smooth_by_position

@@ -186,6 +186,8 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = RelPosAttention(config, layer_idx)
         self.post_attention_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = RelPosMLP(config)
+        for projection in (self.self_attn.o_proj, self.mlp.down_proj):  # as in GPT-2: all add to one residual stream
+            projection.initial_scale = (2 * config.num_hidden_layers) ** -0.5
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     @takes_cache

@@ -161,7 +161,7 @@ class RotaryEmbedding(PositionEmbedding):
 
 def _check_keys(parameters: dict[str, Any]) -> None:
     rope_type = parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
+    if rope_type not in list(ROPE_TYPES):  # it may be of any type
         raise ValueError(f"`rope_parameters` 'rope_type' must be one of {list(ROPE_TYPES)}, got {rope_type!r}.")
     required, optional = ROPE_TYPES[rope_type]
     allowed = {"rope_type", *RotaryEmbedding.defaults, *required, *optional}
@@ -182,7 +182,7 @@ def _check_values(config: Any, parameters: dict[str, Any]) -> int:
         if name == "truncate":
             valid = isinstance(value, bool)
         else:
-            valid = all(isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in values)
+            valid = all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf for x in values)
         if not valid:
             raise ValueError(f"`rope_parameters` {name!r} must be a positive number, got {value!r}.")
     if parameters.get("factor") is not None and parameters["factor"] < 1:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..environment import write_bytes
 from .result_file import labels, score_cells, smooth_by_position, text_title
 
 
@@ -39,8 +40,7 @@ def figure_png(figure: Any, num_colors: int = NUM_COLORS) -> bytes:
 
 def save_figure(figure: Any, path: Path, num_colors: int = NUM_COLORS) -> None:
     """Writes the figure as a small PNG, making the folder where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(figure_png(figure, num_colors))
+    write_bytes(path, figure_png(figure, num_colors))
 
 
 def plain(name: Any) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import write_text
+from ..file_reading import parse_json, read_text_file
+from .schema import check_schema
 
 
 # the runs of an experiment, in the folder of scripts/sweep.py and in those of docs/results
@@ -91,35 +93,19 @@ def _rounded(value: Any, digits: int = DIGITS) -> Any:
 
 
 def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"result file {str(path)!r} cannot be read: {error}") from error
+    return read_text_file(path, "result file")
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     """→ the result that a text holds; an error begins with `where`."""
-    try:
-        result = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{where} cannot be read: {error}") from error
+    result = parse_json(text, where)
     is_dict = isinstance(result, dict)
     required = REQUIRED_KEYS + (TASK_KEYS if is_dict and "task" in result else TEXT_KEYS)
     missing = [key for key in required if not is_dict or key not in result]
     if missing:
         raise ValueError(f"{where} lacks {missing}.")
-    number = "score" if "task" in result else "perplexity"
-    try:
-        is_whole = all(int(length) > 0 and math.isfinite(cell[number]) for length, cell in result["lengths"].items())
-    except (AttributeError, KeyError, TypeError, ValueError):
-        is_whole = False
-    if not is_whole or not result["lengths"] or not isinstance(result["corpus"], dict):
-        raise ValueError(f"{where} has no {number} by length, or no corpus.")
+    check_schema(result, "TASK_RESULT" if "task" in result else "TEXT_RESULT", where)
     return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def labels(results: Sequence[dict[str, Any]]) -> list[str]:

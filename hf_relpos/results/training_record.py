@@ -8,6 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..file_reading import read_json
+from .schema import check_schema
+
 
 TRAINING_RECORD = "training.json"
 # flags that do not change the result
@@ -47,8 +50,10 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
             if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
             if isinstance(value, str):
-                with suppress(OSError, ValueError):  # text that is too long for a path
-                    value = Path(value).name if Path(value).exists() else value  # paths of this machine stay here
+                with suppress(OSError, ValueError, RuntimeError):  # text that is too long for a path
+                    # paths of this machine stay here
+                    is_path = name.endswith("_file") or Path(value).expanduser().exists()
+                    value = Path(value).name if is_path else value
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 
@@ -75,8 +80,16 @@ def command_line(script: str, flags: dict[str, Any]) -> str:
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """The record of a saved model, of a folder or of the Hub; empty if there is none."""
+    """The record of a saved model, of a folder or of the Hub; empty if there is none.
+
+    Raises:
+        ValueError: naming the file and the field, for what is no record.
+    """
     from transformers.utils import cached_file
 
     path = cached_file(name, TRAINING_RECORD, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    if not path:
+        return {}
+    record = read_json(path, "training record")
+    check_schema(record, "TRAINING_FILE", f"training record {path!r}")
+    return record

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..data.arguments import TextArguments
+from ..data.arguments import SOURCE_FLAGS, TextArguments
 from .base import TASKS
 
 
@@ -15,6 +15,6 @@ class DataArguments(TextArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dataset_name", "train_file", "validation_file"):
+        for name in SOURCE_FLAGS:
             if self.task and getattr(self, name):
                 raise ValueError(f"`task` and `{name}` exclude each other, got both.")

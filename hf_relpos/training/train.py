@@ -12,19 +12,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
-from ..environment import write_json
+from ..environment import write_error, write_json
+from ..file_reading import reading
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
-from ..results.training_record import TRAINING_RECORD
+from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
 from .arguments import FinetuningArguments, RelPosTrainingArguments
-from .checkpoints import STATE, damage, find_checkpoint, load_weights, read_json
+from .checkpoints import STATE, damage, find_checkpoint, load_weights
 from .interrupt import InterruptCallback
 from .model_setup import ModelArguments, extend_learned_positions, load_saved, new_config, new_model
 from .output_stream import safe_output
@@ -187,11 +187,9 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
         _save_record(trainer, record)
         if args.process_index == 0:
             print(_closing_line(record, args.output_dir))
-    except SafetensorError as error:  # a full disk, while weights are written
-        raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "file write" in str(error) or "basic_ios" in str(error):
-            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
+    except Exception as error:
+        if cause := write_error(error):
+            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {cause}") from error
         raise
     finally:
         interrupt.restore()
@@ -244,7 +242,7 @@ def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not (folder / TRAINING_RECORD).is_file():
         return None
-    record = read_json(folder / TRAINING_RECORD)
+    record = read_record(args.output_dir)
     differing = differences(record.get("resume", {}).get("values", {}), recipe.values, run)
     if not differing:
         _check_checkpoint(args.output_dir, run.model.config)
@@ -328,12 +326,14 @@ def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[s
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
-            f"`output_dir` {run.args.output_dir!r} has room for {free >> 20} MiB, a checkpoint takes {num_bytes >> 20}."
+            f"`output_dir` {run.args.output_dir!r} has room for {free / 2**20:.1f} MiB, a checkpoint takes "
+            f"{num_bytes / 2**20:.1f}."
         )
 
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:
-    saved = RelPosConfig.from_pretrained(checkpoint)
+    with reading(f"the configuration of {checkpoint!r} cannot be read"):
+        saved = RelPosConfig.from_pretrained(checkpoint)
     for name in (*RelPosConfig.__annotations__, "rope_parameters", "layer_types"):
         theirs, ours = getattr(saved, name, None), getattr(config, name, None)
         if theirs != ours and name != "use_cache":

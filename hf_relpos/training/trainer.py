@@ -146,7 +146,7 @@ class RelPosTrainer(Trainer):
         folder = Path(self.args.output_dir)
         try:
             card = repository_files(folder, self.hub_model_id)[CARD]
-        except (ValueError, OSError) as error:  # the model is saved already
+        except Exception as error:  # the model is saved already
             logger.warning(f"No card was written: {error}")
         else:
             if isinstance(card, bytes):
