@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils.import_utils import is_tracing
 
+from .functional_transforms import assert_async, is_tracing
 from .scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, register_position_embedding
 
 
@@ -142,7 +142,7 @@ class RotaryEmbedding(PositionEmbedding):
         if self.rope_type == "longrope":
             grown &= first <= original
         if is_tracing(positions):
-            torch._assert_async(~grown.any(), f"rope_type {self.rope_type!r}: cached keys of a shorter length")
+            assert_async(~grown.any(), f"rope_type {self.rope_type!r}: cached keys of a shorter length")
         elif bool(grown.any()):
             raise ValueError(
                 f"`use_cache` must be False past {original} tokens with rope_type {self.rope_type!r}: its angles "
@@ -258,7 +258,7 @@ class XPosEmbedding(RotaryEmbedding):
         outside = (positions < first) | (positions > last)
         message = f"`scale_base` {self.scale_base} lets xpos serve positions {max(first, 0)} to {last} in {dtype}"
         if is_tracing(positions):
-            torch._assert_async(~outside.any(), message)
+            assert_async(~outside.any(), message)
         elif bool(outside.any()):
             raise ValueError(f"{message}, got {int(positions[outside].max())}.")
         return centre
