@@ -93,8 +93,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             Where layers differ, what they have, in the order of the layers, joined by "/".
         """
         model = self.base_model
-        inputs_embeds = model._example_embeds(2)
-        plans = model._plans(model._locate_tokens(inputs_embeds), inputs_embeds)
+        embeds = model._example_embeds(2)
+        plans = model._plans(model._locate_tokens(embeds), embeds)
         return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -250,9 +250,8 @@ class RelPosModel(RelPosPreTrainedModel):
     def _example_embeds(self, length: int) -> torch.Tensor:
         """→ (1, length, C) on the device of a forward: offloaded parameters are on none until they are used."""
         device = self.embed_tokens.weight.device
-        is_offloaded = device.type == "meta" and hasattr(self.embed_tokens, "_hf_hook")
-        with torch.no_grad():
-            return self.embed_tokens(torch.zeros(1, length, dtype=torch.long, device="cpu" if is_offloaded else device))
+        device = "cpu" if device.type == "meta" and hasattr(self.embed_tokens, "_hf_hook") else device
+        return self.embed_tokens(torch.zeros(1, length, dtype=torch.long, device=device))
 
     def _locate_tokens(
         self,
