@@ -101,7 +101,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         if isinstance(module, SelfInitialized):
             module.reset_parameters()
         elif self.config.initializer == "fan_in" and isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            std = module.in_features**-0.5 * getattr(module, "initial_scale", 1.0)
+            init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif self.config.initializer == "fan_in" and isinstance(module, nn.Embedding):

@@ -175,8 +175,9 @@ class PositionEmbedding(SelfInitialized, HookCaller):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes. Under tensor
-        parallelism H and G are the heads of one rank, so that a rotation must not differ between heads there."""
+        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes, or both
+        with more channels. Under tensor parallelism H and G are the heads of one rank, so that a rotation must not
+        differ between heads there."""
         return query, key
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor | None:
