@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils.import_utils import is_tracing
 
+from .functional_transforms import is_tracing
 from .scheme_base import PositionEmbedding, register_position_embedding
 
 

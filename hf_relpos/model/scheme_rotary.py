@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils.import_utils import is_tracing
 
+from .functional_transforms import assert_async, is_tracing
 from .scheme_base import PositionEmbedding, register_position_embedding
 
 
@@ -139,7 +139,7 @@ class RotaryEmbedding(PositionEmbedding):
         if self.rope_type == "longrope":
             grown &= first <= original
         if is_tracing(positions):
-            torch._assert_async(~grown.any(), f"rope_type {self.rope_type!r}: cached keys of a shorter length")
+            assert_async(~grown.any(), f"rope_type {self.rope_type!r}: cached keys of a shorter length")
         elif bool(grown.any()):
             raise ValueError(
                 f"`use_cache` must be False past {original} tokens with rope_type {self.rope_type!r}: its angles "
@@ -255,7 +255,7 @@ class XPosEmbedding(RotaryEmbedding):
         outside = (positions < first) | (positions > last)
         message = f"`scale_base` {self.scale_base} lets xpos serve positions {max(first, 0)} to {last} in {dtype}"
         if is_tracing(positions):
-            torch._assert_async(~outside.any(), message)
+            assert_async(~outside.any(), message)
         elif bool(outside.any()):
             raise ValueError(f"{message}, got {int(positions[outside].max())}.")
         return centre
