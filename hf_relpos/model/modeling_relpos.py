@@ -27,7 +27,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_mask import check_implementation
 from .attention_plan import AttentionPlan
 from .attention_planner import example_embeds, plan_attention
-from .chunked_loss import linear_cross_entropy
 from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
 from .position_augmentation import augment_starts
@@ -42,9 +41,9 @@ from .transformers_versions import (
     CausalLMOutput,
     ModelOutput,
     check_keywords,
-    slice_logits_to_keep,
     takes_cache,
 )
+from .unread_logits import loss_and_logits, output_class
 
 
 class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
@@ -283,12 +282,13 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head.
 
     Attributes:
-        skip_logits: whether a forward with labels computes the loss a few rows at a time and returns no logits: the
-            (B·N, V) matrix takes most of the memory of a small model's step and a good part of its time. Off by
-            default, for callers that read the logits beside the loss; the training scripts set it.
+        skip_logits: the (B·N, V) logits take most of the memory of a small model's step and a good part of its time.
+            `None`, the default: a training step with labels computes the loss a few rows at a time, and the logits
+            when something reads them. `True`: any forward with labels returns no logits, as the training scripts want
+            it. `False`: logits are always computed.
     """
 
-    skip_logits = False
+    skip_logits: bool | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -315,6 +315,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutput:
         """Runs the model; arguments as in `RelPosModel.forward`.
@@ -322,6 +323,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, Q) token ids, −100 where there is no target; shifted here, as everywhere in transformers.
             logits_to_keep: compute the logits of the last n tokens only, or of the given indices; 0 for all.
+            skip_logits: instead of the attribute of this name.
 
         Returns:
             the mean loss in nats, if there are labels, and (B, Q, V) logits, unless `skip_logits` leaves them out.
@@ -339,28 +341,15 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **of_model,
         )
-        loss, logits = None, None
-        if labels is not None and self.skip_logits and self._has_plain_head(outputs.last_hidden_state):
-            given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
-            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, **given)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(
+        skip_logits = self.skip_logits if skip_logits is None else skip_logits
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, skip_logits, kwargs)
+        return output_class(logits)(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: outputs.cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _has_plain_head(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the head is a plain matrix that lies here whole, of no adapter or quantiser, with the usual loss."""
-        head = self.lm_head
-        plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor) and head.bias is None
-        whole = plain and head.weight.shape == (self.config.vocab_size, hidden_states.shape[-1])
-        return whole and head.weight.device == hidden_states.device and self.loss_function is ForCausalLMLoss
 
 
 # The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this
