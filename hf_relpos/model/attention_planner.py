@@ -17,7 +17,6 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from .attention_key_bias import check_cache
 from .attention_mask import check_implementation
 from .attention_plan import (
     TABLE_PLANS,
@@ -78,8 +77,6 @@ def plan_attention(
     implementation = config._attn_implementation
     if group.has_bias:
         check_implementation(config, implementation)
-    if group.has_key_bias:
-        check_cache(config, tokens.cache)
     keys, layer = locate_keys(tokens, layers[0]), model.layers[layers[0]].self_attn
     common = {"group": group, "implementation": implementation, "schemes": model.position_embeddings}
     common |= {"key_mask": keys.mask}

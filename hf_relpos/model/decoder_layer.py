@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_key_bias import from_extra_dims, to_extra_dims
 from .attention_plan import AttentionInputs, AttentionPlan
+from .cached_key_bias import add_with_key_bias
 from .configuration_relpos import RelPosConfig
 from .scheme_base import Positions
 from .scheme_registry import Rotation, build_position_embeddings, layer_groups
@@ -90,8 +90,10 @@ class RelPosAttention(nn.Module):
         key_bias = self.position_embeddings.key_bias(hidden_states)  # (B, H, Q) or None
         if key_bias is not None:
             key_bias = shard_heads(key_bias.transpose(0, 1)).transpose(0, 1)
-        if cache is not None:
-            key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)  # (B, G, K, D) twice, (B, H, K)
+        if cache is not None and key_bias is not None:  # (B, G, K, D) twice, (B, H, K)
+            key, value, key_bias = add_with_key_bias(cache, key, value, key_bias, self.layer_idx)
+        elif cache is not None:
+            key, value = add_to_cache(cache, key, value, self.layer_idx, kwargs)
         inputs = AttentionInputs(query, key, value, key_bias, shard_heads)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
         # some plans widen the heads
@@ -113,22 +115,6 @@ class RelPosAttention(nn.Module):
             query = query.float()
             scores = query @ key.float().transpose(2, 3) * self.scaling
             return self.position_embeddings.score_bias(scores, bias, query, positions)
-
-    def _update(
-        self,
-        cache: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_bias: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Adds to the cache and returns what it holds. A key bias is kept in extra dimensions of the keys."""
-        if key_bias is not None:
-            key = torch.cat((key, to_extra_dims(key_bias, key.shape[1], key.dtype)), dim=-1)
-        key, value = add_to_cache(cache, key, value, self.layer_idx, kwargs)
-        if key_bias is not None:
-            key, key_bias = key[..., : self.head_dim], from_extra_dims(key[..., self.head_dim :])
-        return key, value, key_bias
 
     def _head_slicer(self, query: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """→ a function from (H, ..) values of all heads to those of this rank; the gradient is that of all heads."""
