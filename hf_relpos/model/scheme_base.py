@@ -54,12 +54,22 @@ class Positions:
         distance: (B or 1, Q, K) int64, query − key, 0 where the key is a later one (the causal mask hides it). The
             first dimension is 1 wherever all rows agree.
         visible: (B or 1, 1, Q, K) boolean, the keys that each query sees.
+        first: (B or 1, Q or 1) int64, the position of the first token of each query's document, where a window may
+            hide it; `None` where it is among the keys.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     distance: torch.Tensor
     visible: torch.Tensor
+    first: torch.Tensor | None = None
+
+    @property
+    def index(self) -> torch.Tensor:
+        """(B or 1, Q) int64: the positions of the queries, counted from the first token of their document."""
+        if self.first is not None:
+            return self.query - self.first
+        return torch.where(self.visible[:, 0], self.distance, 0).amax(-1)
 
 
 class SelfInitialized:

@@ -379,7 +379,7 @@ class FIRE(PositionEmbedding):
 
     def dense_bias(self, positions: Positions) -> torch.Tensor:
         with torch.autocast(positions.query.device.type, enabled=False):
-            index = torch.where(positions.visible[:, 0], positions.distance, 0).amax(-1, keepdim=True).float()
+            index = positions.index[..., None].float()
             limit = self.multiplier.float().abs() * self.threshold
             reach = torch.where(index > limit, index, limit)  # `maximum` would halve the gradient where they are equal
             x = self.log(positions.distance.float()) / (self.log(reach) + 1e-6)  # (B or 1, Q, K)

@@ -204,7 +204,7 @@ def test_assisted_decoding_and_beams(scheme):
 
 
 def test_quantised_numbers_are_exact():
-    """Only keys and values are rounded: numbers of 40 tokens, of which most are quantised, are those of a plain cache."""
+    """Only keys and values are rounded: the numbers of 40 tokens are those of a plain cache."""
     pytest.importorskip("optimum.quanto", reason="keeps the quantised keys and values")
     model, tokens = make("fox", head_dim=16), make_tokens(2, 40)
     held = []
