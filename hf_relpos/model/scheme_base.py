@@ -156,8 +156,8 @@ class PositionEmbedding(SelfInitialized, nn.Module):
         return None
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept with the cached keys: the bias between a query
-        and a key is the sum over the tokens after the key, up to the query."""
+        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept beside the cached keys: the bias between a query
+        and a key is the sum over the tokens after the key, up to the query; 0 for cached keys from elsewhere."""
         return None
 
     def score_bias(

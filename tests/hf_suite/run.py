@@ -275,7 +275,7 @@ def page(record: dict) -> str:
         "## By suite",
         "",
         "passed / failed / skipped, seconds in tests. "
-        f"`{'` and `'.join(DISTRIBUTED_SUITES)}`, with several processes for each test, are for one scheme of each kind.",
+        f"Those with several processes, `{'` and `'.join(DISTRIBUTED_SUITES)}`, are for one scheme of each kind.",
         "",
         "| family | " + " | ".join(f"`{suite}`" for suite in suites) + " |",
         "| --- |" + " ---: |" * len(suites),
