@@ -24,8 +24,8 @@ def _suite(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    left_out = json.loads(os.environ["HF_SUITE_LEFT_OUT"])
-    items[:] = [item for item in items if _suite(item) not in left_out]
+    only, left_out = (json.loads(os.environ[f"HF_SUITE_{name}"]) for name in ("ONLY", "LEFT_OUT"))
+    items[:] = [item for item in items if _suite(item) in (only or [_suite(item)]) and _suite(item) not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

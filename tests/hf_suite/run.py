@@ -3,6 +3,7 @@
     python tests/hf_suite/run.py                     # every row of the table
     python tests/hf_suite/run.py --only alibi Llama  # some rows, printed and not written
     python tests/hf_suite/run.py --only alibi --update  # these rows of the page anew, the others as they were
+    python tests/hf_suite/run.py --suites test_utils --update  # these columns anew: the generation tests
     python tests/hf_suite/run.py --transformers_repo ../transformers  # with the tests that no source distribution has
 
 The tests come from the source distribution of the installed transformers, through pip, into .hf-suite.
@@ -16,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -104,8 +104,8 @@ def assemble(repository: Path | None) -> Path:
     return folder
 
 
-def run(folder: Path, row: str, tests: str | None) -> dict:
-    """One row of the table: all suites over one scheme or peer, in a process of its own."""
+def run(folder: Path, row: str, tests: str | None, suites: list[str] | None = None) -> dict:
+    """One row of the table: all suites, or some, over one scheme or peer, in a process of its own."""
     own = row not in PEERS
     report = folder / f"{row}.json"
     report.unlink(missing_ok=True)
@@ -115,6 +115,7 @@ def run(folder: Path, row: str, tests: str | None) -> dict:
         "HF_SUITE_PREFIX": "RelPos" if own else MODULES[row],
         "HF_SUITE_CONFIG": json.dumps({"pos_embedding_type": row} if own else {}),
         "HF_SUITE_REPORT": str(report),
+        "HF_SUITE_ONLY": json.dumps(suites),
         "HF_SUITE_LEFT_OUT": json.dumps(DISTRIBUTED_SUITES if own and row not in DISTRIBUTED_SCHEMES else ()),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -135,14 +136,13 @@ def run(folder: Path, row: str, tests: str | None) -> dict:
         str(folder),
     ]
     command += ["-c", os.devnull, "tests/family/test_family.py", *(["-k", tests] if tests else [])]
-    start = time.perf_counter()
     log = folder / f"{row}.log"
     with log.open("w") as output:
         subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
     if not report.is_file():
         raise SystemExit(f"the suite did not run for {row}: see {log}")
     tests = fold(json.loads(report.read_text()))
-    seconds = {"all": round(time.perf_counter() - start, 1)}
+    seconds: dict[str, float] = {}
     for test in tests.values():
         seconds[test["suite"]] = round(seconds.get(test["suite"], 0.0) + test.pop("seconds"), 1)
     return {"row": row, "seconds": seconds, "tests": tests}
@@ -187,7 +187,7 @@ def restored(report: dict) -> list[dict]:
 
 
 def updated(rows: list[dict], facts: dict) -> list[dict]:
-    """The rows of the report with these in the place of their predecessors.
+    """The rows of the report with these, suite by suite, in the place of their predecessors.
 
     Raises:
         SystemExit: if the report is of other versions.
@@ -195,7 +195,11 @@ def updated(rows: list[dict], facts: dict) -> list[dict]:
     report = json.loads(REPORT.read_text())
     if report["versions"] != facts["versions"]:
         raise SystemExit(f"{REPORT} is of {report['versions']}, these rows are of {facts['versions']}: run all rows.")
-    found = {row["row"]: row for row in [*restored(report), *rows]}
+    found = {row["row"]: row for row in restored(report)}
+    for row in rows:
+        kept = found.setdefault(row["row"], {"row": row["row"], "seconds": {}, "tests": {}})
+        others = {name: test for name, test in kept["tests"].items() if test["suite"] not in row["seconds"]}
+        kept.update(seconds=kept["seconds"] | row["seconds"], tests=others | row["tests"])
     return [found[name] for name in (*SCHEMES, *PEERS) if name in found]
 
 
@@ -249,13 +253,8 @@ def page(record: dict) -> str:
         f"Made by `make test-hf`, kept in {REPORT.relative_to(ROOT)}: transformers "
         f"{versions['transformers']}, torch {versions['torch']}, {hardware['cores']} cores of {hardware['cpu']}.",
         "",
-        "The tests come from the source distribution. "
-        + (
-            "The files that it lacks, with the generation and export tests, come from the repository."
-            if record["with_repository"]
-            else "It lacks the generation and the export tests; with a clone of the repository of the same version, "
-            "`make test-hf TRANSFORMERS_REPO=path` adds them. Not run for this page."
-        ),
+        "The tests come from the source distribution. It lacks the generation and the export tests, `test_utils` and",
+        "`test_export` below; `make test-hf TRANSFORMERS_REPO=path` adds them from a clone of the repository.",
         "",
         "| family | passed | failed | skipped | own skips | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -265,7 +264,7 @@ def page(record: dict) -> str:
         own = sum(t["outcome"] == "skipped" and kind_of_skip(t["why"]) == "own" for t in row["tests"].values())
         lines.append(
             f"| {_name(row)} | {outcomes['passed']} | {outcomes['failed']} | {outcomes['skipped']} | {own} | "
-            f"{row['seconds']['all']:.0f} |"
+            f"{sum(row['seconds'].values()):.0f} |"
         )
     lines += [
         "",
@@ -320,7 +319,10 @@ def _name(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=(*SCHEMES, *PEERS), help="these rows; nothing is written")
-    parser.add_argument("--update", action="store_true", help="with --only: write them into the report of the others")
+    parser.add_argument("--suites", nargs="+", help="files of transformers, without .py; nothing is written")
+    parser.add_argument(
+        "--update", action="store_true", help="write these rows and suites into the report of the others"
+    )
     parser.add_argument("--tests", help="pytest's -k: these tests only; nothing is written")
     parser.add_argument("--transformers_repo", type=Path, help="a clone of transformers at the installed version")
     args = parser.parse_args()
@@ -329,20 +331,19 @@ def main() -> None:
     rows = []
     for name in names:
         names.set_description(name)
-        rows.append(run(folder, name, args.tests))
+        rows.append(run(folder, name, args.tests, args.suites))
     facts = {
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "hardware": hardware(),
-        "with_repository": args.transformers_repo is not None,
     }
-    if not args.tests and (args.update or not args.only):
-        written = updated(rows, facts) if args.only else rows
+    if not args.tests and (args.update or not (args.only or args.suites)):
+        written = updated(rows, facts) if args.update else rows
         write_json(REPORT, facts | stored(written))
         PAGE.write_text(page(facts | {"rows": written}), encoding="utf-8")
     for row in rows:
         outcomes = Counter(test["outcome"] for test in row["tests"].values())
         own = [t for t, r in row["tests"].items() if r["outcome"] == "skipped" and kind_of_skip(r["why"]) == "own"]
-        print(f"{row['row']:12} {dict(outcomes)} own skips {len(own)} in {row['seconds']['all']} s")
+        print(f"{row['row']:12} {dict(outcomes)} own skips {len(own)} in {sum(row['seconds'].values()):.0f} s")
     found = problems(rows)
     print("\n".join(found) or "no failure and no unexplained skip")
     sys.exit(bool(found))
