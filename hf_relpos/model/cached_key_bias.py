@@ -148,18 +148,24 @@ class KeyBiasLayer:
             numbers.cumulative_length = self.cumulative_length
 
 
-def _numbers_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """→ an empty layer for the numbers beside the keys of a layer, which are never quantised."""
+def _empty(layer: CacheLayerMixin, choose: Callable[[type], type]) -> CacheLayerMixin:
+    """→ an empty layer of the same kind and size, of the class that is chosen for it; a quantised layer counts as
+    dynamic.
+
+    Raises:
+        ValueError: for a layer of another kind.
+    """
     if isinstance(layer, StaticSlidingWindowLayer):
-        return StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+        length = layer.max_cache_len  # of the window, where that is shorter than the cache
+        return choose(StaticSlidingWindowLayer)(max_cache_len=length, sliding_window=length)
     if isinstance(layer, StaticLayer):
-        return StaticLayer(max_cache_len=layer.max_cache_len)
+        return choose(StaticLayer)(max_cache_len=layer.max_cache_len)
     if isinstance(layer, DynamicSlidingWindowLayer):
-        numbers = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-        numbers.record_past = layer.record_past
-        return numbers
+        empty = choose(DynamicSlidingWindowLayer)(sliding_window=layer.sliding_window)
+        empty.record_past = layer.record_past
+        return empty
     if isinstance(layer, DynamicLayer):
-        return DynamicLayer()
+        return choose(DynamicLayer)()
     raise ValueError(
         "`cache` must have layers of transformers' static, dynamic, sliding or quantised kinds where the schemes keep "
         f"numbers beside the keys, got {type(layer).__name__}."
@@ -168,10 +174,14 @@ def _numbers_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
 
 def _convert(layer: CacheLayerMixin) -> CacheLayerMixin:
     """→ the layer as one that keeps numbers. Another object, since compilers cannot trace a change of class."""
-    converted = object.__new__(CLASSES.get(type(layer)) or _with_key_bias(type(layer)))
-    for name, value in vars(layer).items():
-        setattr(converted, name, value)
-    converted.key_bias_layer = _numbers_layer(layer)
+    numbers = _empty(layer, lambda cls: cls)
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.is_initialized:
+        converted = _empty(layer, CLASSES.get)  # the one form that all supported compilers can trace
+    else:
+        converted = object.__new__(CLASSES.get(type(layer)) or _with_key_bias(type(layer)))
+        for name, value in vars(layer).items():
+            setattr(converted, name, value)
+    converted.key_bias_layer = numbers
     return converted
 
 

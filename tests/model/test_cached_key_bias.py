@@ -96,18 +96,18 @@ OPERATIONS = {
 }
 
 
-@each_scheme
+@pytest.mark.parametrize("scheme", ["fox", "alibi+fox"])
 @pytest.mark.parametrize("window", [False, True], ids=["whole", "window"])
-@pytest.mark.parametrize("kind", ["dynamic", "lazy", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_numbers_follow_what_is_done_to_the_cache(scheme, window, kind, operation):
     rows, length, act = OPERATIONS[operation]
     model, tokens = make(scheme, window), make_tokens(3, 20)
     cache = CACHES[kind](model.config)
-    if window and operation == "crop":
-        cache.activate_past_recording()
     with torch.no_grad():
         model(tokens[:, :9], past_key_values=cache)
+        if window and operation == "crop":
+            cache.activate_past_recording()
         model(tokens[:, 9:14], past_key_values=cache)
         try:
             cache = act(cache)
@@ -117,8 +117,11 @@ def test_numbers_follow_what_is_done_to_the_cache(scheme, window, kind, operatio
             return
         if window and kind == "static" and operation == "crop":
             return  # keys that left the window are gone, for any model
-        pieces = [model(tokens[rows, length:17], past_key_values=cache).logits]
-        pieces += [model(tokens[rows, step : step + 1], past_key_values=cache).logits for step in (17, 18, 19)]
+        pieces = []
+        for start, stop in ((length, 17), (17, 18), (18, 19), (19, 20)):
+            pieces.append(model(tokens[rows, start:stop], past_key_values=cache).logits)
+            if window and operation == "crop":
+                cache.crop(0)  # as after every forward of assisted decoding
         assert_close(torch.cat(pieces, dim=1), model(tokens[rows]).logits[:, length:], **CLOSE)
 
 
