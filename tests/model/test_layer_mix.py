@@ -63,7 +63,8 @@ def test_a_repeated_name_is_the_plain_scheme():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_windows_are_mistrals(implementation):
     """Rotary with a window in all layers, and cached steps, beside transformers' own code."""
-    model = make_model("rotary", sliding_window=6, num_key_value_heads=2, attn_implementation=implementation)
+    options = dict(sliding_window=6, num_key_value_heads=2, embedding_multiplier=1.0)
+    model = make_model("rotary", **options, attn_implementation=implementation)
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     fields += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "sliding_window", "pad_token_id")
     fields += ("eos_token_id",)
