@@ -176,7 +176,7 @@ def test_peft_trains_a_position_bias_whole(tmp_path):
     assert_close(merged(tokens).logits, logits, **CLOSE)
 
 
-@pytest.mark.parametrize("scheme", [*KINDS, "fire", "fox", "cope", "rotary/none", "fox/alibi"])
+@pytest.mark.parametrize("scheme", [*KINDS, "fire", "fox", "cope", "pope", "rotary/none", "fox/alibi"])
 def test_peft_prefix_tuning(scheme, tmp_path):
     """The prefix is a cache of keys and values that the model did not compute."""
     peft = pytest.importorskip("peft", reason="prefix tuning")
@@ -285,7 +285,7 @@ def import_exporters():
     return exporters
 
 
-@pytest.mark.parametrize("scheme", [*KINDS, "fox"])
+@pytest.mark.parametrize("scheme", [*KINDS, "fox", "pope"])
 @pytest.mark.parametrize("backend", EXPORTS)
 def test_export(backend, scheme, tmp_path, monkeypatch):
     """Prefill and decode with a cache, saved and loaded, at another batch size and length than those traced."""

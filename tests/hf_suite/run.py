@@ -38,6 +38,7 @@ SCHEMES = tuple(list_position_embeddings())
 # the suites with several processes take most of the time: they are for these of ours, one of each kind
 DISTRIBUTED_SCHEMES = ("none", "learned", "alibi", "linear_cpb", "rotary")
 DISTRIBUTED_SUITES = ("test_fsdp_mixin", "test_tensor_parallel_mixin")
+FIELDS = {"temperature": {"train_length": 4}}  # what a scheme cannot do without
 WITHOUT_ROPE = tuple(name for name, cls in POSITION_EMBEDDINGS.items() if not cls.uses_rope_parameters)
 PEERS = ("Llama", "GPTNeoX", "Bloom", "MPT")
 MODULES = {"Llama": "Llama", "GPTNeoX": "GPTNeoX", "Bloom": "Bloom", "MPT": "Mpt"}
@@ -113,7 +114,7 @@ def run(folder: Path, row: str, tests: str | None, suites: list[str] | None = No
         **os.environ,
         "HF_SUITE_MODULE": "hf_relpos" if own else "transformers",
         "HF_SUITE_PREFIX": "RelPos" if own else MODULES[row],
-        "HF_SUITE_CONFIG": json.dumps({"pos_embedding_type": row} if own else {}),
+        "HF_SUITE_CONFIG": json.dumps({"pos_embedding_type": row, **FIELDS.get(row, {})} if own else {}),
         "HF_SUITE_REPORT": str(report),
         "HF_SUITE_ONLY": json.dumps(suites),
         "HF_SUITE_LEFT_OUT": json.dumps(DISTRIBUTED_SUITES if own and row not in DISTRIBUTED_SCHEMES else ()),

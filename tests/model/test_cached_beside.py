@@ -1,4 +1,4 @@
-"""Numbers per key live beside the keys of a cache, and follow all that is done to it."""
+"""What is kept beside keys and values in a cache follows all that is done to it."""
 
 import copy
 import io
@@ -12,13 +12,13 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_relpos import RelPosForCausalLM
-from hf_relpos.model.cached_key_bias import KeyBiasLayer, add_with_key_bias
+from hf_relpos.model.cached_beside import LayerWithBeside, add_with_beside
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 SCHEMES = [name for name, cls in POSITION_EMBEDDINGS.items() if "key_bias" in cls.hooks]
-SCHEMES += ["alibi+fox", "fox/rotary"]
+SCHEMES += ["alibi+fox", "fox/rotary", "pope", "pope+fox"]
 WINDOW = 6
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -58,9 +58,11 @@ def test_keys_and_values_have_the_shapes_of_every_model(scheme, kind):
         assert layer.keys.shape == layer.values.shape == (2, 2, length, model.config.head_dim)
     assert len(cache) == model.config.num_hidden_layers
     assert isinstance(cache.layers[0], type(CACHES[kind](make_config("none")).layers[0]) if kind != "lazy" else object)
-    assert cache.layers[0].key_bias_layer.keys.shape == (2, 6, length, 1)
+    shapes = [tuple(layer.keys.shape) for layer in cache.layers[0].layers_beside]
+    expected = [(2, 6, length, 1)] * ("fox" in scheme) + [(2, 2, length, model.config.head_dim)] * ("pope" in scheme)
+    assert shapes == expected
     if "/" in scheme:
-        assert not isinstance(cache.layers[1], KeyBiasLayer), "its schemes keep nothing"
+        assert not isinstance(cache.layers[1], LayerWithBeside), "its schemes keep nothing"
 
 
 def pickled(cache):
@@ -96,7 +98,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["fox", "alibi+fox"])
+@pytest.mark.parametrize("scheme", ["fox", "pope+fox"])
 @pytest.mark.parametrize("window", [False, True], ids=["whole", "window"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -143,7 +145,7 @@ def test_a_cache_that_is_reset_starts_anew(scheme, kind):
         assert torch.equal(model(tokens, past_key_values=cache).logits, first)
 
 
-@each_scheme
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if "pope" not in scheme])  # whose zeros are no gates
 @pytest.mark.parametrize("kind", CACHES)
 def test_keys_without_numbers_add_nothing(scheme, kind):
     """A prefix of keys and values from elsewhere, as prefix tuning makes it: its gates are 1."""
@@ -214,7 +216,7 @@ def test_quantised_numbers_are_exact():
     with torch.no_grad():
         for cache in (DynamicCache(), QuantizedCache("quanto", model.config, q_group_size=16, residual_length=4)):
             model(tokens, past_key_values=cache)
-            held.append(cache.layers[0].key_bias_layer.keys)
+            held.append(cache.layers[0].layers_beside[0].keys)
     assert held[0].dtype == torch.float32 and torch.equal(*held)
 
 
@@ -225,7 +227,7 @@ def test_an_unknown_kind_of_layer_is_refused():
     cache, keys = DynamicCache(config=make_config("fox")), torch.zeros(1, 2, 3, 8)
     cache.layers[0] = Strange()
     with pytest.raises(ValueError, match="`cache` must have layers of transformers' static, dynamic.*got Strange"):
-        add_with_key_bias(cache, keys, keys, torch.zeros(1, 6, 3), 0)
+        add_with_beside(cache, keys, keys, [torch.zeros(1, 6, 3, 1)], 0)
 
 
 def test_an_own_kind_of_layer_is_kept():
@@ -242,5 +244,5 @@ def test_an_own_kind_of_layer_is_kept():
 def test_a_saved_folder_carries_it(tmp_path):
     model = make("fox")
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "cached_key_bias.py").is_file()
+    assert (tmp_path / "cached_beside.py").is_file()
     assert isinstance(RelPosForCausalLM.from_pretrained(tmp_path), RelPosForCausalLM)
