@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from .adapters import KnownToAdapters
 from .position_augmentation import SAMPLINGS
 from .scheme_base import POSITION_EMBEDDINGS
 from .scheme_registry import layer_groups, position_embedding_classes
@@ -33,7 +34,7 @@ MODEL_SIZES = {
 }
 
 
-class RelPosConfig(PreTrainedConfig):
+class RelPosConfig(KnownToAdapters, PreTrainedConfig):
     r"""Configuration of a RelPos model: a pre-norm decoder whose position scheme is one field.
 
     Args:
