@@ -24,6 +24,7 @@ CONTRACT = {
     "cli": "model scheme_files",
     "__main__": "cli",
     "model_loading": "model",
+    "pretrained": "model cli",
     "data": "model model_loading environment special_tokens",
     "inference": "model model_loading cli special_tokens",
     "tasks": "data special_tokens",
@@ -32,7 +33,7 @@ CONTRACT = {
     "evaluation": "model model_loading special_tokens data tasks results environment cli scheme_files",
     "hub": "model model_loading results scheme_docs environment cli",
     "demo": "model model_loading evaluation inference results cli",
-    "training": "model model_loading data tasks results hub environment cli scheme_files",
+    "training": "model model_loading pretrained data tasks results hub environment cli scheme_files",
     "experiments": "model data tasks training evaluation results environment cli scheme_files",
 }
 
