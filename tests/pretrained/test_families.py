@@ -1,5 +1,6 @@
 """An imported model of each family says what the original says."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,11 +8,19 @@ import torch
 from helpers import run_without_the_package
 from safetensors.torch import save_file
 from tiny_models import CONFIGS, EAGER_ONLY, ROUNDED, make_original, padded_tokens
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 import hf_relpos
 from hf_relpos import RelPosForCausalLM
-from hf_relpos.pretrained.families import FAMILIES, converters, family_of, our_name
+from hf_relpos.pretrained.families import FAMILIES, converters, family_of, our_name, represented_fields
 from hf_relpos.pretrained.importing import import_pretrained
 
 
@@ -95,7 +104,15 @@ LOAD = """
 import json, sys
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     expected = load_file(f"{folder}-expected.safetensors")
@@ -143,3 +160,59 @@ def test_another_scheme_stays(tmp_path):
     assert loaded.config.pos_embedding_type == "none" and loaded.config.imported_from["model_type"] == "llama"
     assert torch.equal(loaded(tokens).logits, without(tokens).logits)
     assert not torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-2)
+
+
+REFUSED = {
+    "mpt, slopes in another order": (MptConfig(n_heads=6, d_model=96, n_layers=1), "`n_heads` must be .*got 6"),
+    "mpt, other slopes": (
+        MptConfig(n_layers=1, attn_config={"alibi_bias_max": 16}),
+        "`attn_config.alibi_bias_max` must be 8 .*got 16",
+    ),
+    "mpt, clipping": (
+        MptConfig(n_layers=1, attn_config={"clip_qkv": 6.0}),
+        "`attn_config.clip_qkv` must be None .*got 6.0",
+    ),
+    "mpt, no alibi": (MptConfig(n_layers=1, attn_config={"alibi": False}), "`attn_config.alibi` must be True"),
+    "mpt, scaled logits": (MptConfig(n_layers=1, logit_scale=0.5), "`logit_scale` must be None .*got 0.5"),
+    "bloom, residual after its norm": (
+        BloomConfig(apply_residual_connection_post_layernorm=True),
+        "`apply_residual_connection_post_layernorm` must be False .*got True",
+    ),
+    "gpt2, scores by layer": (
+        GPT2Config(scale_attn_by_inverse_layer_idx=True),
+        "`scale_attn_by_inverse_layer_idx` must be False .*got True",
+    ),
+    "gpt2, another model's output": (GPT2Config(add_cross_attention=True), "`add_cross_attention` must be False"),
+    "qwen3, half of the channels": (
+        Qwen3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        "`rope_parameters.partial_rotary_factor` must be 1.0 .*got 0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_represented_is_refused(config, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        represented_fields(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_field_that_no_entry_speaks_of_must_have_its_default(monkeypatch):
+    """What a later version of transformers may add to a family."""
+    same = tuple(name for name in FAMILIES["llama"].same if name != "mlp_bias")
+    monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(FAMILIES["llama"], same=same))
+    assert represented_fields(LlamaConfig())[0]["use_gated_mlp"]
+    with pytest.raises(ValueError, match="`mlp_bias` must be False for a model that is imported, got True"):
+        represented_fields(LlamaConfig(mlp_bias=True))
+
+
+def test_dropout_comes_along_and_what_has_no_place_is_said():
+    fields, changes = represented_fields(GPT2Config(resid_pdrop=0.1, attn_pdrop=0.2, embd_pdrop=0.3))
+    assert (fields["hidden_dropout"], fields["attention_dropout"]) == (0.1, 0.2)
+    assert changes == {"embd_pdrop": [0.3, 0.1]}
+
+
+def test_the_schemes_of_layers_are_their_shortest_pattern():
+    for pattern, expected in (([1, 1, 1, 0] * 2, "rotary/rotary/rotary/none"), ([1, 1], "rotary"), ([0, 0], "none")):
+        fields, _ = represented_fields(SmolLM3Config(num_hidden_layers=len(pattern), no_rope_layers=pattern))
+        assert fields["pos_embedding_type"] == expected and ("rope_parameters" in fields) == (expected != "none")

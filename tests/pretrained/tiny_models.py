@@ -1,7 +1,20 @@
 """Tiny random models of other families, in which every norm and every bias matters."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 
 TOKENS = dict(vocab_size=101, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -43,11 +56,36 @@ CONFIGS = {
             original_max_position_embeddings=128,
         ),
     ),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=None, head_dim=32),
+    "mistral, windows": lambda: MistralConfig(**GROUPED, sliding_window=16),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen2, windows": lambda: Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=32, tie_word_embeddings=True),
+    "qwen3, biases": lambda: Qwen3Config(**GROUPED, head_dim=16, attention_bias=True),
+    "smollm3": lambda: SmolLM3Config(**GROUPED, no_rope_layer_interval=3),
+    "smollm3, windows": lambda: SmolLM3Config(
+        **GROUPED, no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=16
+    ),
+    "olmo2": lambda: Olmo2Config(**GROUPED),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES, **rope(rope_type="default", partial_rotary_factor=0.25)),
+    "gpt_neox, sequential": lambda: GPTNeoXConfig(**SIZES, use_parallel_residual=False, layer_norm_eps=1e-3),
+    "gpt_neox, no biases": lambda: GPTNeoXConfig(**SIZES, attention_bias=False, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(**TOKENS, n_embd=64, n_layer=3, n_head=4, n_positions=256),
+    "gpt2, narrow": lambda: GPT2Config(
+        **TOKENS, n_embd=64, n_layer=2, n_head=4, n_positions=256, n_inner=80, tie_word_embeddings=False
+    ),
+    "bloom": lambda: BloomConfig(**TOKENS, hidden_size=64, n_layer=3, n_head=4),
+    "bloom, 6 heads": lambda: BloomConfig(**TOKENS, hidden_size=96, n_layer=2, n_head=6),
+    "mpt": lambda: MptConfig(**TOKENS, d_model=64, n_layers=3, n_heads=4, max_seq_len=256),
 }
 # whose logits are the same to rounding only
-ROUNDED: dict[str, str] = {}
+ROUNDED = {
+    "olmo2": "its norms multiply before they cast",
+    "bloom": "its bias is rounded to the dtype of the model, and added by the kernel of a matrix product",
+    "mpt": "its bias is rounded to the dtype of the model",
+}
 # whose original has no attention but its own, no static cache, and no positions as an argument
-EAGER_ONLY: tuple[str, ...] = ()
+EAGER_ONLY = ("bloom", "mpt")
 
 
 def make_original(name: str, dtype=torch.float32, attn_implementation: str = "eager") -> PreTrainedModel:
