@@ -30,7 +30,7 @@ CONTRACT = {
     "tasks": "data special_tokens",
     "results": "environment cli",
     "scheme_docs": "model",
-    "evaluation": "model model_loading special_tokens data tasks results environment cli scheme_files",
+    "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files",
     "hub": "model model_loading results scheme_docs environment cli",
     "demo": "model model_loading evaluation inference results cli",
     "training": "model model_loading pretrained data tasks results hub environment cli scheme_files",

@@ -295,6 +295,15 @@ def represented_fields(config: PreTrainedConfig) -> tuple[dict[str, Any], dict[s
     return made, changes
 
 
+def pretraining_length(config: PreTrainedConfig) -> int | None:
+    """The length in tokens that a model of another family was trained at, as an import states it; `None` where no
+    import is possible."""
+    try:
+        return represented_fields(config)[0]["train_length"]
+    except ValueError:
+        return None
+
+
 def _check_other_fields(config: PreTrainedConfig, family: Family) -> None:
     """Refuses a field of theirs that no part of the entry speaks of, unless it has its default."""
     spoken_of = {*family.same, *family.renamed, *family.neutral, *family.derived_from, *family.dropped, *NEUTRAL}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..cli import command, parse_arguments
 from ..model.configuration_relpos import RelPosConfig
@@ -15,7 +15,7 @@ from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.saved_code import AUTO_MAP, saved_code
 from .conversion import HEAD, Conversion, plan_conversion
 from .families import check_fields, family_of, represented_fields
-from .folders import copy_generation_config, new_folder, write_tokenizer, write_weights
+from .folders import GENERATION_CONFIG, copy_generation_config, new_folder, write_tokenizer, write_weights
 from .sources import SafetensorsWeights, Source, find_source, read_config
 
 
@@ -95,7 +95,10 @@ def import_model(
     conversion, config = _convert(theirs, weights.shapes, weights.dtypes, weights, source.name)
     config = _described(config, theirs, source, base_model, license, fields)
     # copies: what a file maps into memory is that of the file
-    return _build(config, conversion, lambda name: _owned(conversion.weight(name, weights)), attn_implementation)
+    made = _build(config, conversion, lambda name: _owned(conversion.weight(name, weights)), attn_implementation)
+    if (source.folder / GENERATION_CONFIG).is_file():
+        made.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return made
 
 
 def import_pretrained(
@@ -133,11 +136,8 @@ def import_pretrained(
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is that of a model of another family: a folder, a repository of the Hub or a GGUF file."""
-    path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        return True
-    if path.exists() and not (path / "config.json").is_file():
+    """Whether a folder or a repository of the Hub holds a model of another family."""
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
         return False
     try:
         saved = PreTrainedConfig.get_config_dict(name)[0]
@@ -208,6 +208,11 @@ def _described(
 ) -> RelPosConfig:
     """The configuration, with where the model comes from."""
     fields, changes = made
+    wanted = others.get("pos_embedding_type", fields["pos_embedding_type"])
+    if wanted != fields["pos_embedding_type"]:
+        raise ValueError(
+            f"`pos_embedding_type` of the imported model is {fields['pos_embedding_type']!r}, got {wanted!r}."
+        )
     imported_from = {
         "base_model": base_model or source.base_model,
         "revision": source.revision,
@@ -216,11 +221,6 @@ def _described(
         "changes": changes,
     }
     config = RelPosConfig(**{**fields, **others, "imported_from": imported_from})
-    if config.pos_embedding_type != fields["pos_embedding_type"]:
-        raise ValueError(
-            f"`pos_embedding_type` of the imported model is {fields['pos_embedding_type']!r}, "
-            f"got {config.pos_embedding_type!r}."
-        )
     config.architectures = [RelPosForCausalLM.__name__]
     config.dtype = theirs.dtype
     return config

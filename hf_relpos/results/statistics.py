@@ -23,9 +23,27 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "sliding_window": lambda value: f"window {value}" if value else "",
     "train_length": lambda value: f"trained at {value}",
     "shape": lambda value: f"{value['num_hidden_layers']}×{value['hidden_size']}" if value else "",
+    "architecture": lambda value: _pairs(value, {}),
     "num_steps": lambda value: f"{value} steps",
     "changes": lambda value: _before(value) if value else "",
     "base_train_length": lambda value: f"from {value}" if value else "",
+}
+# fields of the configuration that shape the model, beside its sizes and its scheme → their defaults
+ARCHITECTURE = {
+    "hidden_act": "relu2",
+    "use_gated_mlp": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_out_bias": False,
+    "qk_norm": None,
+    "norm_type": "rms_norm",
+    "norm_bias": True,
+    "norm_placement": "before",
+    "use_parallel_residual": False,
+    "embed_norm": False,
+    "rms_norm_eps": 1e-6,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
 }
 ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
@@ -246,7 +264,10 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
 
 def _varied(result: dict[str, Any]) -> dict[str, Any]:
     training = _training(result)
-    return {name: training.get(name, result.get(name)) for name in VARIED}
+    varied = {name: training.get(name, result.get(name)) for name in VARIED}
+    config = training.get("config") or {}
+    other = {name: config.get(name, default) for name, default in ARCHITECTURE.items()}
+    return varied | {"architecture": {name: value for name, value in other.items() if value != ARCHITECTURE[name]}}
 
 
 def _training(result: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
+from ..pretrained.importing import is_foreign
 from ..tasks.arguments import DataArguments
 from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
 
@@ -61,14 +62,21 @@ def load_changed(
     plain = SavedModelArguments(**{name: getattr(model_args, name) for name in names})
     model, tokenizer = load_saved(plain, data_args)
     config = changed_config(model.config, model_args, block_size)
-    saved, _ = RelPosConfig.get_config_dict(model_args.model_name_or_path)
-    before, after = RelPosConfig.from_dict(saved).to_dict(), config.to_dict()
+    before, after = _saved_fields(model_args.model_name_or_path, model.config), config.to_dict()
     names = [name for name in before | after if before.get(name) != after.get(name) and name != "_name_or_path"]
     fields = {name: [before.get(name), after.get(name)] for name in names}
     if not fields:
         return model, tokenizer, {}
     changed = new_model(config, seed, model_args.attn_implementation)
+    changed.generation_config = model.generation_config
     return changed, tokenizer, {"fields": fields, **copy_weights(model, changed)}
+
+
+def _saved_fields(name: str, loaded: RelPosConfig) -> dict[str, Any]:
+    """The fields of a saved model, before the flags that `load_saved` applies; an imported one draws no positions."""
+    if is_foreign(name):
+        return loaded.to_dict() | {"position_sampling": None}
+    return RelPosConfig.from_dict(RelPosConfig.get_config_dict(name)[0]).to_dict()
 
 
 def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: int) -> RelPosConfig:
@@ -143,7 +151,7 @@ def copy_weights(old: RelPosForCausalLM, new: RelPosForCausalLM) -> dict[str, An
     new.load_state_dict({name: theirs[name] for name in common}, strict=False)
     reinitialized = {name: _reason(theirs.get(name), "the saved model") for name in ours.keys() - set(common)}
     dropped = {name: _reason(ours.get(name), "the new scheme") for name in theirs.keys() - set(common)}
-    size = sum(ours[name].numel() for name in common)
+    size = sum({ours[name].data_ptr(): ours[name].numel() for name in common}.values())  # tied ones count once
     return {
         "copied": f"{len(common)} tensors of {size:,} numbers",
         "reinitialized": dict(sorted(reinitialized.items())),

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
 from ..environment import write_json
+from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
 from ..results.training_record import TRAINING_RECORD
 from ..tasks.arguments import DataArguments
@@ -123,6 +124,8 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     """Trains, saves and evaluates the model of a run; → its record."""
     model, args = run.model, run.args
     _check_batch(run.data.train, args)
+    if args.push_to_hub:
+        origin_of(model.config.to_dict())
     base = {}
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
