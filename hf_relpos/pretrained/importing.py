@@ -167,8 +167,6 @@ def _import_loaded(
     attn_implementation: str | None,
     fields: dict[str, Any],
 ) -> RelPosForCausalLM:
-    if getattr(model, "is_quantized", False):
-        raise ValueError("`model` must not be quantised to be imported.")
     theirs, weights = model.config, model.state_dict()
     check_fields({**theirs.to_dict(), "model_type": theirs.model_type, "quantization_config": None})
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}

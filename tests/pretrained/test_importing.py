@@ -285,3 +285,43 @@ def test_a_quantised_gguf_file_needs_its_library(tmp_path, run_script, capsys):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     message = refusal(run_script, capsys, "import_model", [tmp_path / "model.gguf", tmp_path / "out"])
     assert "model.gguf' cannot be read" in message and not (tmp_path / "out").exists()
+
+
+# --- the Hub
+
+
+IMPORTS = """
+import json, sys
+from hf_relpos.pretrained.importing import import_pretrained
+for name, revision, folder in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps(import_pretrained(name, folder, revision).imported_from))
+    except ValueError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_repositories_are_imported_by_name_or_refused_by_it(hub, llama, tmp_path):
+    files = {path.name: path.read_bytes() for path in llama.iterdir()}
+    repo = hub.create("meta/llama", files)
+    first = hub.commits("meta/llama")[0].oid
+    hub.create("meta/gated", files, gated="manual")
+    hub.create("meta/secret", files, private=True)
+    hub.create("meta/pickled", {"config.json": files["config.json"], "pytorch_model.bin": b"0"})
+    asked = [["meta/llama", None, "whole"], ["meta/llama", first, "again"], ["meta/llama", "no", "x"]]
+    asked += [[f"meta/{name}", None, "x"] for name in ("gated", "secret", "absent", "pickled")]
+    environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-c", IMPORTS, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line[:1] in '{"']
+    origin = {"base_model": "meta/llama", "revision": first, "license": "llama3.2", "model_type": "llama"}
+    assert repo and found[:2] == [origin | {"changes": {}}] * 2
+    assert found[2] == "`revision`: 'meta/llama' has no such branch, tag or commit."
+    assert found[3].startswith("`model` 'meta/gated' is gated: accept its conditions")
+    for name, message in zip(("secret", "absent"), found[4:]):
+        assert message == f"`model` 'meta/{name}' is no folder and no repository of the Hub that you may see."
+    assert "holds no weights as safetensors" in found[6] and not (tmp_path / "x").exists()
+    tokens, _ = padded_tokens()
+    expected = AutoModelForCausalLM.from_pretrained(llama)(tokens).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")(tokens).logits, expected)
