@@ -3,13 +3,20 @@ that register schemes, and one line for a user's error."""
 
 import functools
 import json
+import math
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from .environment import write_error
+from .file_reading import read_yaml, reason
 
 
 PROGRAM = "hf-relpos"
@@ -25,6 +32,7 @@ COMMANDS = {
     "export": ("hf_relpos.pretrained.exporting:main", "write a model with rotary positions as a Llama"),
     "generate": ("hf_relpos.inference.generate:main", "generate text from a prompt or a file of prompts"),
     "sweep": ("hf_relpos.experiments.sweep:main", "run the grid of trainings that a YAML file states"),
+    "compare": ("hf_relpos.experiments.compare:main", "train several schemes on a text and say which is best"),
     "report": ("hf_relpos.results.report:main", "make tables, plots and statistics of results"),
     "push": ("hf_relpos.hub.push:main", "publish a saved model on the Hub, with its card"),
     "serve": ("hf_relpos.inference.serve:main", "answer requests as OpenAI's API does"),
@@ -32,29 +40,70 @@ COMMANDS = {
     "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
 }
 IMPORT_FILE = "import_file"
+DEBUG = "HF_RELPOS_DEBUG"
+MAX_LINE = 1500  # characters of an error: a value may be of any length
 IMPORT_HELP = "Python files that register position schemes."
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorator of a program's `main`: a user's error becomes one line on stderr and exit code 2."""
+    """Decorator of a program's `main`: an error becomes one line on stderr and exit code 2.
+
+    With `--debug` on the command line, or the environment variable `HF_RELPOS_DEBUG`, its traceback stands before it.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        debug = _pop_debug(sys.argv) or os.environ.get(DEBUG, "0") not in ("", "0")
         try:
             main()
-        except (ValueError, OSError) as error:
-            if os.environ.get("RANK", "0") == "0":
-                message = " ".join(str(error).split())
-                print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-            sys.exit(2)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:
+            if os.environ.get("RANK", "0") == "0":
+                if debug:
+                    traceback.print_exc()
+                print(f"{Path(sys.argv[0]).name}: error: {describe(error)}", file=sys.stderr)
+            sys.exit(2)
         finally:
             torch = sys.modules.get("torch")
             if torch and torch.distributed.is_initialized():  # its threads abort a process that ends while they run
                 torch.distributed.destroy_process_group()
 
     return wrapped
+
+
+def describe(error: Exception) -> str:
+    """An error in one line: what is wrong with what was given, or else where in the package nobody foresaw it."""
+    cause = write_error(error)
+    if cause is not None and str(cause) not in str(error):
+        return f"a file cannot be written: {reason(cause)}"
+    if isinstance(error, (ValueError, OSError)):
+        line = " ".join(str(error).split())
+        return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} .. {line[-MAX_LINE // 2 :]}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"there is not enough memory: {reason(error)}"
+    if isinstance(error, ImportError):
+        return f"a package is missing: {' '.join(str(error).split())}"
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
+    place = f"{Path(places[-1].filename).name}, line {places[-1].lineno}" if places else "nowhere"
+    said = " ".join(reason(error).split()).removeprefix(f"{type(error).__name__}: ")
+    return f"unexpected {type(error).__name__}: {said} ({place}; --debug shows the traceback)"
+
+
+def _pop_debug(argv: list[str]) -> bool:
+    """Takes `--debug`, `--debug true` or `--debug false` out of the command line; with the name of a check it is a flag
+    of transformers."""
+    for index, word in enumerate(argv):
+        following = "".join(argv[index + 1 : index + 2]).lower()
+        if word == "--debug" and following not in ("underflow_overflow", "tpu_metrics_debug"):
+            del argv[index : index + 1 + (following in ("true", "false"))]
+            return following != "false"
+    return False
 
 
 @command
@@ -71,7 +120,7 @@ def main() -> None:
         raise ValueError(f"a sub-command is needed, one of {', '.join(COMMANDS)}; --help says what they do.")
     name, *flags = words
     if name not in COMMANDS:
-        raise ValueError(f"unknown sub-command: {name!r}{_nearest(name, COMMANDS)}; --help lists those that exist.")
+        raise ValueError(f"unknown sub-command: {name!r}{nearest(name, COMMANDS)}; --help lists those that exist.")
     if name == "serve":  # its flags are those of `transformers serve`, which other parsers read
         import_schemes(_pop_import_files(flags))
         _check_schemes_are_imported(flags[0] if flags else None)
@@ -92,7 +141,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            f"`{PROGRAM} SUB-COMMAND --help` lists the flags, `{PROGRAM} --version` prints the version.",
+            f"`{PROGRAM} SUB-COMMAND --help` lists the flags, `{PROGRAM} --version` prints the version; --debug shows",
+            "the traceback of an error.",
         )
     )
 
@@ -133,13 +183,17 @@ def parse_arguments(
     if path is not None:
         values = _read_config(path, known)
         files = [*as_list(values.pop(IMPORT_FILE, None)), *files]
-        argv = _words(values) + argv
     import_schemes(files)
-    *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    try:
+        argv = (_words(values, parser) if path is not None else []) + argv
+        *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        _check_numbers(parsed)
+    except ValueError as error:
+        raise ValueError(_with_file(str(error), path, values if path is not None else {})) from error
     if unknown:
         flag = unknown[0].partition("=")[0]
-        nearest = _nearest(flag, parser._option_string_actions)
-        raise ValueError(f"unknown flag: {unknown[0]!r}{nearest}; --help lists those that exist.")
+        hint = nearest(flag, parser._option_string_actions)
+        raise ValueError(f"unknown flag: {unknown[0]!r}{hint}; --help lists those that exist.")
     words = others.words if positional else []
     for folder in (*(getattr(each, "model_name_or_path", None) for each in parsed), *words):
         _check_schemes_are_imported(folder)
@@ -153,34 +207,10 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
         unknown.discard(action.dest)
     if unknown:
         flag = sorted(unknown)[0]
-        raise ValueError(f"unknown flag: {flag!r}{_nearest(flag, [action.dest for action in parser._actions])}.")
-    return parser.parse_args_into_dataclasses(_words(values))
-
-
-def read_yaml(path: str) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ValueError: if it cannot be read, or gives a key of one dictionary twice, naming the line.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Of two values under one key it would take the last, in silence."""
-
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node, seen = super().compose_mapping_node(anchor), {}
-            for key, _ in node.value:
-                name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
-                if name is not None and (first := seen.setdefault((key.tag, name), key)) is not key:
-                    lines = f"lines {first.start_mark.line + 1} and {key.start_mark.line + 1}"
-                    raise yaml.constructor.ConstructorError(problem=f"{name!r} stands there twice, in {lines}")
-            return node
-
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(f"unknown flag: {flag!r}{nearest(flag, [action.dest for action in parser._actions])}.")
+    parsed = parser.parse_args_into_dataclasses(_words(values, parser))
+    _check_numbers(parsed)
+    return parsed
 
 
 def import_schemes(files: Sequence[str]) -> None:
@@ -221,9 +251,25 @@ def _parser(types: Sequence[type], description: str | None = None) -> Any:
     return ArgumentParser(types, description=description, allow_abbrev=False)
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def _check_numbers(parsed: Iterable[Any]) -> None:
+    """Raises `ValueError` for a number that no computation could take."""
+    for instance in parsed:
+        for name, value in ((name, each) for name, values in vars(instance).items() for each in as_list(values)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}.")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"`{name}` must be below 2^63, got a number of {len(str(value))} digits.")
+
+
+def _with_file(message: str, path: str | None, values: Iterable[str]) -> str:
+    """An error of a flag, with the file of flags before it if the flag stands there."""
+    named = re.match(r"argument --(\w+)|`(\w+)`", message)
+    return f"--config {path!r}: {message}" if named and (named[1] or named[2]) in values else message
+
+
+def nearest(word: Any, words: Iterable[Any]) -> str:
     """→ "", or what was probably meant."""
-    found = get_close_matches(word, list(words), 1)
+    found = get_close_matches(str(word), list(map(str, words)), 1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
@@ -258,25 +304,25 @@ def _pop_config(argv: list[str]) -> str | None:
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, Any]:
-    try:
-        values = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"--config {path!r} cannot be read: {error}") from error
+    values = read_yaml(path, "--config")
     if not isinstance(values, dict):
         raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
     for name in values:
         if name not in known:
-            nearest = _nearest(str(name), sorted(known))
-            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}{nearest}.")
+            hint = nearest(str(name), sorted(known))
+            raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}{hint}.")
     return values
 
 
-def _words(values: dict[str, Any]) -> list[str]:
-    """→ the command line that says the same."""
+def _words(values: dict[str, Any], parser: Any) -> list[str]:
+    """→ the command line that says the same; raises `ValueError` for a list where one value is wanted."""
+    several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     flags = []
     for name, value in values.items():
-        if value is None:
-            continue
-        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *(str(word) for word in words)]
+        if isinstance(value, list) and name not in several:
+            raise ValueError(f"`{name}` takes one value, got {value!r}.")
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags

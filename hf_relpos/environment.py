@@ -3,6 +3,7 @@
 torch is imported where it is needed only, so that this module costs nothing to import.
 """
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,12 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# of torch, and of libraries in Rust
+WRITE_SIGNS = ("PytorchStreamWriter", "inline_container", "file write", "basic_ios")
+WRITE_SIGNS += tuple(f"(os error {number})" for number in WRITE_ERRORS)
 
 
 def versions() -> dict[str, str]:
@@ -72,10 +79,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes the file whole or not at all, making its folder where it is missing; an `OSError` names the file."""
     staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content)
+        os.replace(staged, path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise type(error)(error.errno, error.strerror, error.filename or str(path)) from error
+
+
+def write_error(error: BaseException) -> BaseException | None:
+    """What says that a file could not be written, as on a full disk: the error, one that it came of, or `None`.
+
+    Each library has errors of its own for it, and none names the file.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if (isinstance(seen, OSError) and seen.errno in WRITE_ERRORS) or any(sign in str(seen) for sign in WRITE_SIGNS):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def check_at_least_1(name: str, value: float | None) -> None:

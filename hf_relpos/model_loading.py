@@ -3,41 +3,46 @@
 Nothing here imports the data libraries: loading a model needs torch and transformers only.
 """
 
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
+from .file_reading import MODEL_FILES, read_json, reading
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
+
+
+# a config.json of a few bytes can ask for any number
+MAX_LAYERS = 4096
 
 
 def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
     """`model_class.from_pretrained(name)`, with one clear error for what is not a model.
 
     Raises:
-        ValueError: if the folder or repository is missing, holds no model, or one that does not fit.
+        ValueError: if the folder or repository is missing, holds no model, one that does not fit, or one that is
+            damaged.
     """
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`model_name_or_path` {name!r} is not a model: it holds no config.json.")
-    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"`model_name_or_path` {name!r} is not a folder.")
-    if model_class is RelPosForCausalLM:
-        try:
-            saved, _ = RelPosConfig.get_config_dict(name)
-        except OSError as error:
-            raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {error}") from error
-        if saved.get("model_type") != RelPosConfig.model_type:
-            raise ValueError(
-                f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
-                f"got model_type {saved.get('model_type')!r}."
-            )
-    try:
+    check_folder(name)
+    what = f"`model_name_or_path` {name!r} cannot be loaded"
+    if not Path(name).is_dir():
+        what = f"`model_name_or_path` {name!r}: there is no such folder, and the Hub gives no such model"
+    with reading(what):
+        saved, _ = RelPosConfig.get_config_dict(name)
+        is_family = isinstance(saved, dict) and saved.get("model_type") == RelPosConfig.model_type
+        if is_family:
+            check_size(RelPosConfig.from_dict(saved))
+    if model_class is RelPosForCausalLM and not is_family:
+        raise ValueError(
+            f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
+            f"got model_type {saved.get('model_type')!r}."
+        )
+    with reading(what):
         model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"`model_name_or_path` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        _check_generation_config(model)
     wrong = sorted(report["missing_keys"])
     if isinstance(model, RelPosForCausalLM):
         wrong += sorted(report["unexpected_keys"])
@@ -46,14 +51,109 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
     return model
 
 
+def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:
+    """Looks at the folder of a model before any library reads it; a name on the Hub passes.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        flag: what to call it in an error.
+
+    Raises:
+        ValueError: if there is no such folder, if it holds no config.json (naming a checkpoint that lies in it), or if
+            one of its JSON files is damaged.
+    """
+    path = Path(name)
+    if os.path.isdir(name):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{flag} {name!r} is not a model: it holds no config.json{_checkpoint_hint(path)}.")
+        for file in MODEL_FILES:
+            if (path / file).exists():
+                read_json(path / file, f"{flag}: file")
+    elif os.path.exists(name):
+        raise ValueError(f"{flag} {name!r} is not a folder.")
+    else:
+        near = get_close_matches(path.name, _folders(path.parent), 1)
+        hint = f" (did you mean {str(path.with_name(near[0]))!r}?)" if near else ""
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and _folders(path.parent))
+        if is_path or near:
+            raise ValueError(f"{flag} {name!r}: there is no such folder{hint}.")
+
+
+def _checkpoint_hint(folder: Path) -> str:
+    """→ "", or what an interrupted run has left there."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
+    steps = {int(step): path for path in found if (step := path.name.rpartition("-")[2]).isdecimal()}
+    if not steps:
+        return ""
+    return (
+        f", but a run that was interrupted lies there: name its checkpoint, {str(steps[max(steps)])!r}, or finish it "
+        "by its own command with --resume_from_checkpoint last"
+    )
+
+
+def _folders(parent: Path) -> list[str]:
+    return [each.name for each in os.scandir(parent) if each.is_dir()] if os.path.isdir(parent) else []
+
+
+def check_size(config: RelPosConfig) -> None:
+    """Raises `ValueError` for a model that this machine cannot hold, before it is made."""
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {config.num_hidden_layers}.")
+    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    per_layer = width * (2 * heads * config.head_dim + 2 * config.intermediate_size)
+    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2) + (config.max_positions or 0)
+    num_weights = rows * width + config.num_hidden_layers * per_layer
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * num_weights > memory:
+        raise ValueError(
+            f"the configuration asks for {num_weights:.3g} weights (`hidden_size` {config.hidden_size}, "
+            f"`num_hidden_layers` {config.num_hidden_layers}, `vocab_size` {config.vocab_size}): this machine's memory "
+            f"holds {memory // 4:.3g}."
+        )
+
+
+def _check_generation_config(model: Any) -> None:
+    """Raises `ValueError` for fields of generation_config.json of another type than theirs, or ids of no token."""
+    config, vocab_size = getattr(model, "generation_config", None), getattr(model.config, "vocab_size", None)
+    if config is None or vocab_size is None:
+        return
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(each) is int and each < vocab_size for each in ids):
+            raise ValueError(f"generation_config.json: `{name}` must be a token below {vocab_size}, got {value!r}.")
+    defaults = GenerationConfig._get_default_generation_params()
+    defaults |= {"output_attentions": False, "output_hidden_states": False}
+    for name, default in defaults.items():
+        value, kind = getattr(config, name, None), type(default)
+        allowed = {int: (int,), float: (int, float), bool: (bool,)}.get(kind)
+        if value is not None and allowed and name != "early_stopping" and type(value) not in allowed:
+            raise ValueError(f"generation_config.json: `{name}` must be of type {kind.__name__}, got {value!r}.")
+
+
+def load_tokenizer_of(name: str, what: str) -> Any:
+    """A tokenizer by its name; raises `ValueError`, beginning with `what`, if there is none or it is damaged."""
+    path = Path(name)
+    for file in MODEL_FILES if path.is_dir() else ():
+        if (path / file).exists():
+            read_json(path / file, f"{what}: file")
+    with reading(what):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if type(tokenizer.model_max_length) not in (int, float):
+            raise ValueError(f"`model_max_length` must be a number, got {tokenizer.model_max_length!r}")
+        tokenizer("a")
+    return tokenizer
+
+
 def load_model_tokenizer(name: str, model: Any) -> Any:
     """The tokenizer of `model`, by its name; raises `ValueError` if there is none or it has more entries."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {name!r}.") from error
-    if len(tokenizer) > model.config.vocab_size:
+    tokenizer = load_tokenizer_of(name, f"no tokenizer can be loaded from {name!r}")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if len(tokenizer) > model.config.vocab_size or largest >= model.config.vocab_size:
         check_vocab_size(tokenizer, model.config.vocab_size)
+        raise ValueError(
+            f"the tokenizer of {name!r} has an entry {largest}, past the `vocab_size` {model.config.vocab_size}."
+        )
     return tokenizer
 
 

@@ -1,11 +1,11 @@
 """Position schemes in files of the user's: `--import_file my_scheme.py` registers what such a file defines."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
+from .file_reading import read_json
 from .model.saved_code import carried_files, imports_relatively, reserved_names
 from .model.scheme_base import POSITION_EMBEDDINGS
 
@@ -81,8 +81,8 @@ def _execute(path: str | Path, name: str, file: Path) -> ModuleType:
 def check_schemes_are_imported(folder: Path) -> None:
     """Raises `ValueError` if a saved model has a scheme that is not registered and whose file its folder carries."""
     try:
-        chosen = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pos_embedding_type")
-    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
+        chosen = read_json(folder / "config.json").get("pos_embedding_type")
+    except ValueError:  # whoever loads the model says what is wrong with it
         return
     missing = [name for name in _names(str(chosen)) if name not in POSITION_EMBEDDINGS]
     if missing and (files := carried_files(folder)):

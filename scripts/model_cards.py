@@ -17,9 +17,9 @@ from hf_relpos.cli import command, parse_arguments
 from hf_relpos.environment import write_text
 from hf_relpos.experiments.grid import grid_settings
 from hf_relpos.hub.model_card import model_card, reproduction
+from hf_relpos.results.groups import Group, group_results
 from hf_relpos.results.report_figures import draw_group
 from hf_relpos.results.result_file import RESULTS, escape_markdown, read_results
-from hf_relpos.results.statistics import Group, group_results
 from hf_relpos.results.training_record import command_line
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
+from hf_relpos import cli
 from hf_relpos.tasks.base import TEST
 
 
@@ -75,3 +76,42 @@ def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked
 def task_rows(task, length, kind, count=50):
     """→ test rows of a synthetic task, as (tokens, which of them are the answer)."""
     return [task.make_row(task.rng(0, TEST, kind, index), length, kind) for index in range(count)]
+
+
+def hold(folder, seconds: float = 60) -> subprocess.Popen:
+    """→ another process that holds a folder for so many seconds, as one that works in it does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = f"import fcntl, time; file = open({str(folder / '.lock')!r}, 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+    code += f"print('held', flush=True); time.sleep({seconds})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def ending(monkeypatch, capsys, name, *words) -> str:
+    """→ the one line that a program ends with, exit code 2."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", name, *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and "Traceback" not in printed.err + printed.out
+    (line,) = [line for line in printed.err.splitlines() if "error:" in line]
+    assert "error: unexpected" not in line and len(line) < 2000
+    return line
+
+
+def words_of(program, folder, data_flags, output):
+    """→ a command line of each program that reads a model."""
+    if program == "generate":
+        return ["--model_name_or_path", folder, "--prompt", "the", "--max_new_tokens", 2]
+    if program == "evaluate":
+        return ["--model_name_or_path", folder, *data_flags, "--eval_lengths", 32, "--max_windows", 2] + [
+            "--output_dir",
+            output,
+        ]
+    if program == "finetune":
+        return finetuning_flags(data_flags, folder, output, max_steps=1)
+    if program == "push":
+        return [folder, "alice/m", "--dry_run", "true", "--output_dir", output]
+    return [folder]  # serve, demo

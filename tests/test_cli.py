@@ -112,7 +112,7 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
             ["report", "--output_dir", "x", "--result", "y"],
             "error: unknown flag: '--result' (did you mean '--results'?)",
         ),
-        (["schemes", "--config=c.yaml"], "hf-relpos schemes: error: --config 'c.yaml' cannot be read"),
+        (["schemes", "--config=c.yaml"], "hf-relpos schemes: error: --config 'c.yaml' does not exist"),
         (["schemes", "--import_file"], "hf-relpos schemes: error: --import_file takes Python files, NAME.py."),
         (["schemes", "--import_file", "no.py"], "`import_file` 'no.py' does not exist"),
         (["serve"], "hf-relpos: error: usage: hf-relpos serve DIR"),
@@ -128,6 +128,15 @@ def test_a_flag_of_a_configuration_is_suggested_too(monkeypatch, capsys, tmp_pat
     (tmp_path / "c.yaml").write_text(json.dumps({"output_dirs": "x"}))
     words = ["report", "--config", str(tmp_path / "c.yaml")]
     assert "an unknown flag: 'output_dirs' (did you mean 'output_dir'?)" in error(monkeypatch, capsys, *words)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hf_relpos", "schemes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 141 and "error:" not in errors and "Broken" not in errors and "Traceback" not in errors
 
 
 def test_an_error_in_another_process(tmp_path):

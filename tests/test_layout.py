@@ -19,22 +19,28 @@ PACKAGE = ROOT / "hf_relpos"
 CONTRACT = {
     "model": "",
     "environment": "",
+    "processes": "",
     "special_tokens": "",
-    "scheme_files": "model",
-    "cli": "model scheme_files",
+    "file_reading": "",
+    "scheme_files": "model file_reading",
+    "cli": "model scheme_files file_reading environment",
     "__main__": "cli",
-    "model_loading": "model",
-    "pretrained": "model cli",
+    "model_loading": "model file_reading",
+    "pretrained": "model cli file_reading",
     "data": "model model_loading environment special_tokens",
-    "inference": "model model_loading cli special_tokens",
+    "inference": "model model_loading cli special_tokens file_reading environment",
     "tasks": "data special_tokens",
-    "results": "environment cli",
+    "results": "environment cli file_reading",
+    "model_corpus": "data tasks results environment file_reading",
     "scheme_docs": "model",
-    "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files",
-    "hub": "model model_loading results scheme_docs environment cli",
-    "demo": "model model_loading evaluation inference results cli",
-    "training": "model model_loading pretrained data tasks results hub environment cli scheme_files",
-    "experiments": "model data tasks training evaluation results environment cli scheme_files",
+    "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
+    "model_corpus",
+    "hub": "model model_loading results scheme_docs environment cli file_reading",
+    "demo": "model model_loading evaluation inference results cli model_corpus",
+    "training": "model model_loading pretrained data tasks results hub environment processes cli scheme_files "
+    "model_corpus file_reading",
+    "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_files "
+    "file_reading",
 }
 
 
@@ -188,7 +194,7 @@ def test_the_results_page_holds_no_other_figure():
     others = [line for line in lines if line not in reports and "---" not in line and "notebook" not in line]
     assert lines and others
     books = (ROOT / "docs" / "results" / "books" / "report.md").read_text(encoding="utf-8")
-    ratios = dict(re.findall(r"^\| ([^|]+) \| \d+ \|.*\| ([\d.]+) ± [^|]*\|$", books, re.MULTILINE))
+    ratios = dict(re.findall(r"^\| ([^|]+) \| \d+ \|.*\| ([\d.]+) \([^|]*\) \|$", books, re.MULTILINE))
     for line in others:
         name, ratio, *_ = (cell.strip() for cell in line.strip("|").split("|"))
         assert ratios[name] == ratio, line

@@ -1,13 +1,30 @@
 """Which text: the data flags of training and evaluation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 from ..environment import check_at_least_1
 
 
+BUILT_IN = "sotu"  # the name of the built-in corpus
+# the flags that say where text is, and what those that say how it is read mean where nothing else tells
+FILE_FLAGS = ("train_file", "validation_file", "test_file")
+SOURCE_FLAGS = ("dataset_name", *FILE_FLAGS)
+READING_DEFAULTS = {
+    "text_column": "text",
+    "document_separator": "<|endoftext|>",
+    "validation_split_percentage": 5,
+    "streaming": False,
+    "cross_document_attention": False,
+}
+
+
 @dataclass
 class TextArguments:
-    """Which text, and how it becomes blocks; the built-in corpus unless a data set or a file is given."""
+    """Which text, and how it becomes blocks; that of a saved model where none is named, else the built-in corpus."""
+
+    # of a copy that was filled from the record of a model: the flags that were named
+    given: ClassVar[dict[str, Any] | None] = None
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set of the Hub or a local folder that datasets.load_dataset takes."}
@@ -19,21 +36,28 @@ class TextArguments:
             "help": "A txt, jsonl, parquet or csv file to train on, also as gz, bz2, xz, zst, or a folder of one kind."
         },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    document_separator: str = field(
-        default="<|endoftext|>",
-        metadata={"help": 'Text that stands between the documents of a file or a row; "" for one document each.'},
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on while training."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "The same, which evaluation reads instead if it is given."}
     )
-    validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training documents to evaluate on if nothing else is given."}
+    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text; text by default."})
+    document_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that stands between the documents of a file or a row, <|endoftext|> by default; "
+            '"" for one document each.'
+        },
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
+    validation_split_percentage: int | None = field(
+        default=None,
+        metadata={"help": "Share of the training documents to evaluate on if nothing else is given; 5 by default."},
+    )
+    streaming: bool | None = field(default=None, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A tokenizer to use instead of one trained on the corpus."}
     )
-    cross_document_attention: bool = field(
-        default=False, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
+    cross_document_attention: bool | None = field(
+        default=None, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Blocks of the validation split to evaluate on while training; all by default."}
@@ -45,3 +69,8 @@ class TextArguments:
     def __post_init__(self) -> None:
         for name in ("max_eval_samples", "preprocessing_num_workers"):
             check_at_least_1(name, getattr(self, name))
+
+    def filled(self) -> Self:
+        """→ a copy in which the flags that say how text is read have their defaults where they were not given."""
+        unset = {name: value for name, value in READING_DEFAULTS.items() if getattr(self, name) is None}
+        return replace(self, **unset)

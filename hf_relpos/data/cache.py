@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..environment import write_error
+
 
 CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
 CONTENT_VERSION = 2  # raise it when data/ changes what it makes and keeps
@@ -35,7 +37,12 @@ def cache_root() -> Path:
     import datasets  # takes a second, and hashes alone do not need it
 
     root = Path(datasets.config.HF_DATASETS_CACHE) / "hf_relpos"
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a user without a home, or with one that is read-only
+        raise OSError(
+            f"the cache {str(root)!r} cannot be made ({error.strerror}): HF_DATASETS_CACHE=FOLDER names another place."
+        ) from error
     return root
 
 
@@ -63,7 +70,12 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Pa
     with tempfile.TemporaryDirectory(dir=cache_root(), prefix="making-") as name:
         folder = Path(name) / "entry"
         folder.mkdir()
-        facts = make(folder)
+        try:
+            facts = make(folder)
+        except Exception as error:
+            if cause := write_error(error):
+                raise OSError(f"the cache {str(target.parent)!r} cannot be written: {cause}") from error
+            raise
         checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
         content = json.dumps({"checksums": checksums, "facts": facts})
         (folder / ENTRY).write_text(f"{digest(content)}\n{content}", encoding="utf-8")

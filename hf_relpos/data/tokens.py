@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..model_loading import check_vocab_size
+from ..model_loading import check_vocab_size, load_tokenizer_of
 from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_start
 from .arguments import TextArguments
 from .cache import cached, cached_rows, digest, say
@@ -40,10 +40,7 @@ def load_tokenizer(args: TextArguments, corpus: Corpus, vocab_size: int | None) 
 
 def load_named_tokenizer(name: str, vocab_size: int | None) -> PreTrainedTokenizerFast:
     """The tokenizer of that name, of `vocab_size` entries if that is given; raises `ValueError` as `load_tokenizer`."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`tokenizer_name` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer_of(name, f"`tokenizer_name` {name!r} cannot be loaded")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"`tokenizer_name` {name!r} has no end-of-sequence token to separate documents.")
     check_vocab_size(tokenizer, vocab_size or len(tokenizer))

@@ -13,6 +13,7 @@ import torch
 
 from ..cli import command, parse_arguments
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..model_corpus import ModelCorpus
 from ..model_loading import load_model, load_model_tokenizer
 from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, losses_page, render
 
@@ -24,7 +25,9 @@ hf-relpos demo output/alibi output/rotary
 """
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
-EXAMPLE = (  # Lincoln at Gettysburg, 1863
+BUILT_IN = "sotu"  # the corpus of speeches
+EXAMPLE_INFO = "An example: Lincoln at Gettysburg, 1863."
+EXAMPLE = (
     "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in "
     "Liberty, and dedicated to the proposition that all men are created equal.\n\n"
     "Now we are engaged in a great civil war, testing whether that nation, or any nation so conceived and so "
@@ -77,7 +80,8 @@ def load_models(names: Sequence[str]) -> list[PageModel]:
         if shown.count(label) > 1:
             label += f" ({shown[: index + 1].count(label)})"
         color = COLORS[index % len(COLORS)]
-        entries.append(PageModel(label, model, load_model_tokenizer(name, model), color))
+        tokenizer, corpus = load_model_tokenizer(name, model), ModelCorpus.read(name).name
+        entries.append(PageModel(label, model, tokenizer, color, corpus))
     return entries
 
 
@@ -100,7 +104,8 @@ def build_page(gradio: Any, entries: Sequence[PageModel]) -> Any:
             _text_tab(gradio, entries)
         with gradio.Tab("Loss"):
             gradio.Markdown("How well each model predicts each token of a text, by the number of tokens before it.")
-            text = gradio.Textbox(EXAMPLE, label="Text to read", lines=6, max_lines=12, elem_id="text")
+            example, info = (EXAMPLE, EXAMPLE_INFO) if fits_examples(entries) else ("", "Any text that you like.")
+            text = gradio.Textbox(example, label="Text to read", info=info, lines=6, max_lines=12, elem_id="text")
             read = gradio.Button("Compute the loss", variant="primary", elem_id="read")
             losses = gradio.HTML(elem_id="losses", apply_default_css=False)
             _connect(read, lambda given: losses_page(entries, given), text, losses)
@@ -108,6 +113,11 @@ def build_page(gradio: Any, entries: Sequence[PageModel]) -> Any:
             gradio.Markdown("What attention adds to the score of a key, by its distance and by head.")
             _bias_tab(gradio, entries)
     return page
+
+
+def fits_examples(entries: Sequence[PageModel]) -> bool:
+    """Whether all models were trained on the built-in corpus, which the page's examples resemble, or do not tell."""
+    return all(entry.corpus in (None, BUILT_IN) for entry in entries)
 
 
 def _connect(button: Any, function: Callable[..., Any], inputs: Any, output: Any, event: str = "click") -> Any:
@@ -118,7 +128,8 @@ def _connect(button: Any, function: Callable[..., Any], inputs: Any, output: Any
 
 
 def _text_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
-    prompt = gradio.Textbox("The state of the Union is", label="Prompt", lines=2, elem_id="prompt")
+    example = "The state of the Union is" if fits_examples(entries) else ""
+    prompt = gradio.Textbox(example, label="Prompt", lines=2, elem_id="prompt")
     with gradio.Row():
         options = [
             gradio.Slider(1, 1024, 100, step=1, label="max_new_tokens", elem_id="max_new_tokens"),

@@ -11,7 +11,8 @@ import torch
 from jinja2 import Environment
 
 from ..evaluation.evaluate import bias_curve_limit
-from ..evaluation.loss_by_length import RunningLoss, evaluation_mode, token_losses
+from ..evaluation.loss_by_length import evaluation_mode, token_losses
+from ..evaluation.loss_sums import RunningLoss
 from ..inference.generate import sample
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..results.result_file import smooth_by_position
@@ -79,12 +80,13 @@ BIASES = """<div class="cards curves">{% for entry, plot, note in rows %}
 
 @dataclass
 class PageModel:
-    """A model of the page, with what it is called there: scheme, training length and folder name."""
+    """A model of the page, with what it is called there: scheme, training length, corpus and folder name."""
 
     name: str
     model: RelPosForCausalLM
     tokenizer: Any
     color: str
+    corpus: str | None = None
 
     @property
     def scheme(self) -> str:
@@ -93,7 +95,8 @@ class PageModel:
     @property
     def trained(self) -> str:
         length = self.model.config.train_length
-        return f"trained at {length} tokens" if length else "training length unknown"
+        text = f"trained at {length} tokens" if length else "training length unknown"
+        return f"{text} on {self.corpus}" if self.corpus else text
 
 
 def render(template: str, **values: Any) -> str:
@@ -195,6 +198,7 @@ def losses_page(entries: Sequence[PageModel], text: str) -> str:
     note = (
         "Faint: each token. Strong: means over a quarter of an octave. Dotted: the training length." if curves else ""
     )
+    note += " The text is the one above, no split of a corpus."
     if len({len(losses) for _, losses in curves}) > 1:
         note += " The tokenizers cut the text differently: perplexities per token cannot be compared."
     plots = [_svg(_draw_losses, size, "Loss by position", curves) for size in ((9, 3.9), (4.6, 3.8)) if curves]

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from ..cli import command, parse_arguments
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
+from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import load_model, load_model_tokenizer
 from ..pretrained.families import pretraining_length
 from ..results.plots import plot_results, plot_scores
-from ..results.result_file import markdown_table
+from ..results.result_file import corpus_note, markdown_table, split_name
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
 from ..tasks.arguments import DataArguments
@@ -71,11 +72,12 @@ def main() -> None:
     args, data_args = parse_arguments((EvaluationArguments, DataArguments), DESCRIPTION)
     result = evaluate_model(args, data_args)
     print(markdown_table([result]))
+    print(corpus_note([result]))
     for length, row in result.get("sliding_window", {}).items():
         tokens = row["num_tokens"]
         print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
     for path in (*sorted(Path(args.output_dir).glob("*_by_*.png")), Path(args.output_dir) / "results.json"):
-        print(f"wrote {path}")
+        print(f"wrote {path}: {split_name(result)}")
 
 
 def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         the result, as in `results.json`.
 
     Raises:
-        ValueError: for wrong flags, data or models; nothing is written then.
+        ValueError: for wrong flags, data or models, or if no data is named and the model's own is gone or changed;
+            nothing is written then.
     """
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
@@ -100,13 +103,15 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = load_model(args.model_name_or_path, AutoModelForCausalLM, dtype=getattr(torch, args.dtype), **kwargs)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    own = ModelCorpus.read(args.model_name_or_path)
+    data_args = own.fill(data_args)
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
     check_lengths(args.eval_lengths, model)
     record = read_record(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
     train_length = train_length or pretraining_length(model.config)
     measure = _measure_text if data_args.task is None else _measure_task
-    measured = measure(model, tokenizer, args, data_args, train_length)
+    measured = measure(model, tokenizer, args, data_args, train_length, own)
     result = {
         "model": Path(args.model_name_or_path).name,
         "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
@@ -128,13 +133,17 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
 
 
 def _measure_text(
-    model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
+    model: Any,
+    tokenizer: Any,
+    args: EvaluationArguments,
+    data_args: DataArguments,
+    train_length: int | None,
+    own: ModelCorpus,
 ) -> dict[str, Any]:
     """Losses by length and by position on the documents of a corpus."""
-    from ..data.corpus import load_corpus  # the data libraries take a second, which --help and tasks do not need
-    from ..data.tokens import evaluation_documents
+    from ..data.tokens import evaluation_documents  # takes a second, which --help and tasks do not need
 
-    corpus = load_corpus(data_args)
+    corpus, used = own.load(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
     found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
     numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
@@ -144,25 +153,41 @@ def _measure_text(
             for length in sorted(set(args.eval_lengths))
             if length > args.stride
         }
-    corpus_facts = {"name": corpus.name, "split": split, "fingerprint": corpus.fingerprint, **numbers}
-    corpus_facts["read"] = corpus.read.to_dict()
-    return {**found, "corpus": corpus_facts}
+    return {**found, "corpus": _corpus_facts(own, used, split, numbers)}
 
 
 def _measure_task(
-    model: Any, tokenizer: Any, args: EvaluationArguments, data_args: DataArguments, train_length: int | None
+    model: Any,
+    tokenizer: Any,
+    args: EvaluationArguments,
+    data_args: DataArguments,
+    train_length: int | None,
+    own: ModelCorpus,
 ) -> dict[str, Any]:
     """Scores by length on rows of a synthetic task."""
     if args.stride is not None:
         raise ValueError("`stride` is for text, not for a task.")
     task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
+    used = UsedCorpus.of_task(task.name, task.fingerprint)
+    own.check(used, data_args)
     scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
-    corpus_facts = {"name": f"task {task.name}", "split": "test", "fingerprint": task.fingerprint}
     return {
         "task": task.name,
         "score_name": task.score_name,
         "lengths": scores,
-        "corpus": {**corpus_facts, "num_windows": num_rows},
+        "corpus": _corpus_facts(own, used, "test", {"num_windows": num_rows}),
+    }
+
+
+def _corpus_facts(own: ModelCorpus, used: UsedCorpus, split: str, numbers: dict[str, int]) -> dict[str, Any]:
+    """What a result says of its text, and whether it is of the corpus that the model was trained on."""
+    return {
+        **{name: used.record[name] for name in ("name", "fingerprint", "files", "read") if name in used.record},
+        "split": split,
+        "split_fingerprint": used.record.get("splits", {}).get(split),
+        "same_corpus_as_training": own.is_same(used, split),
+        "trained_on": own.name,
+        **numbers,
     }
 
 

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..cli import as_list, import_schemes, parse_values, read_yaml
+from ..cli import as_list, import_schemes, nearest, parse_values
+from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
 from ..environment import versions
 from ..evaluation.evaluate import EvaluationArguments
+from ..evaluation.loss_by_length import check_lengths
+from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
+from ..model_loading import check_size
 from ..results.training_record import RESULT_NEUTRAL_FLAGS
 from ..scheme_files import imported_files
 from ..tasks.arguments import DataArguments
@@ -29,7 +33,8 @@ EVALUATE_TYPES = (EvaluationArguments, DataArguments)
 SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUATE_TYPES, "grid": TRAIN_TYPES}
 # flags that the sweep sets itself, or that no run of a sweep may have
 RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
-FILES = ("train_file", "validation_file")
+# what belongs to the text that a run is trained on
+TEXT_SETTINGS = {"task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS} - {"cross_document_attention"}
 # what --scale multiplies, and the least that it leaves
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
 
@@ -58,9 +63,8 @@ class Run:
         """Twelve hexadecimal digits of the hash of what determines the trained model."""
         if not self._key:
             facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
-            texts = {name: _digest(facts[name]) for name in FILES if facts.get(name)}
             base = self.base and self.base.key
-            content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": texts, "base": base}
+            content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": _texts(facts), "base": base}
             schemes = imported_files(str(self.settings.get("pos_embedding_type")))
             content |= {"schemes": [_digest(str(file)) for file in schemes]} if schemes else {}
             self._key = _hash(content)
@@ -73,6 +77,8 @@ class Run:
         if self.base:
             changes = (self.settings.get(name) for name in ("pos_embedding_type", "rope_parameters"))
             words += [f"then {change}" for change in changes if change is not None]
+        texts = (self.settings.get(name) for name in ("task", "dataset_name", "train_file"))
+        words += [f"on {Path(str(text)).name}" for text in texts if text and not self.base]
         words += ["augmented"] if self.settings.get("position_start_augmentation") else []
         words += [f"{sampling} positions"] if (sampling := self.settings.get("position_sampling")) else []
         names = {"layer_types": "{}", "sliding_window": "window {}", "model_size": "{}", "block_size": "at {}"}
@@ -87,11 +93,19 @@ class Run:
     def result(self, root: Path) -> Path:
         """The file of its evaluation: another evaluation does not train the model again."""
         facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
+        facts |= {"texts": texts} if (texts := _texts(facts)) else {}
         return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
 
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _texts(flags: dict[str, Any]) -> dict[str, str]:
+    """→ the hash of each text that flags name on this machine; a data set of the Hub has none."""
+    named = {name: str(flags[name]) for name in SOURCE_FLAGS if flags.get(name)}
+    is_local = {name: name != "dataset_name" or Path(path).is_dir() for name, path in named.items()}
+    return {name: _digest(path) for name, path in named.items() if is_local[name]}
 
 
 def _digest(path: str) -> str:
@@ -132,21 +146,20 @@ def load_experiment(path: str, scale: float = 1.0) -> list[Run]:
         raise ValueError(f"{path}: `grid` is empty: it must list values of at least one flag.")
     if content.get("finetune"):
         runs += _finetuned(path, content["finetune"], runs, scale)
-    _check(runs, drop_repeats=scale < 1)
+    check_runs(runs, drop_repeats=scale < 1)
     return runs
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"experiment {path!r} cannot be read: {error}") from error
+    content = read_yaml(path, "experiment")
     if not isinstance(content, dict):
         raise ValueError(f"experiment {path!r} must hold a dictionary with a `grid`.")
     import_schemes(as_list(content.pop("import_file", None)))
     unknown = sorted(map(str, set(content) - set(SECTIONS)))
     if unknown:
-        raise ValueError(f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}.")
+        raise ValueError(
+            f"{path}: unknown section {unknown[0]!r}, must be one of {list(SECTIONS)}{nearest(unknown[0], SECTIONS)}."
+        )
     return content
 
 
@@ -159,8 +172,7 @@ def _trained(path: str, content: dict[str, Any], scale: float) -> Iterator[Run]:
         place = f"grid[{index}]" if len(grids) > 1 else "grid"
         for number, choice in enumerate(_multiply(path, place, _section(path, "grid", grid or {}, place))):
             settings = _scaled({**train, **choice}, scale)
-            tested = {"task": settings["task"], **evaluation} if "task" in settings else evaluation
-            yield Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(tested, scale))
+            yield Run(f"{path}: {place}, entry {number + 1}", settings, _scaled(evaluation, scale))
 
 
 def _finetuned(path: str, section: Any, bases: list[Run], scale: float) -> list[Run]:
@@ -169,6 +181,8 @@ def _finetuned(path: str, section: Any, bases: list[Run], scale: float) -> list[
     section = {name: value if isinstance(value, list) else [value] for name, value in section.items()}
     for run, choice in itertools.product(bases, _multiply(path, "finetune", section)):
         inherited = {name: value for name, value in run.settings.items() if name in _names(DataArguments)}
+        if {"task", *SOURCE_FLAGS} & choice.keys():  # another text, which is read by its own flags
+            inherited = {name: value for name, value in inherited.items() if name not in TEXT_SETTINGS}
         settings = _scaled({**inherited, "seed": run.settings.get("seed", 42), **choice}, scale)
         place = f"{path}: finetune {choice} of {run.place.partition(': ')[2]}"
         runs.append(Run(place, settings, run.evaluation, run))
@@ -193,7 +207,9 @@ def _section(path: str, name: str, values: Any, place: str | None = None) -> dic
         if key in RESERVED or key == "model_name_or_path":
             raise ValueError(f"{path}: `{place}.{key}` is not for an experiment to set.")
         if key not in _names(*SECTIONS[name]):
-            raise ValueError(f"{path}: `{place}` holds an unknown flag: {key!r}.")
+            raise ValueError(
+                f"{path}: `{place}` holds an unknown flag: {key!r}{nearest(key, _names(*SECTIONS[name]))}."
+            )
     return values
 
 
@@ -215,8 +231,12 @@ def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
     }
 
 
-def _check(runs: list[Run], drop_repeats: bool) -> None:
-    """Parses all flags and makes sure that no two runs are the same; scaling alone may make some of them equal."""
+def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
+    """Parses all flags and makes sure that no two runs are the same; `drop_repeats` drops those that are.
+
+    Raises:
+        ValueError: naming the place of the run.
+    """
     places: dict[str, Run] = {}
     configs: dict[Run, RelPosConfig] = {}
     for run in list(runs):
@@ -227,10 +247,16 @@ def _check(runs: list[Run], drop_repeats: bool) -> None:
                 check_task(data_args.task)
             if run.base is None:
                 configs[run] = new_config(model_args, args.block_size)
-            elif run.base in configs:
-                changed_config(configs[run.base], model_args, args.block_size)
-            parse_values(EVALUATE_TYPES, {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"})
+            else:
+                configs[run] = changed_config(configs[run.base], model_args, args.block_size)
+                if args.extend_learned_positions:
+                    configs[run].max_position_embeddings = max(configs[run].max_position_embeddings, args.block_size)
+            check_size(configs[run])
+            flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
+            tested, _ = parse_values(EVALUATE_TYPES, flags)
+            check_lengths(tested.eval_lengths, configs[run])
             key = run.key
+            run.result(Path())  # reads the texts that it names
         except (ValueError, OSError) as error:
             raise ValueError(f"{run.place}: {error}") from error
         if key in places and drop_repeats:

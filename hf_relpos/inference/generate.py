@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from ..cli import command, parse_arguments
+from ..environment import write_text
+from ..file_reading import read_text_file
 from ..model_loading import load_model, load_model_tokenizer
 from ..special_tokens import document_start
 
@@ -89,7 +91,7 @@ def main() -> None:
     texts = list(complete(model, tokenizer, prompts, config, args.batch_size))
     lines = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in zip(prompts, texts)]
     if target:
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(target, "\n".join(lines) + "\n")
     else:
         sys.stdout.write("\n".join(lines) + "\n")
 
@@ -105,12 +107,7 @@ def _generation_config(args: GenerationArguments, model: torch.nn.Module) -> Gen
 
 
 def _read_prompts(path: str) -> list[str]:
-    try:
-        prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"`prompt_file` {path!r} does not exist.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`prompt_file` {path!r} is not UTF-8 text (near byte {error.start}).") from error
+    prompts = [line for line in read_text_file(path, "`prompt_file`").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"`prompt_file` {path!r} holds no prompt.")
     return prompts

@@ -15,9 +15,11 @@ from typing import Any
 from transformers.utils.import_utils import is_serve_available
 
 from ..cli import command
+from ..file_reading import read_json, reading
 from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..model_loading import check_folder, check_size
 from .serving_limits import FollowClient, follow_clients, limit_handler, pop_cap, start_empty_prompts
 
 
@@ -30,17 +32,17 @@ USAGE = (
 def check_model(name: str, options: Sequence[str]) -> RelPosConfig:
     """→ the configuration of a folder; raises `ValueError` unless it holds a language model of the family that can be
     served this way."""
-    if not (Path(name) / "config.json").is_file():
+    if not Path(name).is_dir():
         raise ValueError(f"{name!r} is not a folder with a saved model: {USAGE}")
-    try:
-        fields, _ = RelPosConfig.get_config_dict(name)
-    except OSError as error:  # no JSON
-        raise ValueError(f"the configuration of {name!r} cannot be read: {error}") from error
+    check_folder(name, "the folder")
+    fields = read_json(Path(name) / "config.json")
     if fields.get("model_type") != RelPosConfig.model_type:
         raise ValueError(f"{name!r} is not a model of the family ('relpos'), got {fields.get('model_type')!r}.")
     if fields.get("architectures") != [RelPosForCausalLM.__name__]:
         raise ValueError(f"{name!r} must hold a {RelPosForCausalLM.__name__}, got {fields.get('architectures')}.")
-    config = RelPosConfig.from_dict(fields)
+    with reading(f"the configuration of {name!r} cannot be read"):
+        config = RelPosConfig.from_dict(fields)
+        check_size(config)
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
         check_implementation(config, "paged|sdpa (--continuous-batching)")
     return config

@@ -6,17 +6,19 @@ table.
 
 import zlib
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations import flex_attention
-from transformers.utils.import_utils import is_tracing
 
 from .attention_cpu import KeyBiasKernel  # noqa: F401  (importing a kernel registers it)
+from .attention_dense import dense_attention
 from .attention_kernel import TABLE_KERNELS, TableCall, select_kernel
 from .attention_torch import BlockKernel  # noqa: F401
 from .attention_triton import TritonKernel  # noqa: F401
+from .functional_transforms import differentiable_gradients, is_tracing, is_transformed
 
 
 def distance_bias_attention(
@@ -37,7 +39,8 @@ def distance_bias_attention(
     out[i] = Σ_j softmax_j(scaling · q_i · k_j + bias_table[h, d(i, j)]) v_j over the keys j that query i sees, where
     d(i, j) = offset + i − j, without its sign if the attention is not causal. Memory is linear in the lengths, forward
     and backward; sums are taken in fp32 and in an order that the shapes and the number of threads fix. Differentiable
-    once, in query, key, value and `bias_table`.
+    in query, key, value and `bias_table`; derivatives of derivatives, forward mode and the transforms of `torch.func`
+    take a (Q, K) matrix.
 
     Args:
         query: (B, H, Q, D), fp32, bf16, fp16 or fp64.
@@ -66,6 +69,8 @@ def distance_bias_attention(
     _check_arguments(query, key, value, bias_table, call)
     if window is not None and window >= offset + query.shape[2]:
         call = replace(call, window=None)
+    if is_transformed():
+        return dense_attention(query, key, value, bias_table, call)
     kernel = select_kernel(query, key, bias_table, call)
     if not kernel.is_operator:
         return kernel.attend(query, key, value, bias_table, call)
@@ -117,7 +122,7 @@ def _check_arguments(
         documents.ndim != 2 or documents.shape not in ((batch_size, num_keys), (1, num_keys))
     ):
         refuse(f"`documents` must be ({batch_size}, {num_keys}), not {(*documents.shape,)}")
-    if is_tracing(bias_table):
+    if is_tracing(bias_table) or is_transformed():
         return
     if bias_table.is_cuda:
         torch._assert_async(bias_table.isfinite().all(), "`bias_table` must be finite")  # without a wait for the device
@@ -198,9 +203,13 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple:
     query, key, value, bias_table, key_mask, documents, out, lse = ctx.saved_tensors
-    call = (ctx.kernel, ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window)
-    gradients = _attend_backward(grad_out, query, key, value, out, lse, bias_table, *call)
-    return *gradients, *(None for _ in call)
+    call = (ctx.scaling, ctx.is_causal, ctx.offset, key_mask, documents, ctx.window)
+    if torch.is_grad_enabled():  # `create_graph=True`
+        function = partial(dense_attention, call=TableCall(*call))
+        gradients = differentiable_gradients(function, (query, key, value, bias_table), grad_out)
+    else:
+        gradients = _attend_backward(grad_out, query, key, value, out, lse, bias_table, ctx.kernel, *call)
+    return *gradients, None, *(None for _ in call)
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)

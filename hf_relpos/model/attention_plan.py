@@ -6,11 +6,13 @@ Shape letters: B batch, H query heads, G key and value heads, Q query length, K 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_distance_bias import distance_bias_attention, flex_distance_attention
@@ -22,6 +24,7 @@ from .attention_mask import (
     merge_position_bias,
     row_mask,
 )
+from .functional_transforms import is_differentiated_again, is_transformed
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup, PositionEmbeddings, add_biases
 
@@ -57,6 +60,13 @@ def mask_key_bias(key_bias: torch.Tensor, key_mask: torch.Tensor | None) -> torc
     return key_bias if key_mask is None else key_bias.masked_fill(~key_mask[:, None], 0.0)
 
 
+def _move(value: Any, device: torch.device | str | int, kwargs: dict[str, Any]) -> Any:
+    """→ what is no module, on a device."""
+    if isinstance(value, torch.device):
+        return torch.device(device)
+    return value.to(device, **kwargs) if hasattr(value, "to") and not isinstance(value, nn.Module) else value
+
+
 # --- the plans
 
 
@@ -79,6 +89,13 @@ class AttentionPlan:
     mask: Any = None
     key_mask: torch.Tensor | None = None
     keywords: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "AttentionPlan":
+        """The same on another device: accelerate moves what a layer is given to where its parameters are."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: _move(value, device, kwargs) for name, value in values.items()}
+        moved["keywords"] = {name: _move(value, device, kwargs) for name, value in self.keywords.items()}
+        return replace(self, **moved)
 
     @property
     def name(self) -> str:
@@ -119,7 +136,8 @@ class AttentionPlan:
             mask = merge_position_bias(bias, mask, query)
         if self.group.window is not None:  # flash attention makes its mask of it
             kwargs["sliding_window"] = self.group.window
-        return attention_interface(
+        attend = partial(
+            attention_interface,
             layer,
             query,
             inputs.key,
@@ -129,6 +147,11 @@ class AttentionPlan:
             scaling=layer.scaling,
             **{**self.keywords, **kwargs},
         )
+        # torch's choice of a kernel does not see through a transform whether the bias needs a gradient
+        if self.implementation == "sdpa" and (is_differentiated_again() or (bias is not None and is_transformed())):
+            with sdpa_kernel(SDPBackend.MATH):
+                return attend()
+        return attend()
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils import logging
-from transformers.utils.import_utils import is_tracing
 
 from .attention_key_bias import check_cache
 from .attention_mask import check_implementation
@@ -28,6 +27,7 @@ from .attention_plan import (
     SplitPlan,
     TablePlan,
 )
+from .functional_transforms import assert_async, is_batched, is_tracing
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup
 from .token_positions import (
@@ -131,7 +131,7 @@ def make_mask(
         attention_mask=attention_mask,
         **{CACHE_NAME: cache},
         and_mask_function=None if tokens.documents is None else same_document(tokens.documents),
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=allow_is_causal_skip and not is_batched(attention_mask),
     )
 
 
@@ -154,7 +154,7 @@ def _last_table_position(
     if "max_table_position" not in group.hooks:
         return math.inf
     schemes = chain(*(model.layers[index].self_attn.position_embeddings.values() for index in layers))
-    limits = [scheme.max_table_position() for scheme in schemes if "max_table_position" in scheme.hooks]
+    limits = [scheme("max_table_position") for scheme in schemes if "max_table_position" in scheme.hooks]
     # one look at the device for all layers; a traced graph cannot inspect values, and FlexAttention takes all queries
     # at once
     if plan_class.needs_mask or is_tracing(limits[0]):
@@ -229,9 +229,7 @@ def _pair_positions(
     span = max(keys.length + keys.num_dropped, tokens.span or 0)
     if is_tracing(key_positions):
         # gaps beyond the table raise an error instead of being clamped
-        torch._assert_async(
-            (distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length"
-        )
+        assert_async((distance < span).all(), "position_ids with gaps cannot be compiled: distance >= key length")
     else:
         span = max(span, int(distance.max()) + 1)
     slots = torch.arange(first, tokens.position_ids.shape[1], device=query.device) + keys.offset

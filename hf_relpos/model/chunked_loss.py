@@ -5,10 +5,13 @@ Shape letters: T tokens, C hidden size, V vocabulary.
 
 import math
 import zlib
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .functional_transforms import differentiable_gradients, is_transformed, warn_of_memory
 
 
 IGNORED = -100
@@ -46,13 +49,23 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    needs_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    total, _, _ = _sum_losses(hidden_states.flatten(0, 1), weight, targets, needs_gradient)
+    if is_transformed():
+        total = _sum_at_once(hidden_states.flatten(0, 1), weight, targets)
+    else:
+        needs_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+        total, _, _ = _sum_losses(hidden_states.flatten(0, 1), weight, targets, needs_gradient)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORED).sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def _sum_at_once(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(T, C), (V, C), (T,) → the sum of the losses, from all logits, in operations that torch can transform."""
+    warn_of_memory("The loss", "the matrix of all logits")
+    logits = (hidden_states @ weight.T).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_cross_entropy", mutates_args=())
@@ -102,13 +115,17 @@ def _(hidden_states, weight, targets, needs_gradient):
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden_states, weight, targets, _ = inputs
     _, *gradients = output
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(hidden_states, weight, targets, *gradients)
     ctx.mark_non_differentiable(*gradients)
 
 
 def _backward(ctx: Any, grad_total: torch.Tensor, *_: Any) -> tuple:
-    grad_hidden, grad_weight = ctx.saved_tensors
+    hidden_states, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # `create_graph=True`
+        function = partial(_sum_at_once, targets=targets)
+        return *differentiable_gradients(function, (hidden_states, weight), grad_total), None, None
     return grad_hidden * grad_total, grad_weight * grad_total, None, None
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -144,7 +145,7 @@ def check_ranges(config: Any) -> None:
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
         raise ValueError(f"`pad_token_id` must be below `vocab_size` {config.vocab_size}, got {config.pad_token_id}.")
     for name in ("initializer_range", "rms_norm_eps", "layer_norm_eps", "embedding_multiplier"):
-        if not isinstance(getattr(config, name), (int, float)) or getattr(config, name) < 0:
+        if not isinstance(getattr(config, name), (int, float)) or not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(config, name)!r}.")
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:

@@ -80,11 +80,11 @@ class RelPosConfig(PreTrainedConfig):
         attention_dropout: dropout of the attention weights; above 0 it rules out the fused kernels.
         embedding_multiplier: factor of the token embeddings where they enter the first layer, and of `inputs_embeds`,
             as in Granite; sqrt(C) by default, with which embeddings from N(0, 1/C) enter at a scale of 1.
-        initializer: initial weights of linear layers and token embeddings: "fan_in" for N(0, 1/inputs) and N(0, 1/C),
-            or "normal" for N(0, initializer_range²); "normal" by default if `initializer_range` is given, else
-            "fan_in".
+        initializer: initial weights of linear layers and embeddings: "fan_in" for N(0, 1/inputs), divided by
+            sqrt(2 · layers) in the output projections of attention and MLP, and N(0, 1/C) for embeddings, or "normal"
+            for N(0, initializer_range²); "normal" by default if `initializer_range` is given, else "fan_in".
         initializer_range: standard deviation of initial weights, 0.02 by default; with `initializer` "fan_in" only
-            that of what is neither a linear layer nor a token embedding (learned positions, gates).
+            that of what is neither a linear layer nor an embedding (the gates of `fox`).
         rms_norm_eps: epsilon of the RMSNorms.
         layer_norm_eps: epsilon of the LayerNorms.
         use_cache: whether the model returns its keys and values.
@@ -279,7 +279,7 @@ class RelPosConfig(PreTrainedConfig):
                     f"`pos_embedding_kwargs` of {self.pos_embedding_type!r} may hold {sorted(allowed)}, got {name!r}."
                 )
             number = int if isinstance(allowed[name], int) else (int, float)
-            if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(
                     f"`pos_embedding_kwargs` {name!r} must be a positive number like {allowed[name]!r}, got {value!r}."
                 )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import TreeSpec, tree_unflatten
@@ -71,6 +72,8 @@ class RelPosAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
         for rotate, rotation in rotations:
             query, key = rotate(query, key, rotation)
+        if query.shape[-1] > self.head_dim:  # attention functions want heads of one width
+            value = F.pad(value, (0, query.shape[-1] - self.head_dim))
         shard_heads = self._head_slicer(query)
         key_bias = self.position_embeddings.key_bias(hidden_states)  # (B, H, Q) or None
         if key_bias is not None:
@@ -188,6 +191,8 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config)
         self.post_feedforward_layernorm = None if self.norms_before else build_norm(config)
         self.mlp = RelPosMLP(config)
+        for projection in (self.self_attn.o_proj, self.mlp.down_proj):  # as in GPT-2: all add to one residual stream
+            projection.initial_scale = (2 * config.num_hidden_layers) ** -0.5
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     @takes_cache

@@ -93,8 +93,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
             Where layers differ, what they have, in the order of the layers, joined by "/".
         """
-        model, shape = self.base_model, (1, 2, self.config.hidden_size)
-        inputs_embeds = torch.empty(shape, device=self.device, dtype=self.dtype)
+        model = self.base_model
+        inputs_embeds = model._example_embeds(2)
         plans = model._plans(model._locate_tokens(inputs_embeds), inputs_embeds)
         return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
@@ -102,7 +102,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         if isinstance(module, SelfInitialized):
             module.reset_parameters()
         elif self.config.initializer == "fan_in" and isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            std = module.in_features**-0.5 * getattr(module, "initial_scale", 1.0)
+            init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif self.config.initializer == "fan_in" and isinstance(module, nn.Embedding):
@@ -168,10 +169,11 @@ class RelPosModel(RelPosPreTrainedModel):
         """
         if length < 1:
             raise ValueError(f"`length` must be at least 1, got {length}.")
-        device, tables = self.embed_tokens.weight.device, []
+        device, tables = self._example_embeds(1).device, []
         for attention in (layer.self_attn for layer in self.layers):
             shared = self.position_embeddings.table(length, device, attention.group.schemes)
-            tables.append(add_biases((shared, attention.position_embeddings.table(length, device))))
+            terms = (shared, attention.position_embeddings.table(length, device))
+            tables.append(add_biases(None if term is None else term.to(device) for term in terms))
         if all(table is None for table in tables):
             raise ValueError(
                 f"`pos_embedding_type` must have a bias that is a function of the distance, "
@@ -246,6 +248,13 @@ class RelPosModel(RelPosPreTrainedModel):
                 **kwargs,
             )
         return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+
+    def _example_embeds(self, length: int) -> torch.Tensor:
+        """→ (1, length, C) on the device of a forward: offloaded parameters are on none until they are used."""
+        device = self.embed_tokens.weight.device
+        is_offloaded = device.type == "meta" and hasattr(self.embed_tokens, "_hf_hook")
+        with torch.no_grad():
+            return self.embed_tokens(torch.zeros(1, length, dtype=torch.long, device="cpu" if is_offloaded else device))
 
     def _locate_tokens(
         self,

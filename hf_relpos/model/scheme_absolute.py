@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils.import_utils import is_tracing
 
+from .functional_transforms import is_tracing
 from .scheme_base import PositionEmbedding, register_position_embedding
 
 
@@ -17,7 +17,7 @@ class SinusoidalEmbedding(PositionEmbedding):
     x_p ← x_p + PE(p), PE(p)[2k] = sin(p · 10000^(−2k/C)), PE(p)[2k+1] = cos(p · 10000^(−2k/C)), k = 0..C/2−1
 
     Parameters: none. Past the training length: defined for every position, untrained there.
-    Paper: Vaswani et al. 2017, arXiv 1706.03762, section 3.5. Differs: the token embeddings are not scaled by sqrt(C).
+    Paper: Vaswani et al. 2017, arXiv 1706.03762, section 3.5..
     """
 
     kind = "absolute"
@@ -66,7 +66,7 @@ class ScaledSinusoidalEmbedding(SinusoidalEmbedding):
 class LearnedEmbedding(PositionEmbedding):
     """A learned vector for each position.
 
-    x_p ← x_p + W[p], W of shape (max_position_embeddings, C), initialised from N(0, initializer_range²)
+    x_p ← x_p + W[p], W of shape (max_position_embeddings, C), initialised as the token embeddings
 
     Parameters: max_position_embeddings · C. Past the training length: `ValueError` from the end of the table on.
     Paper: Gehring et al. 2017, arXiv 1705.03122; used by GPT-2.

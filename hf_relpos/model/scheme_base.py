@@ -4,8 +4,9 @@ Shape letters: B batch, H heads, Q query length, K key length, D head size, C hi
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,10 @@ class Positions:
     distance: torch.Tensor
     visible: torch.Tensor
 
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Positions":
+        """The same on another device: accelerate moves what a module is given to where its parameters are."""
+        return replace(self, **{item.name: getattr(self, item.name).to(device, **kwargs) for item in fields(self)})
+
 
 class SelfInitialized:
     """Marks a module with parameters that `reset_parameters` initialises, instead of the rule for its class of layer.
@@ -69,7 +74,51 @@ class SelfInitialized:
     """
 
 
-class PositionEmbedding(SelfInitialized, nn.Module):
+class HookCaller(nn.Module):
+    """A module whose methods are called through it, by name: `scheme("distance_bias", distance)`.
+
+    Whatever loads, gathers or moves the parameters of a module does it around its `forward`.
+    """
+
+    def forward(self, hook: str, *args: Any) -> Any:
+        """→ what the method `hook` returns."""
+        parts = _offloaded_parts(self)
+        if not parts:
+            return getattr(self, hook)(*args)
+        with _loaded(parts):
+            return getattr(self, hook)(*args)
+
+
+def _offloaded_parts(module: nn.Module) -> list[nn.Module]:
+    """→ the modules in it whose parameters accelerate loads around their `forward`."""
+    parts = []
+    for part in module._modules.values():
+        if part is None:
+            continue
+        state = part.__dict__  # an attribute that is missing takes a module long to look for
+        if "_hf_hook" in state:
+            parts.append(part)
+        if state["_modules"]:
+            parts += _offloaded_parts(part)
+    return parts
+
+
+@contextmanager
+def _loaded(parts: list[nn.Module]) -> Iterator[None]:
+    """Keeps the parameters of modules loaded: a scheme may read those of a module that it holds and never calls."""
+    forwards = [part.forward for part in parts]
+    for part in parts:
+        part._hf_hook.pre_forward(part)
+        part.forward = part._old_forward  # a call would put them away again
+    try:
+        yield
+    finally:
+        for part, forward in zip(parts, forwards):
+            part.forward = forward
+            part._hf_hook.post_forward(part, None)
+
+
+class PositionEmbedding(SelfInitialized, HookCaller):
     """Base class of all schemes. By default no hook changes anything, so that the base class itself is NoPE.
 
     A scheme overrides the hooks it needs and nothing else. Constants are computed from Python numbers in the hook that
@@ -126,8 +175,9 @@ class PositionEmbedding(SelfInitialized, nn.Module):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes. Under tensor
-        parallelism H and G are the heads of one rank, so that a rotation must not differ between heads there."""
+        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes, or both
+        with more channels. Under tensor parallelism H and G are the heads of one rank, so that a rotation must not
+        differ between heads there."""
         return query, key
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor | None:
@@ -164,6 +214,8 @@ def _check_hooks(cls: type[PositionEmbedding]) -> None:
     def refuse(hook: str, reason: str) -> None:
         raise TypeError(f"position scheme {cls.__name__!r}: `{hook}` {reason}")
 
+    if cls.forward is not PositionEmbedding.forward:
+        refuse("forward", "is how the hooks of a scheme are called: give the method another name.")
     of_layer, shared = sorted(cls.hooks & LAYER_HOOKS), sorted(cls.hooks & SHARED_HOOKS)
     if of_layer and shared:
         refuse(of_layer[0], f"and `{shared[0]}` cannot be in one class: make two schemes and join them by '+'.")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.utils.import_utils import is_tracing
 
+from .functional_transforms import is_tracing
 from .scheme_base import PositionEmbedding, Positions, SelfInitialized, register_position_embedding
 
 
@@ -223,11 +223,22 @@ class _Clamp(torch.autograd.Function):
     """`clamp` whose gradient passes for values outside of the range too, unless a step along it would lead further out:
     what a step of the optimiser carried outside can come back, which it never does after `torch.clamp`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = low, high
+    def forward(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
         return x.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        x, *ctx.bounds = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        return tangent.masked_fill((x < low) | (x > high), 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:

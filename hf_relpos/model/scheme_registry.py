@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -122,30 +124,40 @@ Rotation = tuple[Callable, Any]
 class PositionEmbeddings(nn.ModuleDict):
     """The schemes of one model or of one layer, acting as one: embeds and rotations chain, biases add."""
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """What transformers and accelerate must keep on one device: a map of devices may not end within a scheme, as
+        it would between its own parameters and a module that it holds."""
+        return {
+            type(scheme).__name__ for scheme in self.values() if scheme._parameters and any(scheme.named_children())
+        }
+
     def embed(self, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(B, Q, C), (B or 1, Q) → (B, Q, C)."""
-        for scheme in self.values():
-            inputs_embeds = scheme.embed(inputs_embeds, positions)
+        for scheme in self._with("embed").values():
+            inputs_embeds = scheme("embed", inputs_embeds, positions)
         return inputs_embeds
 
     def rotations(self, positions: torch.Tensor, dtype: torch.dtype) -> dict[str, Rotation]:
         """(B or 1, Q) → name of a scheme → its `rotate` and what that needs, for the schemes that transform q and k."""
-        prepared = {name: (scheme.rotate, scheme.rotation(positions, dtype)) for name, scheme in self.items()}
+        schemes = self._with("rotation").items()
+        prepared = {name: (_rotate(scheme), scheme("rotation", positions, dtype)) for name, scheme in schemes}
         return {name: pair for name, pair in prepared.items() if pair[1] is not None}
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """(B, Q, C) → the sum of the schemes' key biases, (B, H, Q) fp32, or `None`."""
-        return add_biases(scheme.key_bias(hidden_states) for scheme in self.values())
+        return add_biases(scheme("key_bias", hidden_states) for scheme in self._with("key_bias").values())
 
     def score_bias(
         self, scores: torch.Tensor, bias: torch.Tensor | None, query: torch.Tensor, positions: Positions
     ) -> torch.Tensor | None:
         """→ the sum of the schemes' biases that depend on the scores, (B, H, Q, K) fp32, or `None`."""
-        return add_biases(scheme.score_bias(scores, bias, query, positions) for scheme in self.values())
+        schemes = self._with("score_bias").values()
+        return add_biases(scheme("score_bias", scores, bias, query, positions) for scheme in schemes)
 
     def table(self, length: int, device: torch.device, names: Iterable[str] | None = None) -> torch.Tensor | None:
         """→ the sum of the distance tables of the schemes, or of some by name, (H, length) fp32, or `None`."""
-        schemes = [scheme for scheme in self._named(names) if "distance_bias" in scheme.hooks]
+        schemes = self._with("distance_bias", names=names).values()
         return add_biases(distance_table(scheme, length, device) for scheme in schemes)
 
     def dense_bias(
@@ -164,24 +176,31 @@ class PositionEmbeddings(nn.ModuleDict):
             names: of the schemes, if not of all.
         """
         terms = []
-        for scheme in self._named(names):
+        for scheme in self._with("distance_bias", "dense_bias", names=names).values():
             if "dense_bias" in scheme.hooks:
-                bias = scheme.dense_bias(positions)
+                bias = scheme("dense_bias", positions)
                 terms.append(bias if shard_heads is None else shard_heads(bias.transpose(0, 1)).transpose(0, 1))
-            elif "distance_bias" in scheme.hooks:
+            else:
                 table = distance_table(scheme, length, positions.distance.device)
                 table = table if shard_heads is None else shard_heads(table)
                 terms.append(table[:, positions.distance].movedim(0, 1))
         return add_biases(terms)
 
-    def _named(self, names: Iterable[str] | None) -> list[PositionEmbedding]:
-        return [scheme for name, scheme in self.items() if names is None or name in names]
+    def _with(self, *hooks: str, names: Iterable[str] | None = None) -> dict[str, PositionEmbedding]:
+        """The schemes, or some by name, that have any of the hooks."""
+        chosen = {name: scheme for name, scheme in self.items() if names is None or name in names}
+        return {name: scheme for name, scheme in chosen.items() if not scheme.hooks.isdisjoint(hooks)}
+
+
+def _rotate(scheme: PositionEmbedding) -> Callable:
+    """Its `rotate`, which calls the module if it may read parameters."""
+    return partial(scheme, "rotate") if ismethod(scheme.rotate) else scheme.rotate
 
 
 def distance_table(scheme: PositionEmbedding, length: int, device: torch.device) -> torch.Tensor:
     """→ (H, length) fp32: `distance_bias` on the distances 0..length−1, outside of autocast."""
     with torch.autocast(device.type, enabled=False):
-        return scheme.distance_bias(torch.arange(length, device=device))
+        return scheme("distance_bias", torch.arange(length, device=device))
 
 
 def add_biases(terms: Iterable[torch.Tensor | None]) -> torch.Tensor | None:

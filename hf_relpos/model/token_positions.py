@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.utils.import_utils import is_tracing
+from transformers.utils import import_utils
 
+from .functional_transforms import is_tracing
 from .position_augmentation import sample_positions
 
 
@@ -93,7 +94,8 @@ def locate_tokens(
 
 def is_exported(tensor: torch.Tensor) -> bool:
     """Whether the graph is exported to runtimes that know only the operators of torch."""
-    return is_tracing(tensor) and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
+    is_traced = import_utils.is_tracing(tensor)
+    return is_traced and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
 
 
 def cached_length(cache: Cache | None) -> int | torch.Tensor:

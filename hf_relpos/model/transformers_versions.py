@@ -124,6 +124,22 @@ def check_keywords(kwargs: dict[str, Any], position_ids: torch.Tensor | None, at
             raise ValueError(
                 f"`position_ids` must be given with `{name}`: they start again with each sequence of a row."
             )
+        if kwargs.get(name) is not None and attn_implementation in BUILT_IN_ATTENTION and not is_tracing():
+            _check_packing(name, kwargs[name], position_ids)
+
+
+def _check_packing(name: str, packing: torch.Tensor, position_ids: torch.Tensor) -> None:
+    """Raises `ValueError` unless the sequences of packed rows begin where their positions start again."""
+    starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) <= 0
+    if name == "seq_idx":
+        given = packing.diff(dim=-1, prepend=packing[:, :1] - 1) != 0
+        fits = given.shape[-1] == starts.shape[-1] and bool((given == starts).all())
+    else:  # the bounds of all rows, laid end to end
+        num_rows, rest = divmod(int(packing[-1]), starts.shape[-1])
+        fits = not rest and len(starts) in (1, num_rows)
+        fits = fits and {*packing[:-1].tolist()} == {*starts.expand(num_rows, -1).flatten().nonzero()[:, 0].tolist()}
+    if not fits:
+        raise ValueError(f"`{name}` must agree with `position_ids`, which start again with each sequence of a row.")
 
 
 def add_to_cache(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ..file_reading import reading
 from .families import BUFFERS, Family, converters, our_name
 from .folders import DTYPE_NAMES
 
@@ -64,7 +65,7 @@ def plan_conversion(
     Raises:
         ValueError: for a weight that is missing, left over, or of another shape or kind than its configuration says.
     """
-    with torch.device("meta"):
+    with reading(f"{where!r}: no model can be made of its configuration"), torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).state_dict()
     theirs = {our_name(family, name): (name, tuple(weight.shape)) for name, weight in expected.items()}
     found = {our_name(family, name): name for name in shapes if not re.search(BUFFERS, f".{name}")}

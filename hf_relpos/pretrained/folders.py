@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoTokenizer
 
+from ..file_reading import reading
 from .sources import INDEX, TOKENIZER_FILES, Source
 
 
@@ -51,11 +52,8 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     if source.gguf_file is None and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return
     kwargs = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
+    with reading(f"the tokenizer of {source.name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **kwargs)
-    except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer of {source.name!r} cannot be loaded: {reason}") from error
     tokenizer.save_pretrained(folder)
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..cli import command, parse_arguments
+from ..file_reading import reading
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.saved_code import AUTO_MAP, saved_code
@@ -152,10 +153,8 @@ def is_foreign(name: str) -> bool:
 def _open(source: Source) -> tuple[PreTrainedConfig, SafetensorsWeights]:
     saved = read_config(source)
     check_fields(saved)
-    try:
+    with reading(f"`model` {source.name!r}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(source.folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"`model` {source.name!r}: config.json cannot be read: {error}") from error
     return config, SafetensorsWeights(source)
 
 
@@ -246,11 +245,8 @@ def _owned(weight: torch.Tensor) -> torch.Tensor:
 
 def _load_gguf(source: Source) -> PreTrainedModel:
     """The model of a GGUF file, dequantised by transformers, in fp32."""
-    try:
+    with reading(f"`model` {source.name!r} cannot be read"):
         return AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"`model` {source.name!r} cannot be read: {reason}") from error
 
 
 def _repository(model: PreTrainedModel) -> str | None:

@@ -23,6 +23,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from ..file_reading import reading
+
 
 WHOLE, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
 # what is downloaded; nothing among it runs code when it is read
@@ -87,10 +89,8 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
 
 def read_config(source: Source) -> dict[str, Any]:
     """config.json of a folder; raises `ValueError` if it cannot be read."""
-    try:
-        return PreTrainedConfig.get_config_dict(source.folder)[0]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` {source.name!r} cannot be read: {error}") from error
+    with reading(f"`model` {source.name!r} cannot be read"):
+        return dict(PreTrainedConfig.get_config_dict(source.folder)[0])
 
 
 def _license(folder: Path) -> str | None:

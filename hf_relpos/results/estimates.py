@@ -14,6 +14,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 MAX_RUNS_NEEDED = 200
+ROUNDING = 1e-8  # losses are stored with eight digits: a smaller spread is none
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _test(mean: float, of_runs: float, of_documents: float, num_runs: int, num_d
     from scipy import stats
 
     variance = of_runs + of_documents
-    if not variance > 0:  # one run, or nothing varies: no test can be made
+    if not variance > (ROUNDING * (1 + abs(mean))) ** 2:  # one run, or nothing varies: no test can be made
         return (math.nan if math.isnan(variance) else 0.0), math.nan
     terms = [(of_runs, num_runs - 1), (of_documents, num_documents - 1)]
     freedom = variance**2 / sum(part**2 / count for part, count in terms if part)

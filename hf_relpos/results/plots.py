@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .result_file import labels, score_cells, smooth_by_position
+from ..environment import write_bytes
+from .result_file import labels, score_cells, smooth_by_position, text_title
 
 
 # palettes that keep the colours of many lines with their bands, at a third of the bytes; and of a single line
@@ -39,8 +40,7 @@ def figure_png(figure: Any, num_colors: int = NUM_COLORS) -> bytes:
 
 def save_figure(figure: Any, path: Path, num_colors: int = NUM_COLORS) -> None:
     """Writes the figure as a small PNG, making the folder where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(figure_png(figure, num_colors))
+    write_bytes(path, figure_png(figure, num_colors))
 
 
 def plain(name: Any) -> str:
@@ -117,5 +117,6 @@ def _finish(figure: Any, axes: Any, results: Sequence[dict[str, Any]], path: Pat
         axes.axvline(length, color="grey", linestyle=":", linewidth=1)
         axes.text(length, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="grey")
     axes.grid(alpha=0.3)
+    axes.set_title(plain(text_title(results)), fontsize="medium")
     axes.legend()
     save_figure(figure, path, NUM_COLORS if len(results) > 1 else FEW_COLORS)

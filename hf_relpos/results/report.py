@@ -1,6 +1,6 @@
-"""The report of an experiment: tables, words and figures over seeds, as Markdown and as one HTML file."""
+"""The report of an experiment: the answer in words and one figure, then tables and figures over seeds, as Markdown and
+as one HTML file."""
 
-import base64
 import math
 import sys
 from collections.abc import Sequence
@@ -9,54 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import command, parse_arguments
-from ..environment import write_text
+from ..environment import write_bytes, write_text
+from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
+from .questions import Answer, answers, detail_rows, pair_rows, sentences
 from .report_figures import draw_figures
-from .result_file import RESULTS, escape_markdown, markdown, markdown_table, read_readable, read_results
-from .statistics import Comparison, Group, Interval, compare, group_results, run_labels, verdict
-
-
-VERDICTS = "Which differences are significant"
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.82rem; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% }
-li.significant { font-weight: 600 }
-td small { color: #666 }
-footer { color: #666; font-size: 0.85rem }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>{{ summary }}</p>
-{% for heading, note, rows in tables %}
-<h2>{{ heading }}</h2>
-<p>{{ note }}</p>
-<table>
-<thead><tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows[1:] %}<tr>{% for cell in row %}{% set value, bracket, interval = cell.partition(" (") %}
-<td>{{ value }}{% if bracket %}<br><small>({{ interval }}</small>{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody>
-</table>
-{% endfor %}
-<h2>{{ verdicts_heading }}</h2>
-<ul>{% for significant, sentence in verdicts %}
-<li{% if significant %} class="significant"{% endif %}>{{ sentence }}</li>{% endfor %}</ul>
-{% for heading, image in figures %}
-<h2>{{ heading }}</h2>
-<img alt="{{ heading }}" src="data:image/png;base64,{{ image }}">
-{% endfor %}
-<footer><p>{{ footer }}</p></footer>
-</body>
-</html>
-"""
+from .report_page import Section, as_html, as_markdown
+from .report_tables import context_rows, perplexity_rows, score_rows, setup_rows
+from .result_file import (
+    RESULTS,
+    corpus_note,
+    escape_markdown,
+    markdown_table,
+    read_readable,
+    read_results,
+    text_title,
+)
 
 
 def write_report(
@@ -71,7 +39,8 @@ def write_report(
     Args:
         results: of scripts/evaluate.py, any number of seeds of each setting.
         folder: where to write.
-        baseline: label of the group that all others are compared to; the first one by default.
+        baseline: label of the group whose loss by position is subtracted in the first figure; by default "none" if
+            there is one, else the first.
         title: heading of the page.
         varied: fields of the recipe that the experiment varies, such as "recipe.learning_rate".
 
@@ -82,60 +51,81 @@ def write_report(
         ValueError: if the results cannot be compared, or if there is no such baseline.
     """
     groups = group_results(results, varied)
-    baseline = baseline or groups[0].label
-    comparisons = compare(groups, baseline)
-    content = {
-        "title": title,
-        "summary": _summary(groups, comparisons, baseline),
-        "tables": _tables(groups, comparisons, baseline),
-        "verdicts": [(comparison.significant, verdict(comparison, baseline)) for comparison in comparisons],
-        "figures": draw_figures(groups),
-        "footer": _footer(results),
-    }
+    labels = [group.label for group in groups]
+    baseline = baseline or ("none" if "none" in labels else labels[0])
+    if baseline not in labels:
+        raise ValueError(f"`baseline` must be one of {labels}, got {baseline!r}.")
+    summary = f"{_summary(groups)} {corpus_note(results, run_labels(results, varied))}"
+    sections = _sections(groups, baseline, text_title(results))
     paths = [folder / "report.md", folder / "report.html"]
-    write_text(paths[0], _as_markdown(content))
-    write_text(paths[1], _as_html(content))
-    for heading, image in content["figures"]:
-        paths.append(folder / _file_name(heading))
-        paths[-1].write_bytes(image)
+    write_text(paths[0], as_markdown(title, summary, sections, _footer(results)))
+    write_text(paths[1], as_html(title, summary, sections, _footer(results)))
+    for section in sections:
+        if section.image:
+            paths.append(folder / section.file_name)
+            write_bytes(paths[-1], section.image)
     return paths
 
 
-def _file_name(heading: str) -> str:
-    return f"{heading.lower().replace(' ', '_')}.png"
+def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section]:
+    """What the page holds, in its order."""
+    found, figures = answers(groups), draw_figures(groups, baseline)
+    first, rest = (figures[:1], figures[1:]) if len(groups) > 1 else ([], figures)
+    sections = [Section("Answer", notes=[line for answer in found for line in sentences(answer)])]
+    sections += [Section(heading, image=image) for heading, image in first]
+    if groups[0].score_name:
+        note = f"{text}. {groups[0].score_name}, by the length of the rows in tokens and their kind, with the 95 % "
+        note += "interval over the seeds, which ignores the limits 0 and 1."
+        sections.append(Section("Score by length", [note], score_rows(groups)))
+    else:
+        sections.append(Section("Perplexity by length", [_perplexity_note(groups, text)], perplexity_rows(groups)))
+    sections += [_pair_section(answer, text) for answer in found if answer.pairs]
+    sections.append(Section("What was trained", [], setup_rows(groups)))
+    if not groups[0].score_name:
+        note = (
+            f"{text}. In-context score: loss at a late token − loss at token 50, in nats; slope: nats per 1000 tokens "
+        )
+        note += "past the training length. Below 0 more context helps. Intervals over the seeds."
+        sections.append(Section("Use of the context", [note], context_rows(groups, baseline), is_detail=True))
+    sections += [Section(heading, image=image, is_detail=True) for heading, image in rest]
+    for answer in found:
+        if answer.pairs:
+            heading = f"All pairs: {answer.question.title}"
+            sections.append(Section(heading, [_test_note(answer)], detail_rows(answer), is_detail=True))
+    return [section for section in sections if section.rows is None or len(section.rows) > 1]
 
 
-def _as_markdown(content: dict[str, Any]) -> str:
-    escape = escape_markdown
-    parts = [f"# {escape(content['title'])}", escape(content["summary"])]
-    for heading, note, rows in content["tables"]:
-        parts += [f"## {escape(heading)}", escape(note), markdown(rows)]
-    sentences = "\n".join(f"- {escape(sentence)}" for _, sentence in content["verdicts"])
-    parts += [f"## {VERDICTS}", sentences or "One group: no comparison."]
-    for heading, _ in content["figures"]:
-        parts += [f"## {heading}", f"![{heading}]({_file_name(heading)})"]
-    return "\n\n".join([*parts, escape(content["footer"])]) + "\n"
+def _perplexity_note(groups: Sequence[Group], text: str) -> str:
+    documents = max(len(group.document_weights) for group in groups)
+    note = f"{text}. All lengths are scored on the same tokens. In brackets the 95 % interval, "
+    if documents > 1:
+        note += f"which holds for new seeds and new documents ({documents} documents were read). "
+    else:
+        note += "which holds for new seeds on this text. "
+    note += "Ratio: perplexity at the longest length / at the training length."
+    unigram = groups[0].first.get("unigram_loss")
+    return note + (f" The frequencies of tokens alone give {math.exp(unigram):.1f}." if unigram else "")
 
 
-def _as_html(content: dict[str, Any]) -> str:
-    from jinja2 import Environment
-
-    verdicts = [(significant, sentence.replace("**", "")) for significant, sentence in content["verdicts"]]
-    figures = [(heading, base64.b64encode(image).decode()) for heading, image in content["figures"]]
-    page = Environment(autoescape=True).from_string(PAGE)
-    return page.render(**content | {"verdicts": verdicts, "figures": figures, "verdicts_heading": VERDICTS})
+def _pair_section(answer: Answer, text: str) -> Section:
+    unit = "score" if answer.question.is_score else "perplexity"
+    note = f"{text}. Row against column: difference of the {unit} {answer.question.place}; * where it is resolved at "
+    note += f"5 % over all {len(answer.pairs)} pairs together."
+    return Section(answer.question.title, [note], pair_rows(answer))
 
 
-def _summary(groups: Sequence[Group], comparisons: Sequence[Comparison], baseline: str) -> str:
+def _test_note(answer: Answer) -> str:
+    crossed = max(pair.difference.num_documents for pair in answer.pairs) > 1
+    how = "runs and documents crossed, degrees of freedom by Satterthwaite" if crossed else "Student's t over the runs"
+    return f"Paired by seed; {how}; p corrected for {len(answer.pairs)} pairs by Holm's method."
+
+
+def _summary(groups: Sequence[Group]) -> str:
     seeds = sorted({len(group.by_seed) for group in groups})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    significant = sum(comparison.significant for comparison in comparisons)
-    text = f"{len(groups)} settings, {count} seeds each, {sum(len(group.by_seed) for group in groups)} runs."
-    if comparisons:
-        text += f" Of {len(comparisons)} differences to {baseline}, {significant} are significant at 5 %."
-    if seeds[0] < 3:
-        text += " With fewer than three seeds, hardly any difference can be."
-    return text
+    num_runs = sum(len(group.by_seed) for group in groups)
+    text = f"{len(groups)} settings, {count} seed{'s' * (seeds[-1] > 1)} each, {num_runs} runs."
+    return text + (" With fewer than three seeds, hardly anything can be resolved." if seeds[0] < 3 else "")
 
 
 def _footer(results: Sequence[dict[str, Any]]) -> str:
@@ -147,103 +137,6 @@ def _footer(results: Sequence[dict[str, Any]]) -> str:
         f"Corpus {corpus['name']} ({corpus['split']}, {corpus['num_windows']} windows), trained on "
         f"{', '.join(machines)} in {seconds / 3600:.1f} hours."
     )
-
-
-# --- tables: rows of cells, the first one the head
-
-
-def _tables(
-    groups: Sequence[Group], comparisons: Sequence[Comparison], baseline: str
-) -> list[tuple[str, str, list[list[str]]]]:
-    """→ heading, note and rows of all tables that have rows."""
-    tables = _score_tables(groups) if groups[0].score_name else _text_tables(groups)
-    unit = groups[0].score_name or "Loss in nats per token"
-    note = (
-        f"{unit}, paired by seed, with its 95 % interval; p by Student's paired test, corrected for all "
-        f"{len(comparisons)} comparisons (Holm)."
-    )
-    tables.append((f"Difference to {baseline}", note, _comparison_rows(comparisons)))
-    return [table for table in tables if len(table[2]) > 1]
-
-
-def _text_tables(groups: Sequence[Group]) -> list[tuple[str, str, list[list[str]]]]:
-    """→ heading, note and rows of the tables of losses."""
-    rows = _condition_rows(groups, "perplexity", 2)
-    for row, group in zip(rows[1:], groups):
-        row.append(_cell(group.ratio(), 3))
-    rows[0].append("ratio")
-    return [
-        (
-            "Perplexity by length",
-            "Mean ± standard deviation over the seeds, and the 95 % interval of the mean; all lengths are scored on "
-            "the same tokens. Ratio: perplexity at the longest length / at the training length.",
-            rows,
-        ),
-        (
-            "Use of the context",
-            "In-context score: loss at a late token − loss at token 50, in nats; slope: nats per 1000 tokens past the "
-            "training length. Below 0 more context helps.",
-            _context_rows(groups),
-        ),
-    ]
-
-
-def _score_tables(groups: Sequence[Group]) -> list[tuple[str, str, list[list[str]]]]:
-    """→ heading, note and rows of the table of a task's scores."""
-    name, task = groups[0].score_name, groups[0].first["task"]
-    note = f"Task {task}: {name}, by the length of the rows in tokens and their kind. Mean ± standard deviation over "
-    note += "the seeds, and the 95 % interval of the mean, which ignores the limits 0 and 1."
-    return [("Score by length", note, _condition_rows(groups, "score", 3))]
-
-
-def _condition_rows(groups: Sequence[Group], key: str, digits: int) -> list[list[str]]:
-    conditions = list(dict.fromkeys(condition for group in groups for condition in group.conditions()))
-    conditions.sort(key=lambda condition: int(condition.partition(" ")[0]))
-    rows = [["setting", "seeds", *conditions]]
-    for group in groups:
-        cells = [
-            _cell(Interval.of(list(group.values(condition, key).values())), digits)
-            if condition in group.conditions()
-            else "–"
-            for condition in conditions
-        ]
-        rows.append([group.label, str(len(group.by_seed)), *cells])
-    return rows
-
-
-def _context_rows(groups: Sequence[Group]) -> list[list[str]]:
-    rows = [["setting", "in-context score", "slope per 1000"]]
-    for group in groups:
-        score = group.in_context_score()
-        cell = "–" if score is None else f"{_cell(score[1], 3)} @{score[0]}"
-        rows.append([group.label, cell, _cell(group.slope(), 3, 1000)])
-    return rows if any(cell != "–" for row in rows[1:] for cell in row[1:]) else rows[:1]
-
-
-def _comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    rows = [["setting", "tokens", "seeds", "difference", "95 % interval", "p", "corrected p"]]
-    for each in comparisons:
-        rows.append(
-            [
-                each.label,
-                each.condition,
-                str(each.difference.n),
-                f"{each.difference.mean:+.4f}",
-                "–" if each.difference.n < 2 else f"{each.difference.low:+.4f} to {each.difference.high:+.4f}",
-                "–" if math.isnan(each.p_value) else f"{each.p_value:.2g}",
-                "–" if math.isnan(each.corrected) else f"{each.corrected:.2g}",
-            ]
-        )
-    return rows
-
-
-def _cell(interval: Interval | None, digits: int = 2, factor: float = 1) -> str:
-    if interval is None:
-        return "–"
-    mean, std, low, high = (factor * x for x in (interval.mean, interval.std, interval.low, interval.high))
-    if interval.n == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {std:.{digits}f} ({low:.{digits}f}, {high:.{digits}f})"
 
 
 # --- the command
@@ -270,11 +163,14 @@ class ReportArguments:
         metadata={"help": "Output folder of sweep.py: statistics over the seeds, as report.html and report.md."},
     )
     baseline: str | None = field(
-        default=None, metadata={"help": "Setting that the others of a sweep are compared to; the first by default."}
+        default=None, metadata={"help": "Setting whose loss by position is subtracted; none or the first by default."}
     )
     varied: list[str] = field(
         default_factory=list,
-        metadata={"help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate; others must agree."},
+        metadata={
+            "help": "Fields of the recipe that a sweep varies, such as recipe.learning_rate, or training.corpus; "
+            "others must agree."
+        },
     )
     title: str = field(default="Position schemes", metadata={"help": "Heading of the page of a sweep."})
 
@@ -287,7 +183,10 @@ def main() -> None:
         raise ValueError("either --results or --sweep is required.")
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
+        names = run_labels(results, args.varied)
         paths = write_report(results, folder, args.baseline, args.title, args.varied)
+        for answer in answers(group_results(results, args.varied)):
+            print("\n".join(line.replace("**", "") for line in sentences(answer)))
     else:
         results, errors = read_readable(args.results)
         if not results:
@@ -296,10 +195,10 @@ def main() -> None:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
         table = markdown_table(results, names)
-        write_text(folder / "table.md", table + "\n")
+        write_text(folder / "table.md", f"{table}\n\n{escape_markdown(corpus_note(results, names))}\n")
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
-    print("\n".join(f"wrote {path}" for path in paths))
+    print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
 
 
 def _results_of_sweep(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Figures over seeds: the mean of each group of runs as a line, the range of its seeds as a band."""
+"""Figures over seeds: the mean of each group of runs as a line with its name at the end, an interval as a band."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,18 +6,31 @@ from typing import Any
 
 import numpy as np
 
+from .estimates import CONFIDENCE
+from .groups import Group
 from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure, plain
-from .result_file import smooth_by_position
-from .statistics import Group
+from .result_file import smooth_by_position, text_title
 
 
-# with more groups than this, a figure is larger and its legend stands beside it
-MAX_GROUPS_WITH_LEGEND_INSIDE = 10
+# of Okabe and Ito (2008), which people with any colour vision can tell apart; then other dashes
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+MANY = 10  # with more lines, their bands are pale
+LABEL_HEIGHT = 0.042  # of a label at the end of a line, as a share of a figure of 5 inches
 
 
-def draw_figures(groups: Sequence[Group]) -> list[tuple[str, bytes]]:
-    """→ heading and PNG of each figure that the groups have data for."""
-    return [(heading, _png(draw, groups)) for heading, applies, draw in FIGURES if applies(groups)]
+def draw_figures(groups: Sequence[Group], baseline: str) -> list[tuple[str, bytes]]:
+    """→ heading and PNG of each figure that the groups have data for; the first one shows the answer at a glance.
+
+    Args:
+        groups: from `group_results`.
+        baseline: label of the group whose loss by position is subtracted.
+    """
+    found = []
+    if not groups[0].score_name and len(groups) > 1:
+        heading = f"Loss by position, minus that of {baseline}"
+        found.append((heading, _png(lambda figure, all_: _loss_over_baseline(figure, all_, baseline), groups)))
+    return found + [(heading, _png(draw, groups)) for heading, applies, draw in FIGURES if applies(groups)]
 
 
 def draw_group(group: Group) -> tuple[str, bytes]:
@@ -28,43 +41,124 @@ def draw_group(group: Group) -> tuple[str, bytes]:
 
 def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> bytes:
     from cycler import cycler
-    from matplotlib import rc_context, rcParamsDefault
+    from matplotlib import rc_context
 
     figure = new_figure(*_size(groups))
     # no two lines look the same
-    styles = cycler(linestyle=["-", "--", ":", "-."]) * rcParamsDefault["axes.prop_cycle"]
-    with rc_context({"axes.prop_cycle": styles}):
+    styles = cycler(linestyle=DASHES) * cycler(color=COLORS)
+    with rc_context({"axes.prop_cycle": styles, "axes.spines.top": False, "axes.spines.right": False}):
         draw(figure, groups)
+        figure.suptitle(plain(_text_shown(draw, groups)), fontsize="medium")
     return figure_png(figure, NUM_COLORS if len(groups) > 1 else FEW_COLORS)
 
 
+def _text_shown(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> str:
+    """→ which text a figure is about: corpus and split."""
+    if draw not in (_training_curves, _learned_biases):
+        return text_title([group.first for group in groups])
+    names = dict.fromkeys(group.first["training"].get("corpus", {}).get("name") for group in groups)
+    return f"{', '.join(map(str, names))}, split train"
+
+
 def _size(groups: Sequence[Group]) -> tuple[float, float]:
-    """Width and height in inches."""
-    if len(groups) > MAX_GROUPS_WITH_LEGEND_INSIDE:
-        return 13, 8
-    return (9, 5) if len(groups) > 1 else (5.8, 3.1)
+    """Width and height in inches: room for the name of each line."""
+    return (9, max(5.0, 0.24 * len(groups))) if len(groups) > 1 else (5.8, 3.1)
 
 
 def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str, **style: Any) -> None:
-    """The mean of (seeds, points) values, with the range of the seeds as a band."""
+    """The mean of (seeds, points) values, with its 95 % interval over the seeds as a band."""
+    from scipy import stats
+
     values = np.asarray(rows, dtype=np.float64)
-    (line,) = axes.plot(xs, values.mean(axis=0), label=plain(label), **style)
-    axes.fill_between(xs, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
+    mean, count = values.mean(axis=0), len(values)
+    (line,) = axes.plot(xs, mean, label=plain(label), **style)
+    if count > 1:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis=0, ddof=1) / math.sqrt(count)
+        axes.fill_between(xs, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def _finish(axes: Any, groups: Sequence[Group], marks: bool = True, **labels: str) -> None:
+    """Names each line at its end, marks the training length and sets the labels of the axes."""
     axes.set(**labels)
     for length in sorted({group.train_length for group in groups if marks and group.train_length}):
         axes.axvline(length, color="grey", linestyle=":", linewidth=1)
-    axes.grid(alpha=0.3)
-    if len(groups) > MAX_GROUPS_WITH_LEGEND_INSIDE:
+        axes.text(length, 1.0, " training length", transform=axes.get_xaxis_transform(), va="top", color="grey")
+    axes.grid(alpha=0.25)
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    if len(lines) > MANY:
         for band in axes.collections:
             band.set_alpha(0.06)
-        # in the order in which the lines end
-        lines = sorted(axes.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
-        axes.legend(handles=lines, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    else:
-        axes.legend(fontsize="small", ncols=2 if len(groups) > 8 else 1)
+    if len(lines) > 1:
+        _label_lines(axes, lines)
+
+
+def _label_lines(axes: Any, lines: Sequence[Any]) -> None:
+    """Writes the name of each line beside its last point; names that would overlap are moved apart."""
+    axes.margins(x=0.01)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)  # it stays, whatever is written beside it
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
+    order = sorted(range(len(lines)), key=lambda index: ends[index][1])
+    height = LABEL_HEIGHT * 5 / axes.figure.get_figheight()
+    places = [min(max(ends[index][1], 0.0), 1.0) for index in order]
+    for _ in range(200):  # pushes neighbours apart until all fit
+        for below in range(len(places) - 1):
+            overlap = height - (places[below + 1] - places[below])
+            if overlap > 0:
+                places[below] -= overlap / 2
+                places[below + 1] += overlap / 2
+    for index, place in zip(order, places):
+        line, (x, y) = lines[index], ends[index]
+        name = line.get_label() + (" ↑" if y > 1 else " ↓" if y < 0 else "")  # the line ends outside
+        y = min(max(y, 0.0), 1.0)
+        options = {"xycoords": "axes fraction", "fontsize": 9, "va": "center", "annotation_clip": False}
+        arrow = {
+            "arrowstyle": "-",
+            "color": line.get_color(),
+            "linewidth": 0.6,
+            "shrinkA": 2,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
+        place_of_text = (1.04, place)
+        axes.annotate(name, (x, y), place_of_text, color=line.get_color(), arrowprops=arrow, **options)
+
+
+def _log2_axis(axes: Any, ticks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def _positions(groups: Sequence[Group]) -> list[int]:
+    """Powers of two up to the last position."""
+    last = max(smooth_by_position(group.first["loss_by_position"])[0][-1] for group in groups)
+    return [2**octave for octave in range(math.ceil(math.log2(last)) + 1)]
+
+
+def _loss_over_baseline(figure: Any, groups: Sequence[Group], baseline: str) -> None:
+    """On the same tokens, so that what is hard or easy in the text cancels."""
+    axes = figure.subplots()
+    (base,) = [group for group in groups if group.label == baseline]
+    for group in groups:
+        seeds = sorted({*group.by_seed} & {*base.by_seed})
+        curves = [_curves_of(group, seed) + _curves_of(base, seed) for seed in seeds]
+        if curves:
+            rows = [np.subtract(ours, theirs) for _, ours, _, theirs in curves]
+            _band(axes, curves[0][0], rows, group.label, linewidth=1.8)
+    _log2_axis(axes, _positions(groups))
+    # the first tokens say little, and a few settings that are far off would hide the others
+    rows = np.concatenate([line.get_ydata()[2:] for line in axes.get_lines()])
+    quarter, three = np.quantile(rows, (0.25, 0.75))
+    spread = 4 * (three - quarter)
+    low, high = min(max(rows.min(), quarter - spread), 0.0), max(min(rows.max(), three + spread), 0.0)
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    _finish(axes, groups, xlabel="tokens of context", ylabel=f"loss − loss of {plain(baseline)} (nats per token)")
+
+
+def _curves_of(group: Group, seed: int) -> tuple[list[float], list[float]]:
+    return smooth_by_position(group.by_seed[seed]["loss_by_position"])
 
 
 def _loss_by_position(figure: Any, groups: Sequence[Group]) -> None:
@@ -72,10 +166,8 @@ def _loss_by_position(figure: Any, groups: Sequence[Group]) -> None:
     for group in groups:
         curves = [smooth_by_position(result["loss_by_position"]) for result in group.by_seed.values()]
         _band(axes, curves[0][0], [losses for _, losses in curves], group.label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    labels = {"xlabel": "tokens of context", "ylabel": "loss (nats per token), band: range of the seeds"}
-    _finish(axes, groups, **labels)
+    _log2_axis(axes, _positions(groups))
+    _finish(axes, groups, xlabel="tokens of context", ylabel="loss (nats per token)")
 
 
 def _perplexity_by_length(figure: Any, groups: Sequence[Group]) -> None:
@@ -84,13 +176,11 @@ def _perplexity_by_length(figure: Any, groups: Sequence[Group]) -> None:
         lengths = group.lengths()
         rows = np.array([list(group.values(str(length), "perplexity").values()) for length in lengths]).T
         _band(axes, lengths, rows, group.label, marker="o", markersize=4)
-    lengths = sorted({length for group in groups for length in group.lengths()})
-    axes.set(xscale="log", yscale="log")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set_xticks([], minor=True)
+    axes.set_yscale("log")
+    _log2_axis(axes, sorted({length for group in groups for length in group.lengths()}))
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:.4g}")
-    _finish(axes, groups, xlabel="evaluation length (tokens)", ylabel="perplexity, band: range of the seeds")
+    _finish(axes, groups, xlabel="evaluation length (tokens)", ylabel="perplexity")
 
 
 def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
@@ -105,13 +195,10 @@ def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
             rows = np.array([list(group.values(name, "score").values()) for name in names.values()]).T
             _band(axes, list(names), rows, group.label, marker="o", markersize=4)
         lengths = sorted({length for group in groups for length in group.lengths()})
-        axes.set(xscale="log", title=plain(kind), ylim=(-0.03, 1.03))
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.set_xticks([], minor=True)
-        score = plain(groups[0].score_name)
-        _finish(axes, groups, xlabel="length (tokens)", ylabel=f"{score}, band: range of the seeds")
+        axes.set(title=plain(kind), ylim=(-0.03, 1.03))
+        _log2_axis(axes, lengths)
+        _finish(axes, groups, xlabel="length (tokens)", ylabel=plain(groups[0].score_name))
         if axes is not figure.axes[0]:
-            axes.legend().remove()
             axes.set_ylabel("")
     for axes in list(panels):
         axes.set_axis_off()

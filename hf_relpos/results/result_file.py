@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import write_text
+from ..file_reading import parse_json, read_text_file
+from .schema import check_schema
 
 
 # the runs of an experiment, in the folder of scripts/sweep.py and in those of docs/results
@@ -91,41 +93,66 @@ def _rounded(value: Any, digits: int = DIGITS) -> Any:
 
 
 def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"result file {str(path)!r} cannot be read: {error}") from error
+    return read_text_file(path, "result file")
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     """→ the result that a text holds; an error begins with `where`."""
-    try:
-        result = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{where} cannot be read: {error}") from error
+    result = parse_json(text, where)
     is_dict = isinstance(result, dict)
     required = REQUIRED_KEYS + (TASK_KEYS if is_dict and "task" in result else TEXT_KEYS)
     missing = [key for key in required if not is_dict or key not in result]
     if missing:
         raise ValueError(f"{where} lacks {missing}.")
-    number = "score" if "task" in result else "perplexity"
-    try:
-        is_whole = all(int(length) > 0 and math.isfinite(cell[number]) for length, cell in result["lengths"].items())
-    except (AttributeError, KeyError, TypeError, ValueError):
-        is_whole = False
-    if not is_whole or not result["lengths"] or not isinstance(result["corpus"], dict):
-        raise ValueError(f"{where} has no {number} by length, or no corpus.")
+    check_schema(result, "TASK_RESULT" if "task" in result else "TEXT_RESULT", where)
     return result
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def labels(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What to call each run in a table or a plot: scheme and seed, and the model's name where that is not enough."""
+    """What to call each run in a table or a plot: scheme and seed, the model's name where that is not enough, and
+    whether it was trained on another text."""
     names = [f"{result['pos_embedding_type'] or result.get('model', 'model')} ({result['seed']})" for result in results]
-    return [f"{name}, {result.get('model')}" if names.count(name) > 1 else name for name, result in zip(names, results)]
+    return [
+        (f"{name}, {result.get('model')}" if names.count(name) > 1 else name) + other_corpus_mark(result)
+        for name, result in zip(names, results)
+    ]
+
+
+def other_corpus_mark(result: dict[str, Any]) -> str:
+    """→ what stands behind the name of a run on text that is no split of what it was trained on; else nothing."""
+    return ", on another text" if result["corpus"].get("same_corpus_as_training") is False else ""
+
+
+def split_name(result: dict[str, Any]) -> str:
+    """→ the text of a result: corpus and split."""
+    return f"{result['corpus'].get('name')}, split {result['corpus'].get('split')}"
+
+
+def text_title(results: Sequence[dict[str, Any]]) -> str:
+    """→ the text of results for a heading, marked if it is another one than all of them were trained on."""
+    marks = {other_corpus_mark(result) for result in results}
+    return split_name(results[0]) + (" (not what was trained on)" if "" not in marks else "")
+
+
+def corpus_note(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
+    """A sentence or two for results on one text: which it is, and which models were trained on another.
+
+    Args:
+        results: any number of runs.
+        names: what to call each; by default `labels`.
+    """
+    lines, own = [f"Text: {split_name(results[0])}."], []
+    others: dict[str | None, list[str]] = {}
+    for result, name in zip(results, names or labels(results)):
+        mark = other_corpus_mark(result)
+        (others.setdefault(result["corpus"].get("trained_on"), []) if mark else own).append(name.removesuffix(mark))
+    for corpus, names in others.items():
+        whose = ", ".join(dict.fromkeys(names)) if own or len(others) > 1 or len(names) == 1 else "the models"
+        if corpus is None:
+            lines.append(f"What {whose} trained on is not recorded.")
+        else:
+            lines.append(f"It is no split of the corpus that {whose} trained on, {corpus}.")
+    return " ".join(lines)
 
 
 def markdown_table(results: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:

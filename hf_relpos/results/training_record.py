@@ -8,6 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..file_reading import read_json
+from .schema import check_schema
+
 
 TRAINING_RECORD = "training.json"
 # flags that do not change the result
@@ -37,17 +40,20 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
     """The flags that differ from their defaults, as a command line would have them, without paths and secrets.
 
     Args:
-        arguments: instances of the scripts' dataclasses; one of `RelPosTrainingArguments` knows what it was given.
+        arguments: instances of the scripts' dataclasses; some know in `given` what they were given.
     """
     flags = {}
     for instance in arguments:
-        given = getattr(instance, "given", None) or non_default_fields(instance)
+        given = getattr(instance, "given", None)
+        given = non_default_fields(instance) if given is None else given
         for name, value in given.items():
             if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
             if isinstance(value, str):
-                with suppress(OSError, ValueError):  # text that is too long for a path
-                    value = Path(value).name if Path(value).exists() else value  # paths of this machine stay here
+                with suppress(OSError, ValueError, RuntimeError):  # text that is too long for a path
+                    # paths of this machine stay here
+                    is_path = name.endswith("_file") or Path(value).expanduser().exists()
+                    value = Path(value).name if is_path else value
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 
@@ -74,8 +80,16 @@ def command_line(script: str, flags: dict[str, Any]) -> str:
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """The record of a saved model, of a folder or of the Hub; empty if there is none."""
+    """The record of a saved model, of a folder or of the Hub; empty if there is none.
+
+    Raises:
+        ValueError: naming the file and the field, for what is no record.
+    """
     from transformers.utils import cached_file
 
     path = cached_file(name, TRAINING_RECORD, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    if not path:
+        return {}
+    record = read_json(path, "training record")
+    check_schema(record, "TRAINING_FILE", f"training record {path!r}")
+    return record

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from ..environment import check_at_least_1
 from ..model.attention_cpu import cpu_has_fast_bf16
@@ -33,7 +33,7 @@ class RelPosTrainingArguments(TrainingArguments):
 
     block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
     learning_rate: float = 2e-4
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: str = field(default="constant", metadata={"choices": [each.value for each in SchedulerType]})
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": f"Blocks per device and step; {TOKENS_PER_STEP} tokens' worth by default."}
     )
@@ -47,7 +47,7 @@ class RelPosTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Optimizer steps, unless --num_train_epochs is given."}
     )
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
-    eval_strategy: str = "steps"
+    eval_strategy: str = field(default="steps", metadata={"choices": [each.value for each in IntervalStrategy]})
     eval_steps: float | None = 1000
     save_steps: float = 1000
     save_total_limit: int | None = 2
@@ -74,6 +74,8 @@ class RelPosTrainingArguments(TrainingArguments):
             raise ValueError("--output_dir is required.")
         if self.block_size < 2:
             raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
+        if self.metric_for_best_model not in (None, "loss", "eval_loss"):  # else found out after the first evaluation
+            raise ValueError(f"`metric_for_best_model` must be loss or eval_loss, got {self.metric_for_best_model!r}.")
         if self.max_steps != self.fewest_steps:
             check_at_least_1("max_steps", self.max_steps)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):

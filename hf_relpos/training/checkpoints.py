@@ -1,6 +1,5 @@
 """Checkpoints: which one to resume from, and whether all its parts are whole."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from ..file_reading import read_json
 from ..results.training_record import TRAINING_RECORD
 
 
@@ -17,21 +17,9 @@ STATE = "trainer_state.json"
 RECIPE = "recipe.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary of a JSON file; raises `ValueError` naming the file if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is no JSON"
-        raise ValueError(f"{path.name} {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no dictionary")
-    return content
-
-
 def checkpoint_state(checkpoint: str | Path) -> dict[str, Any]:
     """The state of the Trainer in a checkpoint, with `global_step`; raises `ValueError` if it cannot be read."""
-    state = read_json(Path(checkpoint) / STATE)
+    state = read_json(Path(checkpoint) / STATE, allow_nan=True)
     if type(state.get("global_step")) is not int or not isinstance(state.get("log_history"), list):
         raise ValueError(f"{STATE} is that of no run")
     return state
@@ -47,6 +35,8 @@ def damage(checkpoint: str | Path) -> str | None:
         num_processes = 1
         if (folder / RECIPE).exists():
             num_processes = read_json(folder / RECIPE).get("num_processes", 1)
+            if type(num_processes) is not int or num_processes not in range(1, 2**20):
+                raise ValueError(f"{RECIPE}: `num_processes` must be a number of processes, got {num_processes!r}")
         _check_weights(folder)
         _check_archive(folder, "optimizer.pt", "optimizer.bin", "optimizer_0")
         _check_archive(folder, "scheduler.pt")
@@ -63,7 +53,7 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
             raise ValueError(f"{index.name} names no weights")
         names = sorted(set(shards.values()))
     elif (folder / "model.safetensors").exists():

@@ -1,20 +1,20 @@
 """The model of a run: a new one from flags, or a saved one."""
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-import yaml
 from transformers import set_seed
 
+from ..cli import nearest
+from ..file_reading import parse_json as strict_json
+from ..file_reading import parse_yaml
 from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.position_augmentation import SAMPLINGS
-from ..model_loading import check_vocab_size, load_model, load_model_tokenizer
+from ..model_loading import check_size, check_vocab_size, load_model, load_model_tokenizer
 from ..pretrained.importing import describe_import, import_model, is_foreign
 from ..tasks.arguments import DataArguments
 
@@ -111,21 +111,10 @@ def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
 
 def parse_json(name: str, text: str | None) -> dict[str, Any]:
     """The dictionary that a flag holds as JSON, empty without the flag; raises `ValueError` if it holds none."""
-    try:
-        value = json.loads(text, object_pairs_hook=partial(_without_repeats, name)) if text is not None else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be JSON, got {text!r}.") from error
+    value = strict_json(text, f"`{name}` must be JSON: {text!r}") if text is not None else {}
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a dictionary, got {text!r}.")
     return value
-
-
-def _without_repeats(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dictionary of JSON, which would take the last of two values under one key in silence."""
-    keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"`{name}` must give each key once, got {repeated[0]!r} twice.")
-    return dict(pairs)
 
 
 def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
@@ -145,6 +134,7 @@ def _sampling(model_args: SavedModelArguments) -> str | None:
 
 def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None = None) -> RelPosForCausalLM:
     """A model with new weights; for one seed, those that all schemes have are the same whatever the scheme."""
+    check_size(config)
     set_seed(seed)
     model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
     fields = {name: value for name, value in config.to_dict().items() if name != "rope_parameters"}
@@ -161,10 +151,11 @@ def _parse_overrides(overrides: str | None) -> dict[str, Any]:
     for item in overrides.split(",") if overrides else []:
         name, equals, value = item.partition("=")
         if not equals or name not in allowed:
-            raise ValueError(f"`config_overrides` must be 'field=value,..' of {sorted(allowed)}, got {item!r}.")
+            hint = nearest(name, allowed)
+            raise ValueError(f"`config_overrides` must be 'field=value,..' of {sorted(allowed)}, got {item!r}{hint}.")
         if name in fields:
             raise ValueError(f"`config_overrides` must give each field once, got {name!r} twice.")
-        fields[name] = yaml.safe_load(value)
+        fields[name] = parse_yaml(value, f"`config_overrides` {item!r}")
         if isinstance(fields[name], str):
             with suppress(ValueError):  # YAML takes 1e-3 for text
                 fields[name] = float(fields[name])

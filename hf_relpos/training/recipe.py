@@ -9,8 +9,9 @@ import torch
 from transformers import set_seed
 
 from ..data.cache import digest
+from ..file_reading import read_json
 from ..results.training_record import UNRECORDED_FLAGS
-from .checkpoints import RECIPE, read_json
+from .checkpoints import RECIPE
 from .run import TrainingRun
 
 
@@ -58,7 +59,8 @@ def run_recipe(run: TrainingRun) -> Recipe:
         if each.init and value != _default(each):
             values[each.name] = value
     values |= {name: getattr(run.data_args, name) for name in DATA_FIELDS if hasattr(run.data_args, name)}
-    values |= {"corpus": run.data.name, "corpus_fingerprint": run.data.fingerprint}
+    corpus = run.data.corpus.record
+    values |= {"corpus": corpus["name"], "corpus_fingerprint": corpus["fingerprint"]}
     values["tokenizer"] = _tokenizer_digest(run.data.tokenizer)
     values["num_processes"] = run.args.world_size * max(1, run.args.n_gpu)
     name = run.model_args.model_name_or_path
@@ -96,8 +98,11 @@ def check_recipe(run: TrainingRun, recipe: Recipe) -> dict[str, list[Any]]:
         recipe.overrides.append({"step": run.first_step, "values": None})
         return {}
     saved = read_json(path)
-    recipe.overrides = list(saved.get("overrides", []))
-    found = differences(saved.get("values", {}), recipe.values, run)
+    overrides, values = saved.get("overrides", []), saved.get("values", {})
+    if not isinstance(overrides, list) or not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} must hold a dictionary `values` and a list `overrides`.")
+    recipe.overrides = overrides
+    found = differences(values, recipe.values, run)
     if not found:
         return {}
     listed = "; ".join(f"`{name}` is {theirs!r}, got {ours!r}" for name, (theirs, ours) in found.items())

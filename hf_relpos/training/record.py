@@ -7,6 +7,7 @@ from transformers import Trainer
 
 from ..environment import hardware, peak_memory_mib, versions
 from ..model.configuration_relpos import RelPosConfig
+from ..model_corpus import ModelCorpus
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
 from .recipe import Recipe
@@ -74,7 +75,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
             for entry in trainer.state.log_history
             if ("loss" in entry or "eval_loss" in entry) and entry["step"] <= steps
         ],
-        "corpus": {"name": run.data.name, "fingerprint": run.data.fingerprint, "read": run.data.read},
+        "corpus": run.data.corpus.record,
         "changes": run.changes or None,
         "resume": recipe.to_dict(),
         "versions": versions(),
@@ -102,5 +103,9 @@ def mean_loss(trainer: Trainer, last_step: int) -> float | None:
 def base_facts(name: str, train_length: int | None) -> dict[str, Any]:
     """What the record of a run holds of the model that it continues: its name, length and how it was made."""
     base, base_name = read_record(name), Path(name).name if Path(name).exists() else name
-    made = [{"name": base_name, "script": base["script"], "flags": base["flags"]}] if "flags" in base else []
-    return {"base_model": base_name, "base_train_length": train_length, "history": base.get("history", []) + made}
+    corpus = ModelCorpus.read(name).record or None
+    made = []
+    if "flags" in base:
+        made = [{"name": base_name, "script": base["script"], "flags": base["flags"], "corpus": corpus}]
+    facts = {"base_model": base_name, "base_train_length": train_length, "base_corpus": corpus}
+    return {**facts, "history": base.get("history", []) + made}

@@ -8,9 +8,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..data.blocks import make_blocks
-from ..data.corpus import Corpus, load_corpus
+from ..data.corpus import Corpus
 from ..data.tokens import load_named_tokenizer, load_tokenizer, tokenize_split
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import check_vocab_size
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task, training_rows
@@ -24,18 +25,15 @@ class TrainingData:
     """Blocks of a corpus or rows of a task, ready for the Trainer.
 
     Attributes:
-        name, fingerprint: of the corpus or the task, as in `training.json`.
+        corpus: what `training.json` holds of the corpus or the task, and where it lies.
         tokenizer: the one that made the tokens.
         train, validation: data sets of `input_ids` (block_size,) and what goes with them.
-        read: of a corpus, what was read and what was left out.
     """
 
-    name: str
-    fingerprint: str
+    corpus: UsedCorpus
     tokenizer: Any
     train: Any
     validation: Any
-    read: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class TrainingRun:
 def load_training_data(
     data_args: DataArguments,
     args: RelPosTrainingArguments,
+    own: ModelCorpus,
     tokenizer: Any = None,
     vocab_size: int | None = None,
 ) -> TrainingData:
@@ -77,24 +76,27 @@ def load_training_data(
     Args:
         data_args: which corpus or task.
         args: `block_size`, `data_seed`.
+        own: that of a saved model, which `data_args` were filled from.
         tokenizer: that of a saved model; by default the one that `data_args` names, or a new one.
         vocab_size: entries of a new tokenizer.
 
     Raises:
-        ValueError: for data that is missing or too short, or a tokenizer that does not fit it.
+        ValueError: for data that is missing or too short, a tokenizer that does not fit it, or a corpus of a saved
+            model that has changed.
     """
     with args.main_process_first(desc="corpus"):
         if data_args.task is not None:
-            return _task_data(data_args, args, tokenizer, vocab_size)
-        corpus = load_corpus(data_args)
+            data = _task_data(data_args, args, tokenizer, vocab_size)
+            own.check(data.corpus, data_args)
+            return data
+        corpus, used = own.load(data_args)
         tokenizer = tokenizer or load_tokenizer(data_args, corpus, vocab_size)
         train, validation = (
             _make_blocks(corpus, split, tokenizer, data_args, args.block_size) for split in ("train", "validation")
         )
         if data_args.max_eval_samples is not None:
             validation = validation.take(data_args.max_eval_samples)
-        read = corpus.read.to_dict()
-        return TrainingData(corpus.name, corpus.fingerprint, tokenizer, train, validation, read)
+        return TrainingData(used, tokenizer, train, validation)
 
 
 def _task_data(
@@ -105,7 +107,7 @@ def _task_data(
     task = make_task(data_args.task, tokenizer)
     check_vocab_size(task.tokenizer, vocab_size or len(task.tokenizer))
     rows = training_rows(task, args.block_size, args.data_seed or 0, data_args.max_eval_samples)
-    return TrainingData(f"task {task.name}", task.fingerprint, task.tokenizer, *rows)
+    return TrainingData(UsedCorpus.of_task(task.name, task.fingerprint), task.tokenizer, *rows)
 
 
 def _make_blocks(corpus: Corpus, split: str, tokenizer: Any, data_args: DataArguments, block_size: int) -> Any:

@@ -1,27 +1,31 @@
 """Training from scratch, and finetuning a saved model at another length or with another position scheme."""
 
+import functools
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
-from ..environment import write_json
+from ..environment import write_error, write_json
+from ..file_reading import reading
 from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
-from ..results.training_record import TRAINING_RECORD
+from ..model_corpus import ModelCorpus
+from ..processes import end_with_parent, only_owner
+from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
 from .arguments import FinetuningArguments, RelPosTrainingArguments
-from .checkpoints import STATE, damage, find_checkpoint, load_weights, read_json
+from .checkpoints import STATE, damage, find_checkpoint, load_weights
 from .interrupt import InterruptCallback
 from .model_setup import ModelArguments, extend_learned_positions, load_saved, new_config, new_model
 from .output_stream import safe_output
@@ -56,7 +60,25 @@ def finetune_main() -> None:
     finetune(*parse_arguments((ChangeArguments, DataArguments, FinetuningArguments), FINETUNE_DESCRIPTION))
 
 
+def alone(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Decorator of `train` and `finetune`: no other process may work in the output folder meanwhile, and the processes
+    of a launcher end with it."""
+
+    @functools.wraps(function)
+    def wrapped(
+        model_args: Any, data_args: Any, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
+    ) -> dict[str, Any]:
+        _check_processes(args)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun and accelerate launch, which live as long as their processes
+            end_with_parent()
+        with only_owner(args.output_dir) if args.process_index == 0 else nullcontext():
+            return function(model_args, data_args, args, callbacks)
+
+    return wrapped
+
+
 @safe_output
+@alone
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -73,19 +95,23 @@ def train(
         the record of the run, as in `training.json`.
 
     Raises:
-        ValueError: for wrong flags, data or models; nothing is written then.
+        ValueError: for wrong flags, data or models, or if another process trains into that folder; nothing is written
+            then.
         KeyboardInterrupt: after an interruption, when its checkpoint is saved.
     """
-    _check_processes(args)
     checkpoint = find_checkpoint(args)
     if model_args.model_name_or_path:
         model, tokenizer = load_saved(model_args, data_args)
         _check_length(model.config, args.block_size)
-        data = load_training_data(data_args, args, tokenizer)
+        own = ModelCorpus.read(model_args.model_name_or_path)
+        data_args = own.fill(data_args)
+        data = load_training_data(data_args, args, own, tokenizer)
     else:
         config = new_config(model_args, args.block_size)
         _check_length(config, args.block_size)
-        data = load_training_data(data_args, args, vocab_size=model_args.vocab_size)
+        own = ModelCorpus(None)
+        data_args = own.fill(data_args)
+        data = load_training_data(data_args, args, own, vocab_size=model_args.vocab_size)
         tokens = {name: getattr(data.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         config = RelPosConfig.from_dict({**config.to_dict(), "vocab_size": len(data.tokenizer), **tokens})
         model = new_model(config, args.seed, model_args.attn_implementation)
@@ -93,6 +119,7 @@ def train(
 
 
 @safe_output
+@alone
 def finetune(
     model_args: ChangeArguments,
     data_args: DataArguments,
@@ -100,7 +127,6 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Continues with a saved model at `args.block_size`, with the changes that are asked for; otherwise as `train`."""
-    _check_processes(args)
     checkpoint = find_checkpoint(args)
     if not model_args.model_name_or_path:
         raise ValueError("--model_name_or_path is required.")
@@ -116,7 +142,9 @@ def finetune(
     if changes and args.process_index == 0:
         print(describe_changes(changes))
     _check_length(model.config, args.block_size)
-    data = load_training_data(data_args, args, tokenizer)
+    own = ModelCorpus.read(model_args.model_name_or_path)
+    data_args = own.fill(data_args)
+    data = load_training_data(data_args, args, own, tokenizer)
     return _fit(TrainingRun(model, data, model_args, data_args, args, checkpoint, callbacks, changes))
 
 
@@ -134,7 +162,8 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     finished = _finished(run, recipe)
     if finished:
         if args.process_index == 0:
-            print(f"finished: {args.output_dir!r} holds the model after step {finished['num_steps']}; nothing to do")
+            trained = f"the model after step {finished['num_steps']} on {finished['corpus']['name']}"
+            print(f"finished: {args.output_dir!r} holds {trained}; nothing to do")
         return finished
     if run.checkpoint:
         _check_checkpoint(run.checkpoint, model.config)
@@ -142,7 +171,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     model.skip_logits = True
     interrupt = InterruptCallback()
     trainer = _make_trainer(run, interrupt)
-    trainer.recipe, trainer.changed = recipe, changed
+    trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
     check_before_training(run, trainer, base)
     start = time.perf_counter()
     try:
@@ -159,15 +188,22 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
         record = training_record(run, trainer, seconds, recipe)
         record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
         _save_record(trainer, record)
-    except SafetensorError as error:  # a full disk, while weights are written
-        raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "file write" in str(error) or "basic_ios" in str(error):
-            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {error}") from error
+        if args.process_index == 0:
+            print(_closing_line(record, args.output_dir))
+    except Exception as error:
+        if cause := write_error(error):
+            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {cause}") from error
         raise
     finally:
         interrupt.restore()
     return record
+
+
+def _closing_line(record: dict[str, Any], folder: str) -> str:
+    """What was saved where, and on which text it was trained and scored."""
+    name, loss = record["corpus"]["name"], record["validation_loss"]
+    done = f"{record['num_steps']} steps on {name}, split train" if record["num_steps"] else "no step"
+    return f"saved {folder}: {done}" + ("" if loss is None else f"; loss {loss:.4f} on {name}, split validation")
 
 
 def _train(run: TrainingRun, trainer: RelPosTrainer) -> float | None:
@@ -209,7 +245,7 @@ def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not (folder / TRAINING_RECORD).is_file():
         return None
-    record = read_json(folder / TRAINING_RECORD)
+    record = read_record(args.output_dir)
     differing = differences(record.get("resume", {}).get("values", {}), recipe.values, run)
     if not differing:
         _check_checkpoint(args.output_dir, run.model.config)
@@ -293,12 +329,14 @@ def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[s
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
-            f"`output_dir` {run.args.output_dir!r} has room for {free >> 20} MiB, a checkpoint takes {num_bytes >> 20}."
+            f"`output_dir` {run.args.output_dir!r} has room for {free / 2**20:.1f} MiB, a checkpoint takes "
+            f"{num_bytes / 2**20:.1f}."
         )
 
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:
-    saved = RelPosConfig.from_pretrained(checkpoint)
+    with reading(f"the configuration of {checkpoint!r} cannot be read"):
+        saved = RelPosConfig.from_pretrained(checkpoint)
     for name in (*RelPosConfig.__annotations__, "rope_parameters", "layer_types"):
         theirs, ours = getattr(saved, name, None), getattr(config, name, None)
         if theirs != ours and name != "use_cache":

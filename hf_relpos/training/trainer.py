@@ -18,6 +18,7 @@ from ..environment import write_json
 from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
 from ..hub.repository import repository_files, write_files
+from ..model_corpus import UsedCorpus
 from .checkpoints import RECIPE, newest_whole
 from .recipe import Recipe, apply_overrides, reseed
 
@@ -37,10 +38,12 @@ class RelPosTrainer(Trainer):
     Attributes:
         recipe: what each checkpoint says of its run, in recipe.json.
         changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
+        corpus: what the model is trained on, which is noted beside it.
     """
 
     recipe: Recipe | None = None
     changed: dict[str, Any] | None = None
+    corpus: UsedCorpus | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._told_by_step("training"):
@@ -96,6 +99,8 @@ class RelPosTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
+        if self.corpus and self.args.should_save:
+            self.corpus.save(output_dir or self.args.output_dir)
         # in a checkpoint the state comes last, so one that has it has the recipe
         if self.recipe and self.args.should_save and output_dir and Path(output_dir) != Path(self.args.output_dir):
             write_json(Path(output_dir) / RECIPE, self.recipe.to_dict())
@@ -141,7 +146,7 @@ class RelPosTrainer(Trainer):
         folder = Path(self.args.output_dir)
         try:
             card = repository_files(folder, self.hub_model_id)[CARD]
-        except (ValueError, OSError) as error:  # the model is saved already
+        except Exception as error:  # the model is saved already
             logger.warning(f"No card was written: {error}")
         else:
             if isinstance(card, bytes):

@@ -9,6 +9,7 @@ from conftest import make_text
 
 from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.corpus import load_corpus, load_sotu
+from hf_relpos.data.tokens import evaluation_documents, train_tokenizer
 
 
 def test_built_in_corpus_is_split_by_year_without_importing_its_package():
@@ -157,3 +158,17 @@ BAD = {
 def test_refuses(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_corpus(TextArguments(**make(tmp_path)))
+
+
+def test_a_test_file_is_what_evaluation_reads(tmp_path):
+    for name in ("train", "valid", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(40)))
+    flags = {"train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "held_out.jsonl")}
+    corpus = load_corpus(TextArguments(**flags))
+    assert set(corpus.splits) == {"train", "validation", "test"} and corpus.splits["test"][3]["text"] == "held_out 3"
+    tokenizer = train_tokenizer(corpus, 259)
+    args = TextArguments(**flags, validation_file=str(tmp_path / "valid.jsonl")).filled()
+    split, documents = evaluation_documents(load_corpus(args), args, tokenizer)
+    assert split == "test" and len(list(documents)) == 40
+    with pytest.raises(ValueError, match="`test_file` must hold other files than `train_file`"):
+        load_corpus(TextArguments(train_file=flags["train_file"], test_file=flags["train_file"]))

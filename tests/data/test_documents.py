@@ -199,6 +199,10 @@ WRONG = {
     "number": (bytes_of("a.json", b'[{"text": 1}]'), "got 'text' of type int in '.*a.json', row 1"),
     "no object": (bytes_of("a.jsonl", b"[1]"), "a.jsonl' cannot be read as json: row 1 is no object but int"),
     "column twice": (bytes_of("a.jsonl", b'{"text": "a", "text": "b"}'), "a.jsonl' .*'text' stands twice"),
+    "column twice in csv": (
+        bytes_of("a.csv", b"text,y,text\na,1,b\n"),
+        "a.csv' .*'text' stands twice in the first row",
+    ),
     "no column": (bytes_of("a.jsonl", b'{"a": "x", "b": 1}'), r"`text_column` must be one of \['a', 'b'\], got 'text'"),
     "cut json": (
         bytes_of("a.jsonl", b'{"text": "a"}\n{"te'),

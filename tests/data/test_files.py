@@ -22,7 +22,13 @@ def pack_zst(content):
     return sink.getvalue().to_pybytes()
 
 
-PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": pack_zst}
+PACKERS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda content: lzma.compress(content, lzma.FORMAT_ALONE),
+    "zst": pack_zst,
+}
 TEXTS = {
     "txt": "one\n<|endoftext|>two\n",
     "jsonl": '{"text": "one\\n"}\n{"text": "two\\n"}\n',
@@ -54,7 +60,9 @@ def test_compressed_files_are_unpacked(kind, compression, streaming, tmp_path):
             read(path, streaming=streaming)
 
 
-@pytest.mark.parametrize("name", ["b.zip", "b.tar.gz", "b.jsonl.7z", "b.gz", "b.parquet.gz", "b.jsonl.lz4"])
+@pytest.mark.parametrize(
+    "name", ["b.zip", "b.tar.gz", "b.jsonl.7z", "b.gz", "b.parquet.gz", "b.jsonl.lz4", "b.csv.snappy", "b.txt.lzo"]
+)
 def test_what_cannot_be_unpacked_is_refused_by_name(name, tmp_path):
     (tmp_path / "a.jsonl").write_text(TEXTS["jsonl"])
     (tmp_path / name).write_bytes(b"some bytes")
@@ -131,7 +139,7 @@ def test_one_file_for_both_splits_is_refused(streaming, tmp_path):
     (tmp_path / "hard.txt").hardlink_to(path)
     for train in (path, tmp_path / "all", tmp_path / "soft.txt", tmp_path / "hard.txt"):
         with pytest.raises(
-            ValueError, match="`validation_file` must hold other files than training, got .*a.txt' in both"
+            ValueError, match="`validation_file` must hold other files than `train_file`, got .*a.txt' in both"
         ):
             load(path, train_file=str(train), streaming=streaming)
 

@@ -135,6 +135,20 @@ def test_cards_say_what_a_model_cannot_do_and_escape(entries):
     assert ">1 token<" in page and "`prompt` must have fewer tokens than the learned table has positions, 160" in page
 
 
+def test_the_page_names_the_corpus_of_each_model(folders, trained):
+    """And has examples for those of speeches only."""
+    entries = load_models([str(folders[0]), str(trained / "none"), str(trained / "none" / "checkpoint-6")])
+    assert [entry.corpus for entry in entries] == [None, "train+valid.txt", "train+valid.txt"]
+    page = losses_page(entries, TEXT)
+    assert page.count("trained at 32 tokens on train+valid.txt") == 2 and "no split of a corpus" in page
+    assert demo.fits_examples(entries[:1]) and not demo.fits_examples(entries)
+    gradio = pytest.importorskip("gradio")
+    for shown, example in ((entries[:1], "The state of the Union is"), (entries, "")):
+        parts = demo.build_page(gradio, shown).config["components"]
+        values = {part["props"].get("elem_id"): part["props"].get("value") or "" for part in parts}
+        assert values["prompt"] == example and bool(values["text"]) == bool(example)
+
+
 def test_bias_is_the_formula(tmp_path):
     save_with_tokenizer(tmp_path / "alibi", "alibi", num_attention_heads=4, train_length=None)
     save_with_tokenizer(tmp_path / "rotary", "rotary")

@@ -15,12 +15,11 @@ from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.corpus import load_corpus
 from hf_relpos.data.tokens import TokenizedDocuments, evaluation_documents, train_tokenizer
 from hf_relpos.evaluation.loss_by_length import (
-    ClusteredMean,
-    RunningLoss,
     evaluate_lengths,
     evaluate_sliding,
     token_losses,
 )
+from hf_relpos.evaluation.loss_sums import ClusteredMean, DocumentLosses, RunningLoss
 
 
 DOCUMENTS = [make_tokens(length, seed=length).tolist() for length in (130, 64, 20, 257)]
@@ -240,3 +239,36 @@ def test_metric_of_the_evaluate_library(corpus_files):
     assert scores["perplexity_128"] == pytest.approx(expected["128"]["perplexity"])
     assert scores["loss_32"] == pytest.approx(expected["32"]["loss"])
     assert scores["num_tokens"] == expected["32"]["num_tokens"]
+
+
+def test_losses_of_documents_are_means_over_their_targets():
+    sums = DocumentLosses([2, 4])
+    for document, length, losses in ((0, 2, [1.0, 3.0]), (0, 4, [1.0, 1.0]), (5, 2, [4.0]), (5, 4, [2.0])):
+        sums.add(document, length, np.array(losses))
+    assert sums.summary() == {"num_tokens": [2, 1], "loss": {"2": [2.0, 4.0], "4": [1.0, 2.0]}}
+    many = DocumentLosses([2])
+    for document in range(1000):
+        many.add(document, 2, np.array([document / 1000, document / 1000]))
+    summary = many.summary()
+    assert len(summary["num_tokens"]) == 256 and sum(summary["num_tokens"]) == 2000
+    assert np.average(summary["loss"]["2"], weights=summary["num_tokens"]) == pytest.approx(0.4995)
+
+
+def test_documents_and_unigrams_of_an_evaluation():
+    model = make_model("alibi")
+    documents = [make_tokens(40, seed=1).numpy(), make_tokens(70, seed=2).numpy()]
+    found = evaluate_lengths(model, documents, [8, 16])
+    losses, tokens = found["documents"]["loss"], found["documents"]["num_tokens"]
+    assert tokens == [2 * 14, 4 * 14]
+    for length in ("8", "16"):
+        assert np.average(losses[length], weights=tokens) == pytest.approx(found["lengths"][length]["loss"], rel=1e-6)
+        alone = evaluate_lengths(model, documents[1:], [8, 16])["lengths"][length]["loss"]
+        assert losses[length][1] == pytest.approx(alone, rel=1e-6)
+    targets = [
+        token
+        for d in documents
+        for start in range(0, len(d) - 15, 16)
+        for token in np.delete(d[start : start + 16], [0, 8])
+    ]
+    shares = np.unique(targets, return_counts=True)[1] / len(targets)
+    assert found["unigram_loss"] == pytest.approx(-(shares * np.log(shares)).sum())

@@ -14,7 +14,9 @@ import yaml
 from conftest import ROOT
 
 from hf_relpos.experiments.grid import load_experiment
-from hf_relpos.experiments.sweep import progress_table, run_here, run_in_processes, run_on_ray, status
+from hf_relpos.experiments.progress import progress_table, status
+from hf_relpos.experiments.sweep import run_one
+from hf_relpos.experiments.workers import run_here, run_in_processes, run_on_ray
 from hf_relpos.results.result_file import read_results
 
 
@@ -137,6 +139,68 @@ def test_finetuning_with_another_scheme(write):
         load_experiment(path)
 
 
+def test_every_run_is_evaluated_on_its_own_text(write, corpus_file, tmp_path, run_script, capsys):
+    """Also what is finetuned, on the same text or on another; the report refuses both together."""
+    other, (first, *_) = tmp_path / "other.jsonl", corpus_file.read_text().splitlines()
+    other.write_text("\n".join(first.replace("0 ", f"{index} other ", 1) for index in range(40)))
+    root, tuned = tmp_path / "out", {"max_steps": [1], "pos_embedding_type": "none", "bf16": False}
+    tuned |= {name: TINY[name] for name in ("block_size", "per_device_train_batch_size", "logging_steps")}
+    train = {**TINY, "train_file": str(corpus_file)}
+    path = write(train=train, evaluate=EVALUATE, grid={"seed": [1]}, finetune=tuned)
+    flags = ["--experiment", path, "--output_dir", root]
+    run_script("sweep", *flags)
+    assert capsys.readouterr().out.endswith("results.jsonl: corpus.jsonl, split validation\n")
+    results = read_results(root / "results.jsonl")
+    assert [result["corpus"]["name"] for result in results] == ["corpus.jsonl"] * 2
+    assert all(result["corpus"]["same_corpus_as_training"] for result in results)
+    run_script("report", "--sweep", root, "--output_dir", tmp_path / "report")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "Text: corpus.jsonl, split validation." in page and "no split" not in page
+    write(train=train, evaluate=EVALUATE, grid={"seed": [1]}, finetune={**tuned, "train_file": str(other)})
+    run_script("sweep", *flags)
+    results = read_results(root / "results.jsonl")
+    assert [result["corpus"]["name"] for result in results] == ["corpus.jsonl", "other.jsonl"]
+    assert results[1]["training"]["base_corpus"]["name"] == "corpus.jsonl"
+    with pytest.raises(SystemExit, match="2"):
+        run_script("report", "--sweep", root, "--output_dir", tmp_path / "report")
+    assert "`corpus.name` is 'corpus.jsonl' and 'other.jsonl'" in capsys.readouterr().err
+
+
+def test_finetuning_on_another_text_takes_none_of_its_flags(write, corpus_file):
+    train = {"validation_file": str(ROOT / "README.md"), "text_column": "body", "cross_document_attention": True}
+    train |= {"train_file": str(corpus_file), "max_eval_samples": 3}
+    path = write(train=train, grid={"seed": [1]}, finetune={"train_file": str(ROOT / "README.md")})
+    base, tuned = load_experiment(path)
+    kept = {"cross_document_attention": True, "max_eval_samples": 3, "seed": 1}
+    assert tuned.settings == {**kept, "train_file": str(ROOT / "README.md")}
+    assert base.label == "linear_cpb on corpus.jsonl seed 1" and tuned.label.startswith(base.label)
+    path = write(train={"task": "string_copy"}, grid={"seed": [1]}, finetune={"dataset_name": "some/set"})
+    assert load_experiment(path)[1].settings == {"dataset_name": "some/set", "seed": 1}
+
+
+def test_results_are_named_by_the_text_that_they_are_on(write, corpus_file, tmp_path):
+    """Another text under the name that the evaluation has is another result."""
+
+    def folder():
+        path = write(train={}, evaluate={"validation_file": str(corpus_file)}, grid={"seed": [1]})
+        return load_experiment(path)[0].result(tmp_path)
+
+    first = folder()
+    assert folder() == first
+    corpus_file.write_text(corpus_file.read_text() + json.dumps({"text": "one more"}) + "\n")
+    assert folder() != first and folder().parent.parent == first.parent.parent
+
+
+def test_a_run_is_named_by_the_text_of_a_data_set_in_a_folder(write, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}')
+    path = write(train={"dataset_name": str(folder)}, grid={"seed": [1]})
+    first = load_experiment(path)[0].key
+    (folder / "train.jsonl").write_text('{"text": "b"}')
+    assert load_experiment(path)[0].key != first
+
+
 def test_scale_keeps_the_shape(write):
     path = write(
         train={"max_steps": 1000, "warmup_steps": 50, "block_size": 64},
@@ -213,21 +277,21 @@ def test_done_runs_are_kept_and_a_failed_one_stops_only_what_needs_it(tiny, tmp_
     grid = [{"seed": [1, 2]}, {"seed": [3], "block_size": [4096]}]
     runs = load_experiment(tiny(grid, finetune={"max_steps": [1], "per_device_train_batch_size": 1}))
     root = tmp_path / "out"
-    failed = run_here(runs, root)
+    failed = run_here(runs, root, run_one)
     assert [status(run, root)["state"] for run in runs[:3]] == ["done", "done", "failed"]
     assert failed == [run for run in runs if 3 in (run.settings["seed"],)]
     assert "4096" in (runs[2].folder(root) / "failure.txt").read_text()
     result = json.loads(runs[3].result(root).read_text())
     assert result["training"]["base_train_length"] == 16 and result["seed"] == 1
     times = {run.key: run.result(root).stat().st_mtime_ns for run in runs if run not in failed}
-    run_here([run for run in runs if run not in failed], root)
+    run_here([run for run in runs if run not in failed], root, run_one)
     assert times == {run.key: run.result(root).stat().st_mtime_ns for run in runs if run not in failed}
 
 
 def test_several_processes_give_the_same_results(tiny, tmp_path):
     runs = load_experiment(tiny({"pos_embedding_type": ["alibi"], "seed": [1, 2]}))
-    assert run_here(runs, tmp_path / "here") == []
-    assert run_in_processes(runs, tmp_path / "there", 2) == []
+    assert run_here(runs, tmp_path / "here", run_one) == []
+    assert run_in_processes(runs, tmp_path / "there", run_one, 2) == []
     for run in runs:
         here, there = (json.loads(run.result(tmp_path / name).read_text()) for name in ("here", "there"))
         for length, row in here["lengths"].items():
@@ -252,7 +316,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     assert [result["seed"] for result in read_results(root / "results.jsonl")] == [1, 2]
     resumed = json.loads(runs[0].result(root).read_text())
     assert resumed["training"]["resumed_from_step"] >= 10 and not list(runs[0].folder(root).glob("checkpoint-*"))
-    assert run_here(runs[:1], tmp_path / "through") == []
+    assert run_here(runs[:1], tmp_path / "through", run_one) == []
     through = json.loads(runs[0].result(tmp_path / "through").read_text())
     assert resumed["lengths"]["16"]["loss"] == pytest.approx(through["lengths"]["16"]["loss"], abs=1e-5)
 
@@ -273,9 +337,9 @@ def test_a_ray_cluster_outlives_a_worker(tiny, tmp_path):
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     try:
-        assert run_on_ray(runs, root, 1, 0) == []
+        assert run_on_ray(runs, root, run_one, 1, 0) == []
         with pytest.raises(ValueError, match="no machine of the cluster has {'CPU': 64, 'GPU': 0}"):
-            run_on_ray(runs, root, 64, 0)
+            run_on_ray(runs, root, run_one, 64, 0)
     finally:
         ray.shutdown()
     assert killed and killed[0] != os.getpid()

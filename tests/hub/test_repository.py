@@ -93,7 +93,7 @@ def spoil(folder, kind):
         return "must name safetensors files of its folder, got '../other.safetensors'"
     if kind == "an index of something else":
         (folder / INDEX).write_text("[]")
-        return f"'{INDEX}' cannot be read"
+        return f"{INDEX}' must hold a dictionary, got a list"
     if kind == "nothing":
         shutil.rmtree(folder)
         return "is not a saved model"

@@ -9,7 +9,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM
 from hf_relpos.model.scheme_registry import layer_groups
-from hf_relpos.results.statistics import VARIED
+from hf_relpos.results.groups import VARIED
 from hf_relpos.training.model_setup import ModelArguments, new_config
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from hf_relpos import RelPosConfig
 from hf_relpos.model.position_augmentation import sample_positions
-from hf_relpos.results.statistics import VARIED
+from hf_relpos.results.groups import VARIED
 from hf_relpos.training.model_setup import ModelArguments, new_config
 
 

@@ -68,6 +68,9 @@ def test_a_method_of_either_version_takes_both_names(ours, theirs):
     assert method(None, 1, **{theirs: "keys"}) == method(None, 1, **{ours: "keys"}) == method(None, 1, "keys")
 
 
+PACKED = torch.tensor([[0, 1, 0, 1, 2]])
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
@@ -78,6 +81,13 @@ def test_a_method_of_either_version_takes_both_names(ours, theirs):
         ({"is_causal": False}, "`is_causal` must be True or None"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 5])}, "`position_ids` must be given with `cu_seq_lens_q`"),
         ({"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}, "`position_ids` must be given with `seq_idx`"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "position_ids": torch.arange(5)[None]},
+            "`cu_seq_lens_q` must agree",
+        ),
+        ({"cu_seq_lens_k": torch.tensor([0, 5]), "position_ids": PACKED}, "`cu_seq_lens_k` must agree"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2, 4]), "position_ids": PACKED}, "`cu_seq_lens_q` must agree"),
+        ({"seq_idx": torch.zeros(1, 5, dtype=torch.int32), "position_ids": PACKED}, "`seq_idx` must agree"),
     ],
 )
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -86,6 +96,17 @@ def test_keywords_that_would_be_lost_are_refused(keywords, message, implementati
     model.set_attn_implementation(implementation)
     with pytest.raises((TypeError, ValueError), match=message):
         model(make_tokens(1, 5), **keywords)
+
+
+def test_packing_that_agrees_with_the_positions():
+    model, tokens = make_model("alibi"), make_tokens(1, 5)
+    expected = model(tokens, position_ids=PACKED).logits
+    bounds, index = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([[3, 3, 4, 4, 4]])
+    for packing in ({"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 3}, {"seq_idx": index}):
+        assert torch.equal(model(tokens, position_ids=PACKED, **packing).logits, expected)
+    twice = torch.tensor([0, 2, 5, 7, 10], dtype=torch.int32)
+    rows = model(tokens.expand(2, -1), position_ids=PACKED, cu_seq_lens_q=twice).logits
+    torch.testing.assert_close(rows, expected.expand(2, -1, -1))
 
 
 def test_other_keywords_are_none_of_ours():

@@ -14,7 +14,7 @@ from hf_relpos.hub.model_card import model_card, origin_of
 from hf_relpos.hub.repository import repository_files
 from hf_relpos.model.modeling_relpos import RelPosForCausalLM
 from hf_relpos.pretrained.importing import import_pretrained
-from hf_relpos.results.statistics import ARCHITECTURE, group_results
+from hf_relpos.results.groups import ARCHITECTURE, group_results
 from hf_relpos.training.scheme_change import copy_weights
 
 
@@ -164,8 +164,13 @@ def result_of(config, seed):
 
 
 def test_reports_compare_the_architecture():
-    plain, gated = {"use_gated_mlp": False}, RelPosConfig(use_gated_mlp=True, qk_norm="head").to_dict()
-    groups = group_results([result_of(plain, 1), result_of({}, 2), result_of(gated, 1)])
-    assert [group.label for group in groups] == ["rotary", "rotary use_gated_mlp=True, qk_norm=head"]
+    """A record of before these fields has their defaults."""
     default = RelPosConfig()
+    plain, gated = default.to_dict(), RelPosConfig(use_gated_mlp=True).to_dict()
+    old = {name: value for name, value in plain.items() if name not in ARCHITECTURE}
+    assert len(group_results([result_of(plain, 1), result_of(old, 2)])) == 1
+    with pytest.raises(ValueError, match="`config.use_gated_mlp` is False and True"):
+        group_results([result_of(plain, 1), result_of(gated, 2)])
+    varied = group_results([result_of(plain, 1), result_of(gated, 2)], ["config.use_gated_mlp"])
+    assert len({group.label for group in varied}) == 2
     assert ARCHITECTURE == {name: getattr(default, name) for name in ARCHITECTURE}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from helpers import resumes_on_cpus, run_in_shell, training_flags
+from helpers import finetuning_flags, hold, refusal, resumes_on_cpus, run_in_shell, training_flags
 
 from hf_relpos.training.checkpoints import damage
 from hf_relpos.training.interrupt import InterruptCallback
@@ -104,3 +105,31 @@ def test_two_processes_under_accelerate(data_flags, tmp_path):
     assert process.returncode == 0, output[-3000:]
     record = json.loads((tmp_path / "ddp" / "training.json").read_text())
     assert record["num_processes"] == 2 and record["num_tokens"] == 2 * steps * 4 * 32
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_a_folder_that_another_process_trains_into_is_refused(name, data_flags, trained, tmp_path, run_script, capsys):
+    owner = hold(tmp_path / "run")
+    flags = training_flags(data_flags, tmp_path / "run")
+    if name == "finetune":
+        flags = finetuning_flags(data_flags, trained / "none", tmp_path / "run")
+    error = refusal(run_script, capsys, name, flags)
+    assert re.search(
+        r"`output_dir` '.*run' is in use by another process: wait until it ends, or choose another\.", error
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    owner.kill()
+
+
+def test_the_processes_of_a_launcher_end_with_it(data_flags, tmp_path):
+    launch = ["--nproc-per-node", "2", "--master-port", "29713", str(ROOT / "scripts" / "train.py")]
+    flags = training_flags(data_flags, tmp_path / "run", max_steps=100_000, save_steps=100_000, eval_strategy="no")
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    for line in launcher.stdout:
+        if "'loss'" in line:
+            break
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.read()  # ends when nobody can write any more

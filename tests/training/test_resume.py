@@ -137,7 +137,7 @@ def test_damage_is_found(name, harm, finished, tmp_path):
     checkpoint = shutil.copytree(finished / "checkpoint-6", tmp_path / "checkpoint-6")
     assert damage(checkpoint) is None
     harm(checkpoint / name)
-    assert damage(checkpoint).startswith(name)
+    assert name in damage(checkpoint)
 
 
 def test_the_newest_whole_checkpoint_is_used(data_flags, finished, stopped, run_script, capsys):

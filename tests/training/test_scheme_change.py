@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_relpos.results.statistics import VARIED
+from hf_relpos.results.groups import VARIED
 from hf_relpos.training.model_setup import new_model
 from hf_relpos.training.scheme_change import ChangeArguments, changed_config, copy_weights, describe_changes
 

@@ -1,17 +1,17 @@
-"""Statistics over seeds: groups of runs that differ in the seed alone, their intervals, and paired comparisons."""
+"""Groups of runs that differ in their seed alone, what they are called, and which of them may be compared."""
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .result_file import score_cells
+from .result_file import other_corpus_mark, score_cells
 
 
-CONFIDENCE = 0.95
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
 VARIED: dict[str, Callable[[Any], str]] = {
     "pos_embedding_type": str,
@@ -23,14 +23,12 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "sliding_window": lambda value: f"window {value}" if value else "",
     "train_length": lambda value: f"trained at {value}",
     "shape": lambda value: f"{value['num_hidden_layers']}×{value['hidden_size']}" if value else "",
-    "architecture": lambda value: _pairs(value, {}),
     "num_steps": lambda value: f"{value} steps",
     "changes": lambda value: _before(value) if value else "",
     "base_train_length": lambda value: f"from {value}" if value else "",
 }
-# fields of the configuration that shape the model, beside its sizes and its scheme → their defaults
+# fields of the architecture that older records do not hold → their defaults
 ARCHITECTURE = {
-    "hidden_act": "relu2",
     "use_gated_mlp": False,
     "mlp_bias": False,
     "attention_bias": False,
@@ -41,72 +39,22 @@ ARCHITECTURE = {
     "norm_placement": "before",
     "use_parallel_residual": False,
     "embed_norm": False,
-    "rms_norm_eps": 1e-6,
     "layer_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
+    "imported_from": None,
 }
+# fields of a recipe that stand elsewhere in a result, or differ between seeds
+UNCOMPARED = {"seed", "data_seed", "corpus", "corpus_fingerprint", "max_steps", "block_size", "changes", "base_model"}
+# fields of a configuration that belong to the scheme or the size, which stand in `VARIED`
+POSITION_FIELDS = {"pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation"}
+POSITION_FIELDS |= {"position_sampling", "layer_types", "sliding_window", "train_length", "max_position_embeddings"}
+POSITION_FIELDS |= {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
+POSITION_FIELDS |= {"num_key_value_heads"}
+VARIED_ON_PURPOSE = ("tokens_per_step", "training.corpus")  # and the fields of the recipe
 ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
 
 # stands for the record of a training where evaluations alone are compared
 EVALUATION_ONLY = {"recipe": {}}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds.
-
-    Attributes:
-        mean, std: of the values; the standard deviation with n − 1, NaN for one value.
-        low, high: ends of the 95 % interval of the mean by Student's t; NaN for one value.
-        n: number of values.
-    """
-
-    mean: float
-    std: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
-        """From one value per seed; raises `ValueError` without any."""
-        from scipy import stats
-
-        values, n = np.asarray(values, dtype=np.float64), len(values)
-        if not n:
-            raise ValueError("an interval needs at least one value.")
-        mean = float(values.mean())
-        if n == 1:
-            return cls(mean, math.nan, math.nan, math.nan, 1)
-        std = float(values.std(ddof=1))
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
-        return cls(mean, std, mean - half, mean + half, n)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A group against the baseline, under one condition, over the seeds that both have.
-
-    Attributes:
-        label, condition: the group, and the evaluation length with the kind of row of a task.
-        difference: of the loss in nats per token or of a task's score, group − baseline, paired by seed.
-        is_score: whether more is better.
-        p_value: of Student's paired test; NaN for fewer than two seeds.
-        corrected: the same, corrected for all comparisons of the report by Holm's method.
-    """
-
-    label: str
-    condition: str
-    difference: Interval
-    is_score: bool
-    p_value: float
-    corrected: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the difference is significant at 5 %, over all comparisons of the report together."""
-        return self.corrected < 1 - CONFIDENCE
 
 
 @dataclass
@@ -135,6 +83,12 @@ class Group:
         """What is scored, or `None` for results on text, which have losses."""
         return self.first.get("score_name")
 
+    @property
+    def document_weights(self) -> list[int]:
+        """Targets of each document; a single weight where losses per document are not known."""
+        documents = [result.get("documents") for result in self.by_seed.values()]
+        return documents[0]["num_tokens"] if all(documents) else [1]
+
     def lengths(self) -> list[int]:
         """Evaluation lengths, sorted; the same for all seeds."""
         return sorted(int(length) for length in self.first["lengths"])
@@ -147,29 +101,27 @@ class Group:
         """seed → `key` under a condition: `perplexity` or `loss` of a text, `score` or `loss` of a task."""
         return {seed: score_cells(result)[condition][key] for seed, result in self.by_seed.items()}
 
-    def ratio(self) -> Interval | None:
-        """Perplexity at the longest length / at the training length, or `None` if it was not evaluated past that."""
-        longest = self.lengths()[-1]
-        if self.train_length not in self.lengths() or longest <= self.train_length:
-            return None
-        base = self.values(str(self.train_length), "perplexity")
-        return Interval.of([value / base[seed] for seed, value in self.values(str(longest), "perplexity").items()])
+    def losses(self, length: int) -> dict[int, np.ndarray]:
+        """seed → the mean loss of each document, in nats, see `document_weights`."""
+        if self.document_weights == [1]:
+            values = self.values(str(length), "loss")
+            return {seed: np.array([value]) for seed, value in values.items()}
+        return {seed: np.array(result["documents"]["loss"][str(length)]) for seed, result in self.by_seed.items()}
 
-    def slope(self) -> Interval | None:
-        """Nats per token past the training length."""
-        found = [result["slope"]["slope"] for result in self.by_seed.values() if result.get("slope")]
-        return Interval.of(found) if found else None
+    def slopes(self) -> dict[int, float]:
+        """seed → nats per token past the training length, of the runs that have it."""
+        return {seed: result["slope"]["slope"] for seed, result in self.by_seed.items() if result.get("slope")}
 
-    def in_context_score(self) -> tuple[int, Interval] | None:
-        """The latest token that the windows reach, and the in-context score there."""
-        reached = [
-            {int(token): score["score"] for token, score in result.get("in_context_score", {}).items() if score}
-            for result in self.by_seed.values()
-        ]
-        if not all(reached):
+    def in_context_scores(self) -> tuple[int, dict[int, float]] | None:
+        """The latest token that the windows reach, and seed → in-context score there."""
+        reached = {
+            seed: {int(token): score["score"] for token, score in result.get("in_context_score", {}).items() if score}
+            for seed, result in self.by_seed.items()
+        }
+        if not all(reached.values()):
             return None
-        token = max(reached[0])
-        return token, Interval.of([scores[token] for scores in reached])
+        token = max(next(iter(reached.values())))
+        return token, {seed: scores[token] for seed, scores in reached.items()}
 
 
 def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[Group]:
@@ -182,7 +134,7 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
     Raises:
         ValueError: if results cannot be compared (another corpus, recipe, or other windows or lengths), naming the
             fields that differ; if one seed stands twice in a group; if a result has no record of its training; for a
-            name in `varied` that is no field of a recipe.
+            name in `varied` that is no field of a recipe, nor `training.corpus`.
     """
     if not results:
         raise ValueError("there are no results to compare.")
@@ -207,16 +159,36 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
 def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> None:
     """Raises `ValueError`, naming the fields, unless results differ in nothing but what `group_results` groups by."""
     first = _facts(results[0])
-    allowed = sorted(name for name in first if name.startswith("recipe.") or name == "tokens_per_step")
+    allowed = sorted(name for name in first if name.startswith(("recipe.", "config.")) or name in VARIED_ON_PURPOSE)
     for name in varied:
         if name not in allowed:
             raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
     for result in results[1:]:
         facts = _facts(result)
-        differing = [name for name in {**first, **facts} if name not in varied and facts.get(name) != first.get(name)]
+        pairs = {name: (first.get(name), facts.get(name)) for name in {**first, **facts} if name not in varied}
+        if _same_split(results[0]["corpus"], result["corpus"]):
+            pairs = {name: pair for name, pair in pairs.items() if name not in ("corpus.name", "corpus.fingerprint")}
+        differing = [name for name, (one, other) in pairs.items() if one != other]
         if differing:
             pairs = "; ".join(f"`{name}` is {first.get(name)!r} and {facts.get(name)!r}" for name in differing)
             raise ValueError(f"results of different experiments are not compared: {pairs}.")
+    _check_data_seeds(results)
+
+
+def _check_data_seeds(results: Sequence[dict[str, Any]]) -> None:
+    """Runs of one seed read the data in one order, whatever their scheme: they are paired."""
+    orders: dict[Any, Any] = {}
+    for result in results:
+        order = (result.get("training") or {}).get("data_seed")
+        if orders.setdefault(result["seed"], order) != order:
+            pair = f"{orders[result['seed']]!r} and {order!r}"
+            raise ValueError(f"results of different experiments are not compared: `data_seed` is {pair} with one seed.")
+
+
+def _same_split(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two results say that they are on the same text, whatever splits were named beside it."""
+    known = first.get("split_fingerprint")
+    return bool(known) and known == second.get("split_fingerprint")
 
 
 def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[str]:
@@ -237,7 +209,7 @@ def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) ->
     labels |= {id(result): str(result.get("model") or result["pos_embedding_type"] or "model") for result in others}
     bare = [{**result, "training": EVALUATION_ONLY} for result in (*recorded[:1], *others)] if others else []
     check_comparable(bare or results, () if others else varied)
-    names = [labels[id(result)] for result in results]
+    names = [labels[id(result)] + other_corpus_mark(result) for result in results]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two results are of {repeated[0]!r}: a table cannot tell them apart.")
     return names
@@ -248,26 +220,38 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     training, corpus = _training(result), result["corpus"]
     longest = max(result["lengths"], key=int)
     recipe = {f"recipe.{name}": value for name, value in training.get("recipe", {}).items()}
+    values = (training.get("resume") or {}).get("values", {})
+    recipe |= {f"recipe.{name}": value for name, value in values.items() if name not in UNCOMPARED}
+    config = dict(training.get("config") or {})
+    config = ARCHITECTURE | config if config else config
+    if config:  # these two follow from the size, unless they were given
+        config["embedding_multiplier"] /= math.sqrt(config["hidden_size"])
+        config["head_dim"] *= config["num_attention_heads"] / config["hidden_size"]
+    recipe |= {f"config.{name}": value for name, value in config.items() if name not in POSITION_FIELDS}
     return {
         "corpus.name": corpus["name"],
         "corpus.fingerprint": corpus.get("fingerprint"),
         "corpus.split": corpus.get("split"),
         "corpus.num_windows": corpus.get("num_windows"),
         "eval_lengths (longest)": int(longest),
+        "training.corpus": _training_corpus(training),
         "tokens_per_step": training.get("tokens_per_step"),
-        "data_seed": training.get("data_seed"),
         "dtype": result.get("dtype"),
         "score_name": result.get("score_name"),
         **recipe,
     }
 
 
+def _training_corpus(training: dict[str, Any]) -> str | None:
+    """→ the names of what a model, and the one that it started from, were trained on, with their fingerprints."""
+    corpora = [training.get("corpus"), training.get("base_corpus")]
+    names = [f"{corpus['name']} {(corpus.get('fingerprint') or '')[:8]}".strip() for corpus in corpora if corpus]
+    return " after ".join(dict.fromkeys(names)) or None
+
+
 def _varied(result: dict[str, Any]) -> dict[str, Any]:
     training = _training(result)
-    varied = {name: training.get(name, result.get(name)) for name in VARIED}
-    config = training.get("config") or {}
-    other = {name: config.get(name, default) for name, default in ARCHITECTURE.items()}
-    return varied | {"architecture": {name: value for name, value in other.items() if value != ARCHITECTURE[name]}}
+    return {name: training.get(name, result.get(name)) for name in VARIED}
 
 
 def _training(result: dict[str, Any]) -> dict[str, Any]:
@@ -281,9 +265,17 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
     for group, settings in zip(groups, fields):
         words = [str(settings["pos_embedding_type"])]
         for name, value in settings.items():
-            if name != "pos_embedding_type" and any(other[name] != fields[0][name] for other in fields):
-                words.append(VARIED[name](value) if name in VARIED else f"{name.rpartition('.')[2]} {value}")
+            if name in VARIED and name != "pos_embedding_type" and any(o[name] != fields[0][name] for o in fields):
+                words.append(VARIED[name](value))
         group.label = " ".join(filter(None, words))
+    # the rest where it is needed to tell groups apart: each scheme may have a learning rate of its own
+    repeated = {label for label, count in Counter(group.label for group in groups).items() if count > 1}
+    for group, settings in zip(groups, fields):
+        if group.label in repeated:
+            others = [other for each, other in zip(groups, fields) if each.label in repeated]
+            for name, value in settings.items():
+                if name not in VARIED and any(other[name] != others[0][name] for other in others):
+                    group.label += f" {name.rpartition('.')[2]} {value}"
 
 
 def _pattern(layer_types: Sequence[str]) -> str:
@@ -304,70 +296,3 @@ def _before(changes: dict[str, Any]) -> str:
 def _pairs(options: dict[str, Any] | None, defaults: dict[str, Any]) -> str:
     """The options that are not at their defaults."""
     return ", ".join(f"{name}={value}" for name, value in (options or {}).items() if value != defaults.get(name))
-
-
-def compare(groups: Sequence[Group], baseline: str) -> list[Comparison]:
-    """Compares all groups to one, under each condition that both were evaluated under, paired by seed.
-
-    Raises:
-        ValueError: if no group has the label `baseline`.
-    """
-    by_label = {group.label: group for group in groups}
-    if baseline not in by_label:
-        raise ValueError(f"`baseline` must be one of {list(by_label)}, got {baseline!r}.")
-    base, pairs = by_label[baseline], []
-    key = "score" if base.score_name else "loss"
-    for group in groups:
-        if group is base:
-            continue
-        for condition in (condition for condition in group.conditions() if condition in base.conditions()):
-            values, base_values = group.values(condition, key), base.values(condition, key)
-            seeds = sorted({*values} & {*base_values})
-            if seeds:
-                pairs.append((group.label, condition, [values[seed] - base_values[seed] for seed in seeds]))
-    p_values = [paired_p_value(differences) for _, _, differences in pairs]
-    return [
-        Comparison(label, condition, Interval.of(differences), key == "score", p_value, corrected)
-        for (label, condition, differences), p_value, corrected in zip(pairs, p_values, holm(p_values))
-    ]
-
-
-def paired_p_value(differences: Sequence[float]) -> float:
-    """Two-sided p-value of Student's paired test that the differences have mean 0; NaN for fewer than two."""
-    from scipy import stats
-
-    if len(differences) < 2:
-        return math.nan
-    if max(differences) == min(differences):  # no noise at all
-        return 1.0 if differences[0] == 0 else 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (1979): step-down, holds the family-wise error; NaN entries stay and do not count."""
-    order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
-    corrected, largest = [math.nan] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
-
-
-def verdict(comparison: Comparison, baseline: str) -> str:
-    """The comparison in words."""
-    difference, name = comparison.difference, f"**{comparison.label}**"
-    length, _, kind = comparison.condition.partition(" ")
-    where = f"At {length} tokens" + (f" ({kind})" if kind else "")
-    if difference.n < 2:
-        return f"{where}, {name} has one seed in common with {baseline}: nothing can be said."
-    size = f"{abs(difference.mean):.4f}" + ("" if comparison.is_score else f" nats ({_percent(difference.mean)})")
-    details = f"{difference.n} seeds, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
-    details += f"corrected p = {comparison.corrected:.2g}"
-    if comparison.significant:
-        word = "better" if (difference.mean > 0) == comparison.is_score else "worse"
-        return f"{where}, {name} is {word} than {baseline} by {size}: significant ({details})."
-    return f"{where}, {name} and {baseline} do not differ significantly: {size} ({details})."
-
-
-def _percent(difference: float) -> str:
-    return f"{100 * math.expm1(difference):+.1f} % in perplexity"

@@ -1,0 +1,312 @@
+"""One command from a text to an answer: which position scheme trains best on it, and which goes on past its length."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cli import command, parse_arguments
+from ..data.corpus import load_corpus
+from ..data.tokens import evaluation_documents, train_tokenizer
+from ..model.attention_cpu import cpu_has_fast_bf16
+from ..model.configuration_relpos import RelPosConfig
+from ..model.scheme_registry import position_embedding_classes
+from ..results.groups import group_results
+from ..results.questions import answers, sentences
+from ..results.report import write_report
+from ..results.result_file import read_result
+from ..tasks.arguments import DataArguments
+from ..training.model_setup import ModelArguments, new_config
+from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, time_text
+from .comparison_text import prepare_text
+from .grid import Run, check_runs
+from .progress import live_table, status
+from .sweep import collect_results, run_one, signals_interrupt
+from .workers import run_here, run_in_processes, visible_gpus
+
+
+DESCRIPTION = """\
+Compares position schemes on a text: a learning rate for each by validation loss, several seeds, and the answer with
+what is resolved and what is not.
+
+hf-relpos compare --text my_texts/ --schemes rotary alibi linear_cpb --train_length 128 --run_length 2048 --budget 20min
+"""
+TOKENS_PER_STEP = 1024
+RATES = (3e-3, 6e-3)  # tried first; then half or twice the better one
+SEEDS = (42, 1337, 3407, 1024, 365)
+SMALL = "num_hidden_layers=4,hidden_size=128,num_attention_heads=4"
+MIN_WINDOWS, MAX_WINDOWS = 8, 48  # of the run length, that are read
+EVALUATION_SHARE = 1 / 3  # a forward takes a third of a step with as many tokens
+
+
+@dataclass
+class CompareArguments:
+    """Which schemes, on which text, and how long it may take."""
+
+    text: str | None = field(
+        default=None,
+        metadata={"help": "A file or folder of text (txt, jsonl, parquet, csv); a built-in one by default."},
+    )
+    schemes: list[str] = field(
+        default_factory=lambda: ["rotary", "alibi", "linear_cpb"],
+        metadata={"help": "Position schemes; `hf-relpos schemes` lists them."},
+    )
+    train_length: int = field(default=128, metadata={"help": "Length in tokens that the models are trained at."})
+    run_length: int = field(default=2048, metadata={"help": "Length in tokens that they shall be good at."})
+    budget: str = field(default="20min", metadata={"help": "Time that all may take: 20min, 90s, 2h."})
+    output_dir: str = field(default="output/compare", metadata={"help": "Folder of the runs and the report."})
+    seeds: int | None = field(default=None, metadata={"help": "Seeds of each scheme; as the budget allows by default."})
+    model_size: str | None = field(
+        default=None, metadata={"help": "xsmall, small, ..; by default 4 layers of width 128, and xsmall on a GPU."}
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Entries of the tokenizer, which is trained on the text; by its size by default."},
+    )
+    num_parallel: int | None = field(
+        default=None, metadata={"help": "Runs at once; by default one for each GPU, or for each core up to 4."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and what it costs, and start nothing."})
+
+
+@command
+def main() -> None:
+    (args,) = parse_arguments((CompareArguments,), DESCRIPTION)
+    try:
+        compare(args)
+    except KeyboardInterrupt:
+        with suppress(OSError):  # the terminal may be closed
+            print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
+        raise
+
+
+def compare(args: CompareArguments) -> list[str]:
+    """Trains and evaluates what the budget affords, writes the report and prints the answer; → its sentences.
+
+    Raises:
+        ValueError: for schemes that cannot be read at the run length, a text that is too short for it, a budget that
+            affords no comparison; nothing is trained then.
+    """
+    budget = parse_budget(args.budget)
+    _check(args)
+    root = Path(args.output_dir)
+    paths = prepare_text(args.text, root / "text", args.run_length)
+    setup = _Setup(args, paths)
+    plan = setup.plan(budget)
+    print(setup.describe(plan), flush=True)
+    if args.dry_run:
+        return []
+    chosen: dict[str, float] = {}
+    with signals_interrupt():
+        first = setup.runs(plan, {scheme: RATES for scheme in args.schemes}, SEEDS[:1], tuning=True)
+        _do(first, root, setup.num_parallel)
+        rates = {scheme: [_next_rate(first, scheme, root)] for scheme in args.schemes}
+        second = setup.runs(plan, rates, SEEDS[:1], tuning=True)
+        _do(second, root, setup.num_parallel)
+        chosen = {scheme: _best_rate([*first, *second], scheme, root) for scheme in args.schemes}
+        print("learning rates by validation loss: " + ", ".join(f"{name} {rate:g}" for name, rate in chosen.items()))
+        rates = {scheme: [rate] for scheme, rate in chosen.items()}
+        final = setup.runs(plan, rates, SEEDS[: plan.seeds], tuning=False)
+        _do(final, root, setup.num_parallel)
+    results = collect_results(final, root)
+    written = write_report(results, root / "report", title=f"Position schemes on {setup.name}", varied=VARIED)
+    found = [line for answer in answers(group_results(results, VARIED)) for line in sentences(answer)]
+    print("\n".join(["", *(line.replace("**", "") for line in found), "", f"wrote {written[1]}"]))
+    return found
+
+
+VARIED = ("recipe.learning_rate",)
+
+
+def _check(args: CompareArguments) -> None:
+    """Refuses what would be found out after the training."""
+    if len({*args.schemes}) != len(args.schemes) or not args.schemes:
+        raise ValueError(f"`schemes` must name each scheme once, got {args.schemes}.")
+    for name in ("train_length", "run_length"):
+        if getattr(args, name) < 16:
+            raise ValueError(f"`{name}` must be at least 16 tokens, got {getattr(args, name)}.")
+    if args.run_length < args.train_length:
+        raise ValueError(f"`run_length` must be at least `train_length` {args.train_length}, got {args.run_length}.")
+    if args.seeds is not None and not 2 <= args.seeds <= len(SEEDS):
+        raise ValueError(f"`seeds` must lie between 2 and {len(SEEDS)}, got {args.seeds}.")
+    for scheme in args.schemes:
+        classes = position_embedding_classes(scheme).values()
+        if args.run_length > args.train_length and any(cls.has_position_limit for cls in classes):
+            raise ValueError(
+                f"`schemes`: {scheme!r} has no positions past `train_length` {args.train_length}: leave it out, or "
+                f"compare at --run_length {args.train_length}."
+            )
+
+
+def _do(runs: Sequence[Run], root: Path, num_parallel: int) -> None:
+    """Does runs, or what is left of them.
+
+    Raises:
+        ValueError: if one fails.
+    """
+    todo = [run for run in runs if status(run, root)["state"] != "done"]
+    if not todo:
+        return
+    with live_table(runs, root):
+        if num_parallel == 1:
+            failed = run_here(todo, root, run_one)
+        else:
+            failed = run_in_processes(todo, root, run_one, num_parallel)
+    if failed:
+        raise ValueError(f"the run {failed[0].label!r} failed, see {failed[0].folder(root) / 'failure.txt'}.")
+
+
+def _validation_losses(runs: Sequence[Run], scheme: str, root: Path) -> dict[float, float]:
+    """Learning rate → loss, lowest first."""
+    found = {}
+    for run in runs:
+        if run.settings["pos_embedding_type"] == scheme:
+            (cell,) = read_result(run.result(root))["lengths"].values()
+            found[run.settings["learning_rate"]] = cell["loss"]
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _next_rate(runs: Sequence[Run], scheme: str, root: Path) -> float:
+    """The rate beyond the better of the first two."""
+    best = _best_rate(runs, scheme, root)
+    return best / 2 if best == min(RATES) else best * 2
+
+
+def _best_rate(runs: Sequence[Run], scheme: str, root: Path) -> float:
+    return next(iter(_validation_losses(runs, scheme, root)))
+
+
+class _Setup:
+    """What all runs of a comparison share."""
+
+    def __init__(self, args: CompareArguments, paths: dict[str, Path]) -> None:
+        self.args, self.paths = args, paths
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        gpus = len(visible_gpus())
+        self.num_parallel = args.num_parallel or gpus or min(4, torch.get_num_threads())
+        self.batch_size = max(1, TOKENS_PER_STEP // args.train_length)
+        data = {f"{split}_file": str(path) for split, path in paths.items()}
+        corpus = load_corpus(DataArguments(**data))
+        self.name = Path(args.text).name if args.text else "sotu"
+        num_characters = sum(map(len, corpus.splits["train"]["text"]))
+        self.vocab_size = args.vocab_size or _vocab_size(num_characters)
+        tokenizer = train_tokenizer(corpus, self.vocab_size)
+        _, documents = evaluation_documents(corpus, DataArguments(**data).filled(), tokenizer)
+        lengths = sorted((len(document) for document in documents), reverse=True)
+        self._check_text(lengths)
+        rate = len(tokenizer("".join(corpus.splits["validation"]["text"][:50])[:100_000])["input_ids"])
+        sample = min(100_000, sum(map(len, corpus.splits["validation"]["text"][:50])))
+        self.num_tokens = int(num_characters * rate / max(1, sample))
+        self.windows = min(MAX_WINDOWS, sum(length // args.run_length for length in lengths))
+        self.data = data
+
+    def _check_text(self, lengths: Sequence[int]) -> None:
+        """Refuses a text whose test documents hold too few windows, naming the longest length that it serves."""
+
+        def serves(length: int) -> bool:
+            return (
+                sum(each // length for each in lengths) >= MIN_WINDOWS and sum(each >= length for each in lengths) > 1
+            )
+
+        if serves(self.args.run_length):
+            return
+        served = next((n for n in (2**k for k in range(20, 3, -1)) if n < self.args.run_length and serves(n)), None)
+        longest = f"the longest that it serves is {served}" if served else "it is too short for any comparison"
+        raise ValueError(
+            f"`run_length` {self.args.run_length}: the test part of the text, a tenth, holds fewer than {MIN_WINDOWS} "
+            f"windows of so many tokens in documents of its own; {longest}."
+        )
+
+    def lengths(self) -> list[int]:
+        """The training length, doubled until the run length."""
+        length, found = self.args.train_length, []
+        while length < self.args.run_length:
+            found.append(length)
+            length *= 2
+        return [*found, self.args.run_length]
+
+    def plan(self, budget: float) -> Plan:
+        """What the budget affords; times a few steps of each scheme."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // self.num_parallel))
+        try:
+            costs = [self._cost(scheme) for scheme in self.args.schemes]
+        finally:
+            torch.set_num_threads(threads)
+        most_steps = max(1, MAX_PASSES * self.num_tokens // (self.batch_size * self.args.train_length))
+        return make_plan(costs, budget, self.num_parallel, most_steps, self.args.seeds)
+
+    def _cost(self, scheme: str) -> Cost:
+        step = measure(self._config(scheme), self.batch_size, self.args.train_length, self.device, self._bf16())
+        tokens = self.windows * self.args.run_length * len(self.lengths())
+        return Cost(step, EVALUATION_SHARE * step * tokens / (self.batch_size * self.args.train_length))
+
+    def _bf16(self) -> bool:
+        return torch.cuda.is_bf16_supported() if self.device == "cuda" else cpu_has_fast_bf16()
+
+    def _config(self, scheme: str) -> RelPosConfig:
+        settings = {"pos_embedding_type": scheme, "vocab_size": self.vocab_size, **self._size()}
+        return new_config(ModelArguments(**settings), self.args.train_length)
+
+    def _size(self) -> dict[str, Any]:
+        size = self.args.model_size or ("xsmall" if self.device == "cuda" else None)
+        overrides = "hidden_dropout=0" if size else f"{SMALL},hidden_dropout=0"
+        return {"config_overrides": overrides} | ({"model_size": size} if size else {})
+
+    def runs(self, plan: Plan, rates: dict[str, Sequence[float]], seeds: Sequence[int], tuning: bool) -> list[Run]:
+        """The runs of some seeds and rates, evaluated on the validation text to choose a rate, else on the test one."""
+        shared = {
+            **self.data,
+            **self._size(),
+            "vocab_size": self.vocab_size,
+            "block_size": self.args.train_length,
+            "per_device_train_batch_size": self.batch_size,
+            "max_steps": plan.steps,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, plan.steps // 10),
+            "logging_steps": max(1, plan.steps // 40),
+            "eval_steps": plan.steps,
+            "save_steps": max(100, plan.steps // 4),
+            "max_eval_samples": 64,
+        }
+        if tuning:
+            evaluation = {"eval_split": "validation", "eval_lengths": [self.args.train_length], "max_windows": 400}
+        else:
+            evaluation = {"eval_lengths": self.lengths(), "max_windows": self.windows}
+        found = []
+        for seed in seeds:
+            for scheme, values in rates.items():
+                for rate in values:
+                    settings = {**shared, "pos_embedding_type": scheme, "learning_rate": rate}
+                    settings |= {"seed": seed, "data_seed": seed}
+                    found.append(Run(f"{scheme}, seed {seed}, learning rate {rate:g}", settings, evaluation))
+        check_runs(found)
+        return found
+
+    def describe(self, plan: Plan) -> str:
+        """The plan in a few lines."""
+        size = self.args.model_size or ("xsmall" if self.device == "cuda" else "4 layers of width 128")
+        tokens = plan.steps * self.batch_size * self.args.train_length
+        lines = [
+            f"{len(self.args.schemes)} schemes on {self.name}: {', '.join(self.args.schemes)}",
+            f"models: {size}, vocabulary {self.vocab_size}, trained at {self.args.train_length} tokens, read at up to "
+            f"{self.args.run_length}",
+            f"each run: {plan.steps} steps, {tokens:,} tokens, {tokens / max(1, self.num_tokens):.1f} passes over the "
+            "training text",
+            f"{plan.num_runs} runs: for each scheme 3 learning rates, the best of them with {plan.seeds} seeds",
+            f"about {time_text(plan.seconds)} here, {self.num_parallel} at once",
+        ]
+        return "\n".join(lines)
+
+
+def _vocab_size(num_characters: int) -> int:
+    """A power of two that grows with the text: 512 for less than 2 MB, 8192 from 32 MB on."""
+    size = 512
+    while size < 8192 and size * 4000 <= num_characters:
+        size *= 2
+    return size

@@ -1,0 +1,184 @@
+"""How far the runs of a sweep are: what each writes while it trains, and the table or the lines made from it."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers import TrainerCallback
+
+from ..environment import write_json
+from ..results.training_record import TRAINING_RECORD
+from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
+from .grid import Run
+
+
+PROGRESS, FAILURE = "progress.json", "failure.txt"
+ACTIVE = ("training", "evaluating")
+
+
+class ProgressCallback(TrainerCallback):
+    """Writes the step and the loss to a file, which the table of the sweep is made from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written, self.begun, self.first_step = path, 0.0, time.time(), 0
+        self.loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun, self.first_step = time.time(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, done = time.time(), state.global_step - self.first_step
+        if now - self.written < 0.5 and state.global_step < state.max_steps:
+            return
+        left = (now - self.begun) / max(done, 1) * (state.max_steps - state.global_step)
+        progress = {"step": state.global_step, "steps": state.max_steps, "loss": self.loss, "seconds_left": left}
+        progress |= {"first_step": self.first_step, "pid": os.getpid()}
+        write_json(self.path, progress)
+        self.written = now
+
+
+def status(run: Run, root: Path, since: float = 0.0) -> dict[str, Any]:
+    """What a run has left in its folder.
+
+    Args:
+        run: any run of the sweep.
+        root: folder of the sweep.
+        since: seconds of the epoch; progress and failures written earlier are those of another call.
+
+    Returns:
+        `state` ("waiting", "training", "evaluating", "done" or "failed"); `step`, `steps`, `loss`, `seconds_left`,
+        `first_step` (the one that it was resumed from, or 0) and `pid` as the run last wrote them.
+    """
+    folder, progress = run.folder(root), {}
+    with suppress(OSError, json.JSONDecodeError):
+        path = folder / "run" / PROGRESS
+        if path.stat().st_mtime >= since:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+    if run.result(root).is_file():
+        state = "done"
+    elif _written_since(folder / FAILURE, since):
+        state = "failed"
+    elif (folder / TRAINING_RECORD).is_file():
+        state = "evaluating"
+    else:
+        state = "training" if progress else "waiting"
+    return {"state": state, **progress}
+
+
+def _written_since(path: Path, since: float) -> bool:
+    try:
+        return path.stat().st_mtime >= since
+    except OSError:
+        return False
+
+
+@contextmanager
+def live_table(
+    runs: Sequence[Run], root: Path, seconds: float = 1.0, seconds_per_line: float = 30.0, console: Any = None
+) -> Iterator[None]:
+    """Shows the state of all runs while the body runs.
+
+    Args:
+        runs, root: of the sweep.
+        seconds: between two looks at the folders of the runs.
+        seconds_per_line: where there is no terminal, a change of a run's state is a line, and so is each active run
+            once in so many seconds, with the time that all take.
+        console: of rich, by default on stderr.
+    """
+    console, stop, begun = console or Console(file=sys.__stderr__, soft_wrap=True), threading.Event(), time.time()
+
+    def follow() -> None:
+        if console.is_terminal:
+            with Live(progress_table(runs, root, begun), console=console, auto_refresh=False) as live:
+                while not stop.wait(seconds):
+                    live.update(progress_table(runs, root, begun), refresh=True)
+                live.update(progress_table(runs, root, begun), refresh=True)
+            return
+        seen: dict[str, str] = {}
+        said = time.time()
+        while True:
+            ended = stop.wait(seconds)
+            due = time.time() - said >= seconds_per_line and not ended
+            found = [(run, status(run, root, begun)) for run in runs]
+            for run, state in found:
+                changed = state["state"] != seen.get(run.key, "waiting")
+                if changed or (due and state["state"] in ACTIVE):
+                    words = [state["state"], *filter(None, _numbers(state))]
+                    console.print(f"{run.key}  {run.label}: {', '.join(words)}", highlight=False)
+                seen[run.key] = state["state"]
+            if due:
+                console.print(_summary(found, root, begun), highlight=False)
+                said = time.time()
+            if ended:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def progress_table(runs: Sequence[Run], root: Path, begun: float) -> Table:
+    """The runs that are active or failed, and how many there are in each state."""
+    found = [(run, status(run, root, begun)) for run in runs]
+    table = Table("run", "state", "step", "loss", "left", title=_summary(found, root, begun))
+    for run, state in found:
+        if state["state"] not in ("done", "waiting"):
+            step, loss, left = _numbers(state)
+            cells = step.removeprefix("step "), loss.removeprefix("loss "), left.removesuffix(" left")
+            table.add_row(f"{run.key} {run.label}", state["state"], *cells)
+    return table
+
+
+def _numbers(state: dict[str, Any]) -> tuple[str, str, str]:
+    """Step, loss and time left in words, each empty where there is none."""
+    loss, left = state.get("loss"), state.get("seconds_left")
+    return (
+        f"step {state['step']}/{state['steps']}" if "step" in state else "",
+        "" if loss is None else f"loss {loss:.3f}",
+        "" if left is None or state["state"] != "training" else f"{int(left // 60)}:{int(left % 60):02d} left",
+    )
+
+
+def _summary(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
+    counts = Counter(state["state"] for _, state in found)
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + _time_left(found, root, begun)
+
+
+def _time_left(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
+    """How long the steps that are left take at the pace of those since `begun`; empty before the first."""
+    taken = left = 0
+    for run, state in found:
+        steps = max(1, state.get("steps") or _max_steps(run))
+        if state["state"] == "done" and _written_since(run.result(root), begun):
+            taken += steps - state.get("first_step", 0)
+        elif state["state"] in ACTIVE and "step" in state:
+            taken += state["step"] - state["first_step"]
+        if state["state"] in ("training", "waiting"):
+            left += steps - state.get("step", 0)
+    if taken < 1 or left < 1:
+        return ""
+    minutes = (time.time() - begun) / taken * left / 60
+    if minutes > 90:
+        return f"; about {minutes / 60:.1f} hours left"
+    return f"; about {minutes:.0f} minutes left" if minutes >= 1 else "; less than a minute left"
+
+
+def _max_steps(run: Run) -> int:
+    return run.settings.get("max_steps", (FinetuningArguments if run.base else RelPosTrainingArguments).default_steps)

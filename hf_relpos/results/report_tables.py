@@ -1,0 +1,105 @@
+"""The tables of a report: rows of cells, the first one the head."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .estimates import Estimate
+from .groups import Group
+
+
+Rows = list[list[str]]
+
+
+def perplexity_rows(groups: Sequence[Group]) -> Rows:
+    """Perplexity by length with its interval for new runs on new text, and the ratio of the longest to the training
+    length."""
+    lengths = sorted({length for group in groups for length in group.lengths()})
+    rows = [["setting", "seeds", *map(str, lengths), "ratio"]]
+    for group in groups:
+        weights, cells = group.document_weights, []
+        for length in lengths:
+            known = length in group.lengths()
+            cells.append(_exp_cell(np.stack(list(group.losses(length).values())), weights, 2) if known else "–")
+        base, long = group.train_length, group.lengths()[-1]
+        if base in group.lengths() and long > base:
+            change = np.stack([after - group.losses(base)[seed] for seed, after in group.losses(long).items()])
+            cells.append(_exp_cell(change, weights, 3))
+        else:
+            cells.append("–")
+        rows.append([group.label, str(len(group.by_seed)), *cells])
+    return rows
+
+
+def score_rows(groups: Sequence[Group]) -> Rows:
+    """Scores of a task by length and kind of row, with their intervals over the seeds."""
+    conditions = list(dict.fromkeys(condition for group in groups for condition in group.conditions()))
+    conditions.sort(key=lambda condition: int(condition.partition(" ")[0]))
+    rows = [["setting", "seeds", *conditions]]
+    for group in groups:
+        cells = [_mean_cell(group.values(c, "score"), 3) if c in group.conditions() else "–" for c in conditions]
+        rows.append([group.label, str(len(group.by_seed)), *cells])
+    return rows
+
+
+def context_rows(groups: Sequence[Group], baseline: str) -> Rows:
+    """In-context score and slope, and the score minus that of the baseline on the same tokens."""
+    (base,) = [group for group in groups if group.label == baseline]
+    theirs = base.in_context_scores()
+    rows = [["setting", "in-context score", f"minus that of {baseline}", "slope per 1000"]]
+    for group in groups:
+        ours, cells = group.in_context_scores(), ["–", "–"]
+        if ours is not None:
+            cells[0] = f"{_mean_cell(ours[1], 3)} @{ours[0]}"
+        if ours is not None and theirs is not None and ours[0] == theirs[0] and group is not base:
+            seeds = sorted({*ours[1]} & {*theirs[1]})
+            cells[1] = _mean_cell({seed: ours[1][seed] - theirs[1][seed] for seed in seeds}, 3, "+")
+        slopes = {seed: 1000 * slope for seed, slope in group.slopes().items()}
+        rows.append([group.label, *cells, _mean_cell(slopes, 3, "+")])
+    return rows if any(cell != "–" for row in rows[1:] for cell in row[1:]) else rows[:1]
+
+
+def setup_rows(groups: Sequence[Group]) -> Rows:
+    """What was trained, setting by setting."""
+    rows = [["setting", "parameters", "steps", "tokens", "learning rate", "trained at", "seeds"]]
+    for group in groups:
+        training = group.first["training"]
+        tokens = training.get("num_tokens") or training.get("num_steps", 0) * (training.get("tokens_per_step") or 0)
+        rows.append(
+            [
+                group.label,
+                _count(training.get("num_parameters")),
+                _count(training.get("num_steps")),
+                _count(tokens),
+                f"{training.get('recipe', {}).get('learning_rate', '–')}",
+                f"{group.train_length}",
+                ", ".join(map(str, group.by_seed)),
+            ]
+        )
+    return rows
+
+
+def _count(number: int | None) -> str:
+    if not number:
+        return "–"
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,}"
+
+
+def _exp_cell(values: np.ndarray, weights: Sequence[int], digits: int) -> str:
+    """exp of a mean and of its interval: "72.10 (70.00, 74.00)"."""
+    found = Estimate.of(values, weights)
+    mean, low, high = (math.exp(min(x, 700.0)) for x in (found.mean, found.low, found.high))
+    return f"{mean:.{digits}f}" + ("" if math.isnan(low) else f" ({low:.{digits}f}, {high:.{digits}f})")
+
+
+def _mean_cell(by_seed: dict[int, float], digits: int, sign: str = "") -> str:
+    if not by_seed:
+        return "–"
+    found = Estimate.of(np.array([[value] for value in by_seed.values()]))
+    form = f"{sign}.{digits}f"
+    interval = "" if math.isnan(found.low) else f" ({found.low:{form}}, {found.high:{form}})"
+    return f"{found.mean:{form}}{interval}"

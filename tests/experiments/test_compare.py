@@ -1,0 +1,111 @@
+"""The comparison on a text of one's own: its plan, its splits, what it refuses, and a small one from end to end."""
+
+import json
+
+import pytest
+from conftest import make_text
+
+from hf_relpos.experiments import compare as module
+from hf_relpos.experiments.compare import CompareArguments, compare
+from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, time_text
+from hf_relpos.experiments.comparison_text import SPLITS, prepare_text
+
+
+@pytest.mark.parametrize("text, seconds", [("20min", 1200), ("90s", 90), ("1.5h", 5400), (" 2 m ", 120)])
+def test_budgets(text, seconds):
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["20", "min", "-5min", "0s", "3 weeks"])
+def test_budgets_that_are_none(text):
+    with pytest.raises(ValueError, match="`budget` must be a time such as 20min"):
+        parse_budget(text)
+
+
+def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
+    costs = [Cost(0.05, 5.0), Cost(0.1, 5.0)]
+    for budget in (600, 3600, 7200):
+        plan = make_plan(costs, budget, 2, 10**9)
+        assert 0.95 * budget < plan.seconds <= budget and plan.num_runs == 2 * (2 + plan.seeds)
+    assert make_plan(costs, 36_000, 2, 10**9).seeds == 5 > make_plan(costs, 600, 2, 10**9).seeds
+    assert make_plan(costs, 10**7, 2, 300).steps == 300  # a short text is not read over and over
+    assert make_plan(costs, 3600, 2, 10**9, seeds=3).seeds == 3
+
+
+def test_a_budget_that_is_too_small_says_what_it_takes():
+    costs = [Cost(0.1, 5.0)] * 3
+    with pytest.raises(ValueError, match="affords no comparison: 3 schemes with 2 seeds and 100 steps each take about"):
+        make_plan(costs, 60, 2, 10**9)
+    needed = 3 * (4 * (12 + 10) + 2 * 5) / 2
+    assert make_plan(costs, needed + 1, 2, 10**9).steps >= 100
+    assert (time_text(61), time_text(125), time_text(7200)) == ("61 s", "3 min", "2.0 h")
+
+
+@pytest.mark.parametrize("num_documents", [1, 60])
+def test_no_text_stands_in_two_splits(num_documents, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for index in range(num_documents):
+        lines = "".join(f"document {index} line {line}\n" for line in range(24_000 // num_documents))
+        (folder / f"{index}.txt").write_text(lines)
+    paths = prepare_text(str(folder), tmp_path / "text", 64)
+    rows = {split: [json.loads(line)["text"] for line in paths[split].read_text().splitlines()] for split in SPLITS}
+    lines = {split: {line for text in texts for line in text.splitlines()} for split, texts in rows.items()}
+    assert sum(map(len, lines.values())) == num_documents * (24_000 // num_documents)  # all of it, none twice
+    assert not lines["train"] & lines["test"] and not lines["validation"] & lines["test"]
+    sizes = {split: sum(map(len, texts)) for split, texts in rows.items()}
+    assert all(0.08 < sizes[split] / sum(sizes.values()) < 0.15 for split in ("validation", "test"))
+    assert len(rows["test"]) > 3  # an interval needs several documents
+    assert prepare_text(str(folder), tmp_path / "text", 64) == paths
+    (folder / "0.txt").write_text("other\n" * 999)
+    with pytest.raises(ValueError, match="holds the text of another comparison"):
+        prepare_text(str(folder), tmp_path / "text", 64)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"schemes": ["alibi", "learned"]}, "'learned' has no positions past `train_length` 32"),
+        ({"schemes": ["alibi", "alibi"]}, "`schemes` must name each scheme once"),
+        ({"schemes": ["rotery"]}, "Did you mean 'rotary'"),
+        ({"run_length": 16}, "`run_length` must be at least `train_length` 32, got 16"),
+        ({"train_length": 4}, "`train_length` must be at least 16 tokens, got 4"),
+        ({"seeds": 1}, "`seeds` must lie between 2 and 5, got 1"),
+        ({"budget": "soon"}, "`budget` must be a time"),
+        ({"run_length": 4096}, r"`run_length` 4096: the test part .* the longest that it serves is \d+"),
+        ({"budget": "1s"}, "`budget` of 1 s affords no comparison"),
+    ],
+)
+def test_what_is_refused_before_any_training(options, message, tmp_path, corpus_files):
+    given = {"train_length": 32, "run_length": 64, "vocab_size": 300, "text": str(corpus_files / "train")}
+    with pytest.raises(ValueError, match=message):
+        compare(CompareArguments(**given | {"output_dir": str(tmp_path / "out")} | options))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
+    for index in range(40):
+        (tmp_path / f"{index:02}.txt").write_text(make_text(900, index))
+    monkeypatch.setattr(module, "make_plan", lambda *_: Plan(steps=3, seeds=2, num_runs=8, seconds=60.0))
+    monkeypatch.setattr(module, "SMALL", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2")
+    options = {"text": str(tmp_path), "schemes": ["alibi", "none"], "train_length": 32, "run_length": 128}
+    args = CompareArguments(**options, vocab_size=300, num_parallel=1, output_dir=str(tmp_path / ".out"))
+    found = compare(args)
+    printed = capsys.readouterr().out
+    assert "8 runs: for each scheme 3 learning rates, the best of them with 2 seeds" in printed
+    assert "learning rates by validation loss: alibi 0." in printed
+    assert any(line.startswith("Best at 32 tokens") for line in found)
+    assert any(line.startswith("Best at 128 tokens") for line in found)
+    assert any(line.startswith("From 32 to 128 tokens") for line in found)
+    results = [json.loads(line) for line in (tmp_path / ".out" / "results.jsonl").read_text().splitlines()]
+    expected = {(scheme, seed) for scheme in options["schemes"] for seed in (42, 1337)}
+    assert {(result["pos_embedding_type"], result["seed"]) for result in results} == expected
+    assert all(r["corpus"]["split"] == "test" and r["corpus"]["same_corpus_as_training"] for r in results)
+    assert all(r["training"]["data_seed"] == r["seed"] and len(r["documents"]["num_tokens"]) > 1 for r in results)
+    page = (tmp_path / ".out" / "report" / "report.html").read_text()
+    assert "<b>" in page and "Loss by position, minus that of none" in page
+    runs = sorted((tmp_path / ".out" / "runs").iterdir())
+    times = [(run / "model.safetensors").stat().st_mtime_ns for run in runs]
+    assert len(runs) == 8 and compare(args) == found  # nothing is trained again
+    assert times == [(run / "model.safetensors").stat().st_mtime_ns for run in runs]
+    assert compare(CompareArguments(**{**vars(args), "dry_run": True})) == []
