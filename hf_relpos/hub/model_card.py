@@ -235,6 +235,7 @@ def _training_list(records: Sequence[dict[str, Any]]) -> str:
         "rotation": str(record["rope_parameters"]) if record.get("rope_parameters") else None,
         "position-start augmentation": "yes" if record.get("position_start_augmentation") else None,
         "position sampling": record.get("position_sampling"),
+        "learned factors from 0": ", ".join(record["position_gates"]) if record.get("position_gates") else None,
         "layers": ", ".join(record["layer_types"]) if record.get("layer_types") else None,
         "sliding window": record.get("sliding_window"),
         "time": f"{measured['seconds']:.0f} s, {measured['tokens_per_second']:.0f} tokens per second",

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .position_augmentation import SAMPLINGS
-from .scheme_base import POSITION_EMBEDDINGS
+from .scheme_base import POSITION_EMBEDDINGS, StartGate
 from .scheme_registry import position_embedding_classes
 
 
@@ -132,6 +132,20 @@ def check_heads(config: Any) -> None:
     if num_heads % config.num_key_value_heads:
         raise ValueError(
             f"`num_key_value_heads` must divide `num_attention_heads` {num_heads}, got {config.num_key_value_heads}."
+        )
+
+
+def check_gates(config: Any) -> None:
+    """Raises `ValueError` for gates of what is no scheme of the model, or of one that has nothing to gate."""
+    gates = config.position_gates
+    if gates is None:
+        return
+    classes = position_embedding_classes(config.pos_embedding_type)
+    allowed = [name for name, cls in classes.items() if StartGate.fits(cls)]
+    if not isinstance(gates, (list, tuple)) or not gates or len({*gates}) < len(gates) or not {*gates} <= {*allowed}:
+        raise ValueError(
+            f"`position_gates` must be None or list some of {allowed}, the schemes of {config.pos_embedding_type!r} "
+            f"that add something from the first step on, got {gates!r}."
         )
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_checks import (
     ROPE_KEYWORDS,
+    check_gates,
     check_heads,
     check_keywords,
     check_ranges,
@@ -67,6 +68,8 @@ class RelPosConfig(PreTrainedConfig):
             all sliding if only `sliding_window` is given.
         sliding_window: how many keys a query sees at most in layers that slide, its own among them.
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
+        position_gates: names of the schemes of which a learned factor, from 0, multiplies what they add to the scores,
+            for each head, or to the embeddings: laid over trained weights, they change nothing at first.
         rope_parameters: for schemes that rotate, as in transformers: `rope_type` ("default", "linear", "dynamic",
             "yarn", "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type
             takes. `rope_theta`, `partial_rotary_factor` and `rope_scaling` as keywords, as Llama takes them, are moved
@@ -137,6 +140,7 @@ class RelPosConfig(PreTrainedConfig):
     train_length: int | None = None
     pos_embedding_type: str = "linear_cpb"
     pos_embedding_kwargs: dict | None = None
+    position_gates: list | None = None
     sliding_window: int | None = None
     position_start_augmentation: bool = False
     position_sampling: str | None = None
@@ -172,6 +176,7 @@ class RelPosConfig(PreTrainedConfig):
         self._choose_scales()
         check_heads(self)
         check_ranges(self)
+        check_gates(self)
         self._configure_positions(rope_parameters)
         self._configure_layers(layer_types)
         self._plan_tensor_parallelism()

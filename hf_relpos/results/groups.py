@@ -19,6 +19,7 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "rope_parameters": lambda value: _pairs(value, ROPE_DEFAULTS),
     "position_start_augmentation": lambda value: "augmented" if value else "",
     "position_sampling": lambda value: f"{value} positions" if value else "",
+    "position_gates": lambda value: f"{'+'.join(value)} from zero" if value else "",
     "layer_types": lambda value: _pattern(value) if value else "",
     "sliding_window": lambda value: f"window {value}" if value else "",
     "train_length": lambda value: f"trained at {value}",
@@ -46,7 +47,14 @@ ARCHITECTURE = {
 UNCOMPARED = {"seed", "data_seed", "corpus", "corpus_fingerprint", "max_steps", "block_size", "changes", "base_model"}
 # fields of a configuration that belong to the scheme or the size, which stand in `VARIED`
 POSITION_FIELDS = {"pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation"}
-POSITION_FIELDS |= {"position_sampling", "layer_types", "sliding_window", "train_length", "max_position_embeddings"}
+POSITION_FIELDS |= {
+    "position_gates",
+    "position_sampling",
+    "layer_types",
+    "sliding_window",
+    "train_length",
+    "max_position_embeddings",
+}
 POSITION_FIELDS |= {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
 POSITION_FIELDS |= {"num_key_value_heads"}
 VARIED_ON_PURPOSE = ("tokens_per_step", "training.corpus")  # and the fields of the recipe

@@ -138,7 +138,9 @@ def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None =
     set_seed(seed)
     model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
     fields = {name: value for name, value in config.to_dict().items() if name != "rope_parameters"}
-    plain = RelPosConfig.from_dict({**fields, "pos_embedding_type": "none", "pos_embedding_kwargs": None})
+    plain = RelPosConfig.from_dict(
+        {**fields, "pos_embedding_type": "none", "pos_embedding_kwargs": None, "position_gates": None}
+    )
     set_seed(seed)
     model.load_state_dict(RelPosForCausalLM(plain).state_dict(), strict=False)
     return model

@@ -16,7 +16,7 @@ from .run import TrainingRun
 
 # what the record holds of the arguments and of the configuration
 POSITION_FIELDS = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation")
-POSITION_FIELDS += ("position_sampling", "layer_types", "sliding_window", "train_length")
+POSITION_FIELDS += ("position_gates", "position_sampling", "layer_types", "sliding_window", "train_length")
 RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
 CONFIG_FIELDS = (*RelPosConfig.__annotations__, "rope_parameters", "layer_types")
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..model.scheme_base import StartGate
 from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
 from ..pretrained.importing import is_foreign
@@ -29,6 +30,13 @@ class ChangeArguments(SavedModelArguments):
         metadata={
             "help": 'Another rotation as JSON: \'{"rope_type": "yarn", "factor": 4}\'; linear is interpolation. '
             "The original length is the training length, unless given."
+        },
+    )
+    start_at_zero: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply what new schemes add by learned factors that start at 0, so that the model begins as it "
+            "was; by default for imported models that keep their schemes beside the new ones."
         },
     )
     layer_types: str | None = field(
@@ -88,6 +96,7 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
     kept = {option for name, cls in new.items() if name in old for option in cls.defaults}
     options = {name: value for name, value in (saved.pos_embedding_kwargs or {}).items() if name in kept}
     fields["pos_embedding_kwargs"] = options | parse_json("pos_embedding_kwargs", changes.pos_embedding_kwargs)
+    fields["position_gates"] = _gates(saved, old, new, changes.start_at_zero)
     given = parse_json("rope_parameters", changes.rope_parameters)
     if any(cls.uses_rope_parameters for cls in new.values()) and (rope or given):
         fields["rope_parameters"] = _rotation(rope or {}, given, saved.train_length)
@@ -96,6 +105,17 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
     _change_layers(fields, changes)
     _change_positions(fields, changes, block_size, any(cls.has_position_limit for cls in old.values()))
     return RelPosConfig.from_dict(fields)
+
+
+def _gates(
+    saved: RelPosConfig, old: dict[str, type], new: dict[str, type], start_at_zero: bool | None
+) -> list[str] | None:
+    """The schemes whose learned factor starts, or started, at 0."""
+    if start_at_zero is None:
+        start_at_zero = saved.imported_from is not None and {*old} <= {*new}
+    kept = [name for name in saved.position_gates or () if name in new]
+    added = [name for name, cls in new.items() if name not in old and StartGate.fits(cls)]
+    return [*kept, *(added if start_at_zero else ())] or None
 
 
 def _rotation(saved: dict[str, Any], given: dict[str, Any], train_length: int | None) -> dict[str, Any]:
