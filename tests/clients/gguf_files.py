@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from clients.exporting import to_arcee
 from clients.generation import NEW_TOKENS, greedy_text
 from clients.harness import CONTROL, Subject, client
@@ -72,8 +71,8 @@ def add_tokenizer(writer, tokenizer) -> None:
 
 @client("llama.cpp (GGUF)", "xllamacpp", "gguf", schemes=("rotary",))
 def run_llama_cpp(subject: Subject):
-    """A GGUF file of the model in the form of `ArceeForCausalLM` (Llama as it is), written by `gguf`: llama.cpp's greedy
-    text is that of `generate`."""
+    """A GGUF file by `gguf` of the model in the form of `ArceeForCausalLM`, of Llama as it is: the greedy text
+    of llama.cpp is that of `generate`."""
     import xllamacpp
 
     model = subject.load() if subject.scheme == CONTROL else to_arcee(subject)

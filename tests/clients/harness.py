@@ -30,6 +30,7 @@ class Client:
             An error says that it does not work.
         schemes: the schemes that it is given.
         seconds: the time limit of the process.
+        python: the variable of the environment that names the Python which has the packages; "" for this one.
     """
 
     name: str
@@ -37,16 +38,21 @@ class Client:
     run: Callable[["Subject"], Any]
     schemes: tuple[str, ...]
     seconds: int
+    python: str = ""
+
+
+class Refused(Exception):
+    """The model refused, in a program that says so in its own words: the message is the model's."""
 
 
 CLIENTS: dict[str, Client] = {}
 
 
-def client(name: str, *packages: str, schemes: tuple[str, ...] = SCHEMES, seconds: int = 240) -> Callable:
+def client(name: str, *packages: str, schemes: tuple[str, ...] = SCHEMES, seconds: int = 240, **options) -> Callable:
     """Decorator: the function becomes a row of the table, its docstring says what is run."""
 
     def register(run: Callable) -> Callable:
-        CLIENTS[name] = Client(name, packages, run, schemes, seconds)
+        CLIENTS[name] = Client(name, packages, run, schemes, seconds, **options)
         return run
 
     return register
@@ -148,6 +154,8 @@ def run_client(name: str, subject: Subject, result: Path) -> None:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """→ the error in one line, and whether it is a refusal of the model's: a `ValueError` of one line from its code."""
+    if isinstance(error, Refused):
+        return {"refused": True, "error": str(error)}
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import torch
 from clients.harness import Subject, client
@@ -123,3 +124,56 @@ def run_torch_func(subject: Subject):
             check({name: value[index] for name, value in rows.items()}, row[None])
 
     return {"grad": lambda: check(grad(loss)(parameters, tokens), tokens), "vmap(grad)": per_row}
+
+
+LIGHTEVAL_TASK = """
+from lighteval.metrics.metrics import Metrics
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc
+
+def ask(line, task_name=None):
+    return Doc(task_name=task_name, query=line["query"], choices=line["choices"], gold_index=0)
+
+options = {"hf_avail_splits": ["test"], "evaluation_splits": ["test"], "metrics": [Metrics.loglikelihood_acc]}
+TASKS_TABLE = [LightevalTaskConfig("own_choice", ask, "%s", "default", **options)]
+"""
+
+
+@client("lighteval", "lighteval")
+def run_lighteval(subject: Subject):
+    """A multiple-choice task of one's own: the accuracy by the model's own log-likelihoods. The table of another task,
+    which it would download first, is withheld."""
+    import requests
+    from lighteval.logging.evaluation_tracker import EvaluationTracker
+    from lighteval.models.transformers.transformers_model import TransformersModelConfig
+    from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
+
+    texts, model = subject.texts(16), subject.load()
+    rows = [{"query": text, "choices": [" people", " war", " the"]} for text in texts]
+    requests.get = lambda *_: SimpleNamespace(status_code=404)
+    (subject.out / "data").mkdir()
+    (subject.out / "data" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (subject.out / "own_choice.py").write_text(LIGHTEVAL_TASK % (subject.out / "data"))
+    settings = PipelineParameters(
+        launcher_type=ParallelismManager.NONE, custom_tasks_directory=str(subject.out / "own_choice.py")
+    )
+    options = {"trust_remote_code": True, "dtype": "float32", "batch_size": 4, "add_special_tokens": False}
+    pipeline = Pipeline(
+        tasks="own_choice|0",
+        pipeline_parameters=settings,
+        evaluation_tracker=EvaluationTracker(output_dir=str(subject.out / "results")),
+        model_config=TransformersModelConfig(model_name=str(subject.folder), **options),
+    )
+    pipeline.evaluate()
+    right = 0
+    for row in rows:
+        scores = []
+        for choice in row["choices"]:
+            start = len(subject.tokenizer(row["query"])["input_ids"])
+            tokens = subject.tokenizer(row["query"] + choice, return_tensors="pt")["input_ids"]
+            log_probs = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
+            scores.append(log_probs.gather(-1, tokens[0, start:, None]).sum().item())
+        right += scores[0] == max(scores)
+    (accuracy,) = {value for name, value in pipeline.get_results()["results"]["all"].items() if name == "acc"}
+    assert accuracy == right / len(rows), f"accuracy {accuracy}, by the logits {right / len(rows)}"
+    return f"accuracy {accuracy:.2f}"

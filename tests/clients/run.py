@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +45,14 @@ ENVIRONMENT = {
 
 def versions_of(client: Client) -> dict[str, str] | None:
     """→ the version of each package that it needs, or `None` where one is not installed."""
+    if client.python:
+        code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+        command = [os.environ.get(client.python, ""), "-c", code, *client.packages]
+        try:
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return dict(zip(client.packages, printed.split()))
     try:
         return {name: metadata.version(name) for name in client.packages}
     except metadata.PackageNotFoundError:
@@ -88,7 +97,8 @@ def run_row(name: str, schemes: list[str] | None, folder: Path, show: bool) -> d
     client, versions = CLIENTS[name], versions_of(CLIENTS[name])
     row = {"what": " ".join(client.run.__doc__.split()), "versions": versions or {}, "models": {}}
     if versions is None:
-        return row | {"missing": f"not installed: {', '.join(client.packages)}"}
+        place = f" in the environment of ${client.python}" if client.python else ""
+        return row | {"missing": f"not installed{place}: {', '.join(client.packages)}"}
     start = time.perf_counter()
     for model in (CONTROL, *(scheme for scheme in client.schemes if not schemes or scheme in schemes)):
         with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
