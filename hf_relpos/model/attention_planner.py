@@ -111,6 +111,13 @@ def plan_attention(
     return SplitPlan(**common, first=replace(table, key_mask=key_mask, documents=documents), last=dense)
 
 
+def example_embeds(embed_tokens: nn.Module, length: int) -> torch.Tensor:
+    """→ (1, length, C) on the device of a forward: offloaded parameters are on none until they are used."""
+    device = embed_tokens.weight.device
+    device = "cpu" if device.type == "meta" and hasattr(embed_tokens, "_hf_hook") else device
+    return embed_tokens(torch.zeros(1, length, dtype=torch.long, device=device))
+
+
 def make_mask(
     model: nn.Module,
     group: LayerGroup,
