@@ -160,7 +160,7 @@ def _cost(cls: type[PositionEmbedding]) -> str:
         "rotate": "q or k is multiplied in each layer; the factors are computed once per forward",
         "distance_bias": f"heads × length numbers, computed {once}",
         "dense_bias": f"heads × queries × keys numbers, computed {once}" + " elsewhere" * ("distance_bias" in hooks),
-        "key_bias": "a number per head and token, computed in each layer and cached with the keys",
+        "key_bias": "a number per head and token, computed in each layer and cached beside the keys",
         "score_bias": "heads × queries × keys numbers, several times, from the scores, in each layer",
     }
     return "; ".join(words for hook, words in costs.items() if hook in hooks) or "nothing"
@@ -208,11 +208,11 @@ def curves(name: str, model: RelPosForCausalLM) -> tuple[str, str, dict[str, tor
             return "distance", what, {f"head {head + 1}": line for head, line in enumerate(bias)}
         if "rotate" in hooks:
             rotation = scheme.rotation(positions, torch.float32)
-            ones = torch.ones(1, 1, LONGEST + 1, model.config.head_dim)
+            ones = torch.ones(1, model.config.num_attention_heads, LONGEST + 1, model.config.head_dim)
             query, key = (x[0, 0] for x in scheme.rotate(ones, ones, rotation))
             if cls.kind == "absolute":
                 return "position", "score of q = k", {"": (query * key).mean(-1)}
-            return "distance", "score of q = k", {"": (key @ query[-1]).flip(0) / key.shape[-1]}
+            return "distance", "score of q = k", {"": (key @ query[-1]).flip(0) / model.config.head_dim}
         if "embed" in hooks:
             vectors = scheme.embed(torch.zeros(1, LONGEST + 1, model.config.hidden_size), positions)[0]
             vectors = vectors / vectors.norm(dim=-1, keepdim=True)

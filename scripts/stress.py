@@ -34,7 +34,7 @@ MOMENTS = {
     "past the end": ("training.json", 1),
 }
 KILLS_PER_RUN = 9
-SECONDS_TO_END = 30  # for a worker of a killed sweep: it notices when it has imported torch
+SECONDS_TO_END = 120  # for a worker of a killed sweep that still imports torch: it notices when it has done so
 MARK = "HF_RELPOS_STRESS"  # variable of the environment that all processes of a call have
 RECIPE = {"max_steps": 60, "per_device_train_batch_size": 4, "eval_steps": 60, "save_steps": 10, "logging_steps": 10}
 RECIPE |= {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "use_cpu": "true", "bf16": "false"}

@@ -182,7 +182,7 @@ class Processes:
 
 
 def _work(task: Task, device: str | None, num_threads: int, parent: int) -> None:
-    """What a process does."""
+    """What a process does. One whose parent ended while it imported this file ends here."""
     end_with_parent(parent)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -239,7 +239,8 @@ def run_on_ray(
     except KeyboardInterrupt:
         for reference in references:  # as Ctrl-C in each: a checkpoint, then the end
             ray.cancel(reference)
-        ray.wait(references, num_returns=len(references))
+        if references:
+            ray.wait(references, num_returns=len(references))
         raise
 
 

@@ -355,13 +355,6 @@ class RelPosConfig(KnownToAdapters, PreTrainedConfig):
                 f"got {self.sliding_window} with {layer_types}."
             )
         self.layer_types = list(layer_types)
-        for group in layer_groups(self):
-            refused = [name for name, cls in zip(group.schemes, group.classes) if "dense_bias" in cls.hooks]
-            if group.window is not None and refused:
-                raise ValueError(
-                    f"`layer_types` must be 'full_attention' where `pos_embedding_type` is {refused[0]!r}, whose bias "
-                    "is no function of the distance alone, got 'sliding_attention'."
-                )
 
 
 def check_keywords(cls: type[RelPosConfig], keywords: dict[str, Any]) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import TreeSpec, tree_unflatten
+from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_key_bias import from_extra_dims, to_extra_dims
 from .attention_plan import AttentionInputs, AttentionPlan
+from .cached_beside import add_with_beside
 from .configuration_relpos import RelPosConfig
 from .scheme_base import Positions
 from .scheme_registry import Rotation, build_position_embeddings, layer_groups
@@ -91,7 +93,9 @@ class RelPosAttention(nn.Module):
         if key_bias is not None:
             key_bias = shard_heads(key_bias.transpose(0, 1)).transpose(0, 1)
         if cache is not None:
-            key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)  # (B, G, K, D) twice, (B, H, K)
+            key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)
+        if query.shape[-1] > self.head_dim:  # attention functions want heads of one width
+            value = F.pad(value, (0, query.shape[-1] - self.head_dim))
         inputs = AttentionInputs(query, key, value, key_bias, shard_heads)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
         # some plans widen the heads
@@ -122,13 +126,19 @@ class RelPosAttention(nn.Module):
         key_bias: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Adds to the cache and returns what it holds. A key bias is kept in extra dimensions of the keys."""
-        if key_bias is not None:
-            key = torch.cat((key, to_extra_dims(key_bias, key.shape[1], key.dtype)), dim=-1)
-        key, value = add_to_cache(cache, key, value, self.layer_idx, kwargs)
-        if key_bias is not None:
-            key, key_bias = key[..., : self.head_dim], from_extra_dims(key[..., self.head_dim :])
-        return key, value, key_bias
+        """Adds to the cache and returns what it holds. Key biases, and channels of the keys past D, lie beside the
+        keys, whose shape is that of any model."""
+        beside = [] if key_bias is None else [key_bias.unsqueeze(-1)]
+        is_wide = key.shape[-1] > self.head_dim and isinstance(cache, Cache)
+        if is_wide:
+            key, channels = key.split((self.head_dim, key.shape[-1] - self.head_dim), dim=-1)
+            beside.append(channels)
+        if not beside:
+            return *add_to_cache(cache, key, value, self.layer_idx, kwargs), None
+        key, value, beside = add_with_beside(cache, key, value, beside, self.layer_idx)
+        if is_wide:
+            key = torch.cat((key, beside.pop()), dim=-1)
+        return key, value, None if key_bias is None else beside[0].squeeze(-1)
 
     def _head_slicer(self, query: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """→ a function from (H, ..) values of all heads to those of this rank; the gradient is that of all heads."""

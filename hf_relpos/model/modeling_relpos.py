@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import check_implementation
 from .attention_plan import AttentionPlan
-from .attention_planner import plan_attention
+from .attention_planner import example_embeds, plan_attention
 from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
 from .position_augmentation import augment_starts
@@ -91,9 +91,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
             Where layers differ, what they have, in the order of the layers, joined by "/".
         """
-        model = self.base_model
-        inputs_embeds = model._example_embeds(2)
-        plans = model._plans(model._locate_tokens(inputs_embeds), inputs_embeds)
+        model, embeds = self.base_model, example_embeds(self.base_model.embed_tokens, 2)
+        plans = model._plans(model._locate_tokens(embeds), embeds)
         return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -166,7 +165,7 @@ class RelPosModel(RelPosPreTrainedModel):
         """
         if length < 1:
             raise ValueError(f"`length` must be at least 1, got {length}.")
-        device, tables = self._example_embeds(1).device, []
+        device, tables = example_embeds(self.embed_tokens, 1).device, []
         for attention in (layer.self_attn for layer in self.layers):
             shared = self.position_embeddings.table(length, device, attention.group.schemes)
             terms = (shared, attention.position_embeddings.table(length, device))
@@ -246,13 +245,6 @@ class RelPosModel(RelPosPreTrainedModel):
                 **kwargs,
             )
         return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
-
-    def _example_embeds(self, length: int) -> torch.Tensor:
-        """→ (1, length, C) on the device of a forward: offloaded parameters are on none until they are used."""
-        device = self.embed_tokens.weight.device
-        is_offloaded = device.type == "meta" and hasattr(self.embed_tokens, "_hf_hook")
-        with torch.no_grad():
-            return self.embed_tokens(torch.zeros(1, length, dtype=torch.long, device="cpu" if is_offloaded else device))
 
     def _locate_tokens(
         self,

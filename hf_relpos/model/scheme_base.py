@@ -55,12 +55,22 @@ class Positions:
         distance: (B or 1, Q, K) int64, query − key, 0 where the key is a later one (the causal mask hides it). The
             first dimension is 1 wherever all rows agree.
         visible: (B or 1, 1, Q, K) boolean, the keys that each query sees.
+        first: (B or 1, Q or 1) int64, the position of the first token of each query's document, where a window may
+            hide it; `None` where it is among the keys.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     distance: torch.Tensor
     visible: torch.Tensor
+    first: torch.Tensor | None = None
+
+    @property
+    def index(self) -> torch.Tensor:
+        """(B or 1, Q) int64: the positions of the queries, counted from the first token of their document."""
+        if self.first is not None:
+            return self.query - self.first
+        return torch.where(self.visible[:, 0], self.distance, 0).amax(-1)
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> "Positions":
         """The same on another device: accelerate moves what a module is given to where its parameters are."""
@@ -175,8 +185,9 @@ class PositionEmbedding(SelfInitialized, HookCaller):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes. Under tensor
-        parallelism H and G are the heads of one rank, so that a rotation must not differ between heads there."""
+        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes, or both
+        with more channels. Under tensor parallelism H and G are the heads of one rank, so that a rotation must not
+        differ between heads there."""
         return query, key
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor | None:
@@ -195,8 +206,8 @@ class PositionEmbedding(SelfInitialized, HookCaller):
         return None
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept with the cached keys: the bias between a query
-        and a key is the sum over the tokens after the key, up to the query."""
+        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept beside the cached keys: the bias between a query
+        and a key is the sum over the tokens after the key, up to the query; 0 for cached keys from elsewhere."""
         return None
 
     def score_bias(

@@ -4,10 +4,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .functional_transforms import assert_async, is_tracing
-from .scheme_base import PositionEmbedding, register_position_embedding
+from .scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, register_position_embedding
 
 
 # rope_type → the further keys of `rope_parameters`, those it needs first; as transformers names and reads them
@@ -259,6 +262,68 @@ class XPosEmbedding(RotaryEmbedding):
         elif bool(outside.any()):
             raise ValueError(f"{message}, got {int(positions[outside].max())}.")
         return centre
+
+
+@register_position_embedding("pope")
+class PolarEmbedding(PositionEmbedding):
+    """Polar coordinate position embedding (PoPE): magnitudes from the content alone, phases from the position alone.
+
+    score[i, j] = Σ_c softplus(q_c) · softplus(k_c) · cos((j − i) · θ_c + δ_c) / sqrt(D), θ_c = rope_theta^(−c/D),
+    c = 0..D−1; δ of each head and channel is learned from 0 and kept in [−2π, 0]
+
+    It is computed as the product of vectors of 2D channels, so that keys take twice the room in the cache and attention
+    has heads of 2D.
+
+    Parameters: H·D, the same for all layers. Past the training length: reported to hold its loss far better than the
+    rotation, without finetuning.
+    Paper: Gopalakrishnan et al. 2025, arXiv 2509.10534.
+    """
+
+    kind = "relative"
+    defaults = {"rope_theta": 10000.0}
+
+    @classmethod
+    def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        for part in config.pos_embedding_type.split("/"):
+            names = part.split("+")
+            others = [name for name in names if "rotate" in POSITION_EMBEDDINGS[name].hooks and name != "pope"]
+            if "pope" in names and others:
+                raise ValueError(
+                    f"`pos_embedding_type` must not join 'pope' with {others[0]!r}, which changes q and k too, "
+                    f"got {part!r}."
+                )
+        return options
+
+    def __init__(self, config: Any, rope_theta: float = 10000.0) -> None:
+        super().__init__(config)
+        self.rope_theta, self.head_dim = rope_theta, config.head_dim
+        self.phase = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.phase)
+
+    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """→ cos and sin of the query, each (B or 1, H, Q, D), then those of the key, each (B or 1, 1, Q, D)."""
+        channel = torch.arange(self.head_dim, device=positions.device, dtype=torch.float32)
+        angle = positions[:, None, :, None].float() * self.rope_theta ** (-channel / self.head_dim)
+        turned = angle - self.phase.float().clamp(-2 * math.pi, 0.0)[:, None]
+        return tuple(x.to(dtype) for x in (turned.cos(), turned.sin(), angle.cos(), angle.sin()))
+
+    @staticmethod
+    def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = rotation[0].shape[1]
+        if query.shape[1] != heads:
+            raise ValueError(
+                f"`tp_plan` must be None for pos_embedding_type 'pope', whose phases need all {heads} heads in one "
+                f"place, got {query.shape[1]}."
+            )
+        return _polar(query, *rotation[:2]), _polar(key, *rotation[2:])
+
+
+def _polar(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(B, H, Q, D) contents and their phases → (B, H, Q, 2D)."""
+    magnitude = F.softplus(x.float()).to(x.dtype)
+    return torch.cat((magnitude * cos, magnitude * sin), dim=-1)
 
 
 @register_position_embedding("temperature")

@@ -85,7 +85,10 @@ def test_a_failure_of_an_earlier_call_is_no_failure_of_this_one(runs, tmp_path):
 def test_an_interrupted_sweep_says_how_to_go_on(number, tmp_path, corpus_files):
     """The command is the one that was given; what was trained is kept."""
     train = {"max_steps": 100_000, "save_steps": 100_000, "vocab_size": 300, "block_size": 16, "eval_strategy": "no"}
-    train |= {"config_overrides": "num_hidden_layers=1,hidden_size=16,num_attention_heads=2", "bf16": False}
+    train |= {
+        "config_overrides": "num_hidden_layers=1,hidden_size=16,num_attention_heads=2",
+        "per_device_train_batch_size": 4,
+    }
     train |= {"train_file": str(corpus_files / "train"), "validation_file": str(corpus_files / "valid.txt")}
     experiment = tmp_path / "an experiment.yaml"
     experiment.write_text(json.dumps({"train": train, "grid": {"seed": [1]}}))

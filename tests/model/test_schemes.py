@@ -139,12 +139,18 @@ def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
 
 
+def polar(x: np.ndarray, position: int, phase: np.ndarray | float = 0.0) -> np.ndarray:
+    """(D,) → (2D,): magnitudes from the content, phases from the position."""
+    angle = position * 10000.0 ** (-np.arange(len(x)) / len(x)) + np.clip(phase, 0.0, 2 * math.pi)
+    return np.concatenate((np.log1p(np.exp(x)) * np.cos(angle), np.log1p(np.exp(x)) * np.sin(angle)))
+
+
 def reference_logits(model, tokens: list[int]) -> np.ndarray:
     """The whole model in numpy float64, from the formulas: (N,) tokens → (N, V)."""
     config, state = model.config, {k: v.double().numpy() for k, v in model.state_dict().items()}
     parts, heads, dim = config.pos_embedding_type.split("/"), config.num_attention_heads, config.head_dim
     schemes = parts[0].split("+")
-    x = state["model.embed_tokens.weight"][tokens]
+    x = state["model.embed_tokens.weight"][tokens] * config.embedding_multiplier
     for p in range(len(tokens)):
         for scheme in schemes:
             if scheme == "sinusoidal":
@@ -177,6 +183,8 @@ def reference_logits(model, tokens: list[int]) -> np.ndarray:
                     key = key * xpos_decay(i - j, config)
                 if "temperature" in schemes and i >= config.train_length:
                     query = query * (1 + 0.1 * math.log((i + 1) / config.train_length))
+                if "pope" in schemes:
+                    query, key = polar(query, i, -state["model.position_embeddings.pope.phase"][h]), polar(key, j)
                 scores[h, j] = query @ key / math.sqrt(dim)
                 bias[h, j] = kept[j + 1 : i + 1, h].sum()
                 for scheme in set(BIASES) & set(schemes):
@@ -349,6 +357,7 @@ def llama_twin(model) -> LlamaForCausalLM:
     for theirs, ours in zip(twin.model.layers, model.model.layers):
         theirs.mlp = ours.mlp
     twin.load_state_dict(model.state_dict())
+    twin.model.embed_tokens.weight.data *= config.embedding_multiplier
     return twin
 
 
@@ -484,3 +493,25 @@ def test_a_name_is_registered_once():
 def test_combinations_cover_both_kinds():
     for combination in COMBINATIONS:
         make_config(combination)
+
+
+def test_pope_is_that_of_x_transformers():
+    module = pytest.importorskip("x_transformers.x_transformers", reason="an independent implementation")
+    ours = make_model("pope").model.position_embeddings["pope"]
+    heads, dim = ours.phase.shape
+    theirs = module.PolarEmbedding(dim, heads)
+    theirs.learned_bias.data.copy_(ours.phase.data[:, None])
+    query, key = torch.randn(2, 2, heads, 19, dim, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(19)[None]
+    rotated = ours.rotate(query, key, ours.rotation(positions, torch.float32))
+    angles, bias = theirs(positions)
+    expected = module.apply_polar_pos_emb(query, angles), module.apply_polar_pos_emb(key, angles + bias)
+    scores, expected = ((q @ k.transpose(2, 3)).tril() for q, k in (rotated, expected))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pope_stands_alone():
+    for name in ("pope+rotary", "temperature+pope"):
+        with pytest.raises(ValueError, match="must not join 'pope' with"):
+            make_config(name)
+    assert make_config("pope+alibi") and make_config("pope/rotary")
