@@ -36,7 +36,7 @@ test: $(VENV)/installed-test
 	$(PYTEST)
 
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
-	$(PYTEST) tests/test_clients.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
+	$(PYTEST) tests/test_clients.py tests/test_adapters.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
 	    tests/experiments tests/demo
 
 test-hf: $(VENV)/installed-test

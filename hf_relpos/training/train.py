@@ -158,6 +158,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
     _set_lengths(model.config, args)
+    run.data.tokenizer.model_max_length = model.config.max_position_embeddings
     recipe, changed = run_recipe(run), {}
     finished = _finished(run, recipe)
     if finished:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import finetuning_flags, refusal, weights
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 
 @pytest.mark.parametrize("scheme", ["none", "linear_cpb", "rotary"])
@@ -28,6 +28,10 @@ def test_finetuning_a_learned_table(trained, data_flags, tmp_path, run_script, c
     old, new = weights(trained / "learned")[name], weights(tmp_path / "long")[name]
     assert torch.equal(new, torch.cat((old, old, old[:16])))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "long").config.max_position_embeddings == 80
+    lengths = [
+        AutoTokenizer.from_pretrained(folder).model_max_length for folder in (trained / "learned", tmp_path / "long")
+    ]
+    assert lengths == [32, 80]
 
 
 def test_finetuning_with_sampled_positions(trained, data_flags, tmp_path, run_script, capsys):
