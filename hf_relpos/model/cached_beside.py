@@ -140,8 +140,8 @@ class LayerWithBeside:
             return
         if not is_tracing(new):
             logger.warning_once(
-                "The cache holds keys without what schemes of this model keep beside them, as in prefix tuning: it counts "
-                "as 0, which for numbers per key adds nothing to the bias of earlier keys."
+                "The cache holds keys without what schemes of this model keep beside them, as in prefix tuning: it "
+                "counts as 0, which for numbers per key adds nothing to the bias of earlier keys."
             )
         layer.lazy_initialization(new, new[..., :0])
         layer.keys = new.new_zeros(*new.shape[:2], num_keys, new.shape[3])

@@ -61,6 +61,7 @@ class ContextualPositions(PositionEmbedding):
 
     kind = "relative"
     shared_across_layers = False
+    starts_at_zero = True
     defaults = {"max_position": 64}
 
     def __init__(self, config: Any, max_position: int = 64) -> None:
