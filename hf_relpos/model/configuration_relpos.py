@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from .peft_tables import enter_peft_tables
 from .position_augmentation import SAMPLINGS
 from .scheme_base import POSITION_EMBEDDINGS
 from .scheme_registry import layer_groups, position_embedding_classes
@@ -194,6 +195,11 @@ class RelPosConfig(PreTrainedConfig):
             logger.warning(f"`{name}` is no field of {cls.__name__}: it is kept, and nothing reads it.")
             setattr(made[0] if isinstance(made, tuple) else made, name, value)
         return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers. PEFT calls it before it looks for the layers of this kind of model."""
+        enter_peft_tables(self.model_type)
+        return super().to_dict()
 
     @property
     def max_positions(self) -> int | None:

@@ -14,10 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_key_bias import from_extra_dims, to_extra_dims
+from .attention_mask import eager_attention_forward
 from .attention_plan import AttentionInputs, AttentionPlan
 from .configuration_relpos import RelPosConfig
 from .scheme_base import Positions
@@ -95,7 +97,13 @@ class RelPosAttention(nn.Module):
             key_bias = shard_heads(key_bias.transpose(0, 1)).transpose(0, 1)
         if cache is not None:
             key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)  # (B, G, K, D) twice, (B, H, K)
-        inputs = AttentionInputs(query, key, value, key_bias, shard_heads)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
+
+        # vLLM reads the source of this function, and wants to find this call in it
+        def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return attention_interface(self, *args, scaling=self.scaling, **kwargs)
+
+        inputs = AttentionInputs(query, key, value, key_bias, shard_heads, attend)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
         # some plans widen the heads
         return self.o_proj(output[..., : self.head_dim].reshape(*input_shape, -1)), weights
