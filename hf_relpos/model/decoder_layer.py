@@ -105,8 +105,9 @@ class RelPosAttention(nn.Module):
 
         inputs = AttentionInputs(query, key, value, key_bias, shard_heads, attend)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
-        # some plans widen the heads
-        return self.o_proj(output[..., : self.head_dim].reshape(*input_shape, -1)), weights
+        # some plans widen the heads, and vLLM's function lays them end to end
+        output = output.reshape(*input_shape, query.shape[1], -1)[..., : self.head_dim]
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def score_bias(
         self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, positions: Positions
