@@ -1,4 +1,4 @@
-# make demo: train, evaluate and generate with a small model, in a few minutes on two cores
+# make demo: compare three schemes on the built-in corpus, in five minutes
 # make sweep-demo: nine short runs, killed once on the way and resumed, and their report with statistics
 # make test: the test suite
 # make test-clients: the tests with other libraries (PEFT, TRL, lm-eval, torchao, ONNX, a server, Triton, Ray, gradio), which it
@@ -18,13 +18,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 demo: $(VENV)/installed-sample
 	rm -rf demo
-	$(BIN)/python scripts/train.py --output_dir demo/model --max_steps 350 --per_device_train_batch_size 8 \
-	    --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 20 --config_overrides hidden_dropout=0 \
-	    --eval_steps 350 --max_eval_samples 256 --report_to none
-	$(BIN)/python scripts/generate.py --model_name_or_path demo/model --max_new_tokens 60 --temperature 0.7 \
-	    --prompt "The state of the Union is"
-	$(BIN)/python scripts/evaluate.py --model_name_or_path demo/model --output_dir demo/evaluation \
-	    --eval_lengths 128 256 512 1024 --max_windows 32
+	$(BIN)/hf-relpos compare --schemes none rotary linear_cpb --train_length 128 --run_length 1024 --budget 5min \
+	    --output_dir demo
 
 SWEEP := $(BIN)/python scripts/sweep.py --experiment experiments/demo.yaml --output_dir demo/sweep
 
@@ -43,7 +38,7 @@ test: $(VENV)/installed-test
 
 # bertviz asks for boto3, of which it uses nothing and whose dependencies are older than ours
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
-	$(PYTEST) tests/test_clients.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
+	$(PYTEST) tests/test_clients.py tests/test_adapters.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
 	    tests/experiments tests/demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps bertviz==1.4.1
 	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..file_reading import read_json
 from ..model.configuration_relpos import RelPosConfig
@@ -23,12 +22,12 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
-from ..model_loading import check_folder, load_model, load_tokenizer_of
+from ..model_loading import NOT_FINITE, check_folder, load_model, load_tokenizer_of, not_finite
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
 from .leaks import check_inside, check_texts
-from .model_card import CARD, is_generated, model_card, signed
+from .model_card import CARD, is_generated, model_card, origin_of, signed
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def repository_files(
     repo_id: str | None = None,
     results: Sequence[str] = (),
     base_model: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> dict[str, Path | bytes]:
     """All files of the repository that a saved model makes.
@@ -86,8 +85,9 @@ def repository_files(
         path in the repository → file, or content; the same for the same folder.
 
     Raises:
-        ValueError: if the folder holds no model of the family or pickled weights; if a result is of another model; if a
-            file is a link to somewhere else; if a text file holds a key of somebody or a path of a user's folder.
+        ValueError: if the folder holds no model of the family or pickled weights; if it was imported and its licence or
+            its origin is not known; if a result is of another model; if a file is a link to somewhere else; if a text
+            file holds a key of somebody or a path of a user's folder.
     """
     folder = Path(folder)
     for name in ("config.json", *FILES, CARD):
@@ -96,6 +96,7 @@ def repository_files(
     config = _read_config(folder)
     if base_model:
         validate_repo_id(base_model)
+    _, license = origin_of(config, base_model, license)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be one of the Hub's names, such as 'apache-2.0', got {license!r}.")
     files: dict[str, Path | bytes] = {path.name: path for path in _weight_files(folder)}
@@ -194,17 +195,10 @@ def check_weights(files: dict[str, Path | bytes]) -> None:
         raise ValueError(f"the weights are not whole: {missing[0]!r} is missing.")
     for name in named:
         try:
-            with safe_open(files[name], "pt") as tensors:
-                for key in tensors.keys():  # one at a time: the file may be larger than the memory
-                    tensor = tensors.get_tensor(key)
-                    if tensor.is_floating_point() and not _is_finite(tensor):
-                        raise ValueError(f"the weights are not finite: {key!r} in {name!r} holds NaN or infinity.")
+            if key := not_finite(files[name]):
+                raise ValueError(f"the weights are not finite: {key!r} in {name!r} {NOT_FINITE}.")
         except SafetensorError as error:
             raise ValueError(f"the weights are not whole: {name!r} cannot be read: {error}") from error
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # fp8 has no isfinite
 
 
 def check_loads(folder: str | Path) -> None:

@@ -364,7 +364,9 @@ class SplitPlan(AttentionPlan):
         query, key, value = inputs.query[:, :, :num_first], inputs.key[:, :, :slots], inputs.value[:, :, :slots]
         head, _ = self.first.attend(layer, replace(inputs, query=query, key=key, value=value), shared_bias, **kwargs)
         if shared_bias is not None:
-            shared_bias = shared_bias[:, self.last.positions.distance].transpose(0, 1)
+            # a window hides what is further away than the table reaches
+            distance = self.last.positions.distance.clamp(max=shared_bias.shape[1] - 1)
+            shared_bias = shared_bias[:, distance].transpose(0, 1)
         tail_inputs = replace(inputs, query=inputs.query[:, :, num_first:])
         tail, _ = self.last.attend(layer, tail_inputs, shared_bias, **kwargs)
         return torch.cat((head, tail), dim=1), None

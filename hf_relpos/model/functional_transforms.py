@@ -20,6 +20,8 @@ def is_tracing(tensor: torch.Tensor) -> bool:
 def is_batched(tensor: Any) -> bool:
     """Whether `torch.func.vmap` has many tensors in this one."""
     functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return False
     while isinstance(tensor, torch.Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
@@ -70,3 +72,44 @@ def warn_of_memory(what: str, takes: str) -> None:
     logger.warning_once(
         f"{what} takes {takes} under transforms of `torch.func`, in forward mode and for derivatives of derivatives."
     )
+
+
+class _Clamp(torch.autograd.Function):
+    """`clamp` whose gradient passes for values outside of the range too, unless a step along it would lead further out:
+    what a step of the optimiser carried outside can come back, which it never does after `torch.clamp`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        x, *ctx.bounds = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outward = ((x < low) & (gradient > 0)) | ((x > high) & (gradient < 0))
+        return gradient.masked_fill(outward, 0.0), None, None
+
+
+class _ForwardClamp(_Clamp):
+    """The same with a derivative in forward mode, which a compiled graph may not have."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        _Clamp.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        return tangent.masked_fill((x < low) | (x > high), 0.0)
+
+
+def clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """→ `x`, with `low` and `high` for what is less or more: see `_Clamp` for its gradient."""
+    return (_ForwardClamp if is_transformed() else _Clamp).apply(x, low, high)

@@ -1,4 +1,4 @@
-"""The RelPos models: a pre-norm decoder in which the position scheme is the one thing that changes.
+"""The RelPos models: a decoder in which the position scheme is the one thing that changes.
 
 Shape letters: B batch, H query heads, Q query length, K key length, C hidden size, V vocabulary. No scheme is named in
 this file: `scheme_base.py` has the interface, `scheme_registry.py` the choice.
@@ -26,10 +26,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import check_implementation
 from .attention_plan import AttentionPlan
-from .attention_planner import plan_attention
-from .chunked_loss import linear_cross_entropy
+from .attention_planner import example_embeds, plan_attention
 from .configuration_relpos import RelPosConfig
-from .decoder_layer import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
+from .decoder_layer import RelPosAttention, RelPosDecoderLayer
+from .norms import build_norm
 from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
@@ -42,9 +42,9 @@ from .transformers_versions import (
     CausalLMOutput,
     ModelOutput,
     check_keywords,
-    slice_logits_to_keep,
     takes_cache,
 )
+from .unread_logits import loss_and_logits, output_class
 
 
 class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
@@ -92,9 +92,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.
             Where layers differ, what they have, in the order of the layers, joined by "/".
         """
-        model = self.base_model
-        inputs_embeds = model._example_embeds(2)
-        plans = model._plans(model._locate_tokens(inputs_embeds), inputs_embeds)
+        model, embeds = self.base_model, example_embeds(self.base_model.embed_tokens, 2)
+        plans = model._plans(model._locate_tokens(embeds), embeds)
         return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,7 +148,8 @@ class RelPosModel(RelPosPreTrainedModel):
         self.position_embeddings = build_position_embeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_norm = build_norm(config) if config.embed_norm else nn.Identity()
+        self.norm = build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -167,7 +167,7 @@ class RelPosModel(RelPosPreTrainedModel):
         """
         if length < 1:
             raise ValueError(f"`length` must be at least 1, got {length}.")
-        device, tables = self._example_embeds(1).device, []
+        device, tables = example_embeds(self.embed_tokens, 1).device, []
         for attention in (layer.self_attn for layer in self.layers):
             shared = self.position_embeddings.table(length, device, attention.group.schemes)
             terms = (shared, attention.position_embeddings.table(length, device))
@@ -232,8 +232,7 @@ class RelPosModel(RelPosPreTrainedModel):
             rotates[group], factors[group] = (tuple(rotate for rotate, _ in pairs), structure), leaves
         if use_cache and cache is None and paged is None and tokens.cacheable:
             cache = DynamicCache(config=self.config)
-
-        hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, position_ids))
+        hidden_states = self.dropout(self.embed_norm(self.position_embeddings.embed(inputs_embeds, position_ids)))
         for layer in self.layers[: self.config.num_hidden_layers]:
             group = layer.self_attn.group
             hidden_states = layer(
@@ -247,13 +246,6 @@ class RelPosModel(RelPosPreTrainedModel):
                 **kwargs,
             )
         return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
-
-    def _example_embeds(self, length: int) -> torch.Tensor:
-        """→ (1, length, C) on the device of a forward: offloaded parameters are on none until they are used."""
-        device = self.embed_tokens.weight.device
-        is_offloaded = device.type == "meta" and hasattr(self.embed_tokens, "_hf_hook")
-        with torch.no_grad():
-            return self.embed_tokens(torch.zeros(1, length, dtype=torch.long, device="cpu" if is_offloaded else device))
 
     def _locate_tokens(
         self,
@@ -291,12 +283,13 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head.
 
     Attributes:
-        skip_logits: whether a forward with labels computes the loss a few rows at a time and returns no logits: the
-            (B·N, V) matrix takes most of the memory of a small model's step and a good part of its time. Off by
-            default, for callers that read the logits beside the loss; the training scripts set it.
+        skip_logits: the (B·N, V) logits take most of the memory of a small model's step and a good part of its time.
+            `None`, the default: a training step with labels computes the loss a few rows at a time, and the logits
+            when something reads them. `True`: any forward with labels returns no logits, as the training scripts want
+            it. `False`: logits are always computed.
     """
 
-    skip_logits = False
+    skip_logits: bool | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -323,6 +316,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutput:
         """Runs the model; arguments as in `RelPosModel.forward`.
@@ -330,6 +324,7 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, Q) token ids, −100 where there is no target; shifted here, as everywhere in transformers.
             logits_to_keep: compute the logits of the last n tokens only, or of the given indices; 0 for all.
+            skip_logits: instead of the attribute of this name.
 
         Returns:
             the mean loss in nats, if there are labels, and (B, Q, V) logits, unless `skip_logits` leaves them out.
@@ -347,28 +342,15 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **of_model,
         )
-        loss, logits = None, None
-        if labels is not None and self.skip_logits and self._has_plain_head(outputs.last_hidden_state):
-            given = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
-            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, **given)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(
+        skip_logits = self.skip_logits if skip_logits is None else skip_logits
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, skip_logits, kwargs)
+        return output_class(logits)(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: outputs.cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _has_plain_head(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the head is a plain matrix that lies here whole, of no adapter or quantiser, with the usual loss."""
-        head = self.lm_head
-        plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor) and head.bias is None
-        whole = plain and head.weight.shape == (self.config.vocab_size, hidden_states.shape[-1])
-        return whole and head.weight.device == hidden_states.device and self.loss_function is ForCausalLMLoss
 
 
 # The generic heads build their backbone through AutoModel, which asks for trust_remote_code a second time when this

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .functional_transforms import is_tracing
+from .functional_transforms import clamp, is_tracing
 from .scheme_base import PositionEmbedding, Positions, SelfInitialized, register_position_embedding
 
 
@@ -219,34 +219,6 @@ def _bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
     return starts
 
 
-class _Clamp(torch.autograd.Function):
-    """`clamp` whose gradient passes for values outside of the range too, unless a step along it would lead further out:
-    what a step of the optimiser carried outside can come back, which it never does after `torch.clamp`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        return x.clamp(low, high)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        x, *ctx.bounds = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
-        return tangent.masked_fill((x < low) | (x > high), 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
-        outward = ((x < low) & (gradient > 0)) | ((x > high) & (gradient < 0))
-        return gradient.masked_fill(outward, 0.0), None, None
-
-
 class KerpleBias(PositionEmbedding):
     """Kernelised relative position embedding (KERPLE): a decay with two learned numbers per head.
 
@@ -274,8 +246,8 @@ class KerpleBias(PositionEmbedding):
         raise NotImplementedError
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor:
-        p = _Clamp.apply(self.p.float(), 0.01, self.largest_p)
-        a = _Clamp.apply(self.a.float(), 0.01, math.inf)
+        p = clamp(self.p.float(), 0.01, self.largest_p)
+        a = clamp(self.a.float(), 0.01, math.inf)
         return -self.kernel(distance.float(), p[:, None], a[:, None])
 
 
@@ -306,7 +278,8 @@ class KerplePower(KerpleBias):
     largest_p = 2.0
 
     def kernel(self, distance: torch.Tensor, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return a * distance**p
+        # the second derivative of 0^p in p would be NaN
+        return a * distance.clamp(min=1) ** p * (distance > 0)
 
 
 @register_position_embedding("sandwich")
@@ -345,10 +318,10 @@ class FIRE(PositionEmbedding):
 
     b[h, i, j] = MLP(ψ(i − j) / (ψ(max(i, T)) + 10⁻⁶))[h], ψ(x) = ln(|c|·x + 1), T = |m|·T0; MLP: 1 → 32 → H with ReLU
 
-    i is the query's position, counted from the first token of its document; c is learned from 0.1, m from 1. T0 is the
-    option `threshold`: by default the training length, 512 if the configuration does not say. Each layer has its own c,
-    m and MLP. Up to position T the bias is a function of the distance alone, which the attention reads from a table;
-    later queries take a dense (Q, K) bias.
+    i is the query's position, counted from the first token of its document, also behind a window; c is learned from
+    0.1, m from 1. T0 is the option `threshold`: by default the training length, 512 if the configuration does not say.
+    Each layer has its own c, m and MLP. Up to position T the bias is a function of the distance alone, which the
+    attention reads from a table; later queries take a dense (Q, K) bias.
 
     Parameters per layer: 66 + 32·H. Past the training length: the argument of the MLP stays in [0, 1].
     Paper: Li et al. 2023, arXiv 2310.04418. Differs: no bias in the MLP's last layer: it would cancel in the softmax.
@@ -390,7 +363,7 @@ class FIRE(PositionEmbedding):
 
     def dense_bias(self, positions: Positions) -> torch.Tensor:
         with torch.autocast(positions.query.device.type, enabled=False):
-            index = torch.where(positions.visible[:, 0], positions.distance, 0).amax(-1, keepdim=True).float()
+            index = positions.index[..., None].float()
             limit = self.multiplier.float().abs() * self.threshold
             reach = torch.where(index > limit, index, limit)  # `maximum` would halve the gradient where they are equal
             x = self.log(positions.distance.float()) / (self.log(reach) + 1e-6)  # (B or 1, Q, K)

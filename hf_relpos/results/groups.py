@@ -19,6 +19,7 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "rope_parameters": lambda value: _pairs(value, ROPE_DEFAULTS),
     "position_start_augmentation": lambda value: "augmented" if value else "",
     "position_sampling": lambda value: f"{value} positions" if value else "",
+    "position_gates": lambda value: f"{'+'.join(value)} from zero" if value else "",
     "layer_types": lambda value: _pattern(value) if value else "",
     "sliding_window": lambda value: f"window {value}" if value else "",
     "train_length": lambda value: f"trained at {value}",
@@ -27,11 +28,33 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "changes": lambda value: _before(value) if value else "",
     "base_train_length": lambda value: f"from {value}" if value else "",
 }
+# fields of the architecture that older records do not hold → their defaults
+ARCHITECTURE = {
+    "use_gated_mlp": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_out_bias": False,
+    "qk_norm": None,
+    "norm_type": "rms_norm",
+    "norm_bias": True,
+    "norm_placement": "before",
+    "use_parallel_residual": False,
+    "embed_norm": False,
+    "layer_norm_eps": 1e-5,
+    "imported_from": None,
+}
 # fields of a recipe that stand elsewhere in a result, or differ between seeds
 UNCOMPARED = {"seed", "data_seed", "corpus", "corpus_fingerprint", "max_steps", "block_size", "changes", "base_model"}
 # fields of a configuration that belong to the scheme or the size, which stand in `VARIED`
 POSITION_FIELDS = {"pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation"}
-POSITION_FIELDS |= {"position_sampling", "layer_types", "sliding_window", "train_length", "max_position_embeddings"}
+POSITION_FIELDS |= {
+    "position_gates",
+    "position_sampling",
+    "layer_types",
+    "sliding_window",
+    "train_length",
+    "max_position_embeddings",
+}
 POSITION_FIELDS |= {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
 POSITION_FIELDS |= {"num_key_value_heads"}
 VARIED_ON_PURPOSE = ("tokens_per_step", "training.corpus")  # and the fields of the recipe
@@ -205,9 +228,12 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     training, corpus = _training(result), result["corpus"]
     longest = max(result["lengths"], key=int)
     recipe = {f"recipe.{name}": value for name, value in training.get("recipe", {}).items()}
-    values = (training.get("resume") or {}).get("values", {})
+    resume = training.get("resume") or {}
+    values = resume.get("values", {})
+    recipe["recipe.overrides"] = resume.get("overrides") or None
     recipe |= {f"recipe.{name}": value for name, value in values.items() if name not in UNCOMPARED}
     config = dict(training.get("config") or {})
+    config = ARCHITECTURE | config if config else config
     if config:  # these two follow from the size, unless they were given
         config["embedding_multiplier"] /= math.sqrt(config["hidden_size"])
         config["head_dim"] *= config["num_attention_heads"] / config["hidden_size"]
@@ -217,6 +243,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "corpus.fingerprint": corpus.get("fingerprint"),
         "corpus.split": corpus.get("split"),
         "corpus.num_windows": corpus.get("num_windows"),
+        "cross_document_attention": _crosses_documents(result, training),
         "eval_lengths (longest)": int(longest),
         "training.corpus": _training_corpus(training),
         "tokens_per_step": training.get("tokens_per_step"),
@@ -224,6 +251,12 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "score_name": result.get("score_name"),
         **recipe,
     }
+
+
+def _crosses_documents(result: dict[str, Any], training: dict[str, Any]) -> bool:
+    """Whether attention went over the ends of documents in an evaluation: as it was asked for, else as in training."""
+    own = ((training.get("corpus") or {}).get("flags") or {}).get("cross_document_attention", False)
+    return (result.get("flags") or {}).get("cross_document_attention", own)
 
 
 def _training_corpus(training: dict[str, Any]) -> str | None:

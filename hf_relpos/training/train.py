@@ -18,6 +18,7 @@ from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
 from ..environment import write_error, write_json
 from ..file_reading import reading
+from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
@@ -151,10 +152,13 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     """Trains, saves and evaluates the model of a run; → its record."""
     model, args = run.model, run.args
     _check_batch(run.data.train, args)
+    if args.push_to_hub:
+        origin_of(model.config.to_dict())
     base = {}
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
     _set_lengths(model.config, args)
+    run.data.tokenizer.model_max_length = model.config.max_position_embeddings
     recipe, changed = run_recipe(run), {}
     finished = _finished(run, recipe)
     if finished:
@@ -171,6 +175,12 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
     check_before_training(run, trainer, base)
     start = time.perf_counter()
+
+    def make_record(training_loss: float | None) -> dict[str, Any]:
+        record = training_record(run, trainer, time.perf_counter() - start, recipe)
+        return record | {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
+
+    trainer.make_record = lambda: make_record(mean_loss(trainer, trainer.state.global_step))
     try:
         training_loss = _train(run, trainer)
         if interrupt.stopped:
@@ -178,12 +188,10 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
                 step = trainer.state.global_step
                 print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
             raise KeyboardInterrupt
-        seconds = time.perf_counter() - start
         _save_model(trainer)
         if _last_evaluation(trainer) is None:
             trainer.evaluate()
-        record = training_record(run, trainer, seconds, recipe)
-        record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
+        record = make_record(training_loss)
         _save_record(trainer, record)
         if args.process_index == 0:
             print(_closing_line(record, args.output_dir))

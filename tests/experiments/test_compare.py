@@ -58,6 +58,9 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     assert len(rows["test"]) > 3  # an interval needs several documents
     assert prepare_text(str(folder), tmp_path / "text", 64) == paths
     (folder / "0.txt").write_text("other\n" * 999)
+    assert "other" in prepare_text(str(folder), tmp_path / "text", 64)["train"].read_text()
+    (tmp_path / "runs").mkdir()
+    (folder / "0.txt").write_text("another\n" * 999)
     with pytest.raises(ValueError, match="holds the text of another comparison"):
         prepare_text(str(folder), tmp_path / "text", 64)
 

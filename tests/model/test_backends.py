@@ -319,10 +319,15 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire", "fox", "rotary"])
+QWEN3 = dict(use_gated_mlp=True, qk_norm="head", attention_bias=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire", "fox", "rotary", "rotary as in Qwen3"])
 def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     """Each rank has half of the heads; what all ranks hold whole, such as a CPB's MLP, gets the whole gradient."""
-    model, tokens = make_model(scheme, vocab_size=98), make_tokens(2, 11)  # the ranks share the vocabulary out too
+    scheme, _, architecture = scheme.partition(" as in ")
+    fields = {"vocab_size": 98} | (QWEN3 if architecture else {})  # the ranks share the vocabulary out too
+    model, tokens = make_model(scheme, **fields), make_tokens(2, 11)
     model.save_pretrained(tmp_path / "model")
     torch.save(tokens, tmp_path / "tokens.pt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

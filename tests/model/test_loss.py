@@ -25,19 +25,38 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", request.param)
 
 
-@pytest.mark.parametrize("given", ["nothing", "number", "tensor", "shifted"])
+@pytest.mark.parametrize("given", ["nothing", "number", "tensor", "shifted", "ignored"])
 def test_loss_and_gradients_are_transformers(given, chunks):
     hidden, weight, labels = make_inputs()
     options = {"number": {"num_items_in_batch": 77}, "tensor": {"num_items_in_batch": torch.tensor(77)}}.get(given, {})
     if given == "shifted":
         options = {"shift_labels": labels.roll(3, dims=1)}
+    if given == "ignored":
+        options, labels = {"ignore_index": 5}, labels.masked_fill(labels < 9, 5)
     ours = linear_cross_entropy(hidden, weight, labels, **options)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     theirs = ForCausalLMLoss(exact[0] @ exact[1].T, labels, len(weight), **options)
     assert_close(ours.double(), theirs, rtol=1e-6, atol=0, check_dtype=False)
     scaled = torch.autograd.grad(3.0 * ours, (hidden, weight))
     for actual, expected in zip(scaled, torch.autograd.grad(3.0 * theirs, exact), strict=True):
-        assert_close(actual.double(), expected, rtol=1e-4, atol=1e-7)
+        assert_close(actual.double(), expected, rtol=1e-4, atol=3e-7)
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden states", "weight"])
+def test_no_gradient_of_what_is_frozen(frozen, chunks):
+    inputs = make_inputs()
+    *both, labels = inputs
+    (expected,) = torch.autograd.grad(linear_cross_entropy(*inputs), both[1 - frozen])
+    both[frozen].requires_grad_(False)
+    (found,) = torch.autograd.grad(linear_cross_entropy(*inputs), both[1 - frozen])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 19), (3, 21), (2, 20)], ids=str)
+def test_labels_of_another_shape_are_refused(shape):
+    hidden, weight, _ = make_inputs()
+    with pytest.raises(ValueError, match=r"`labels` must be of shape \(3, 20\), a label for each token, got"):
+        linear_cross_entropy(hidden, weight, torch.zeros(shape, dtype=torch.long))
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
@@ -66,8 +85,9 @@ def test_half_precision_is_that_of_the_matrix_products():
 def test_operator_keeps_the_promises_of_a_custom_operator():
     hidden, weight, labels = make_inputs()
     arguments = hidden.flatten(0, 1).detach().requires_grad_(), weight.detach().requires_grad_(), labels.flatten()
-    torch.library.opcheck(_sum_losses, (*arguments, True))
-    torch.library.opcheck(_sum_losses, (*(x.detach() for x in arguments), False))
+    torch.library.opcheck(_sum_losses, (*arguments, True, True))
+    torch.library.opcheck(_sum_losses, (arguments[0], arguments[1].detach(), arguments[2], True, False))
+    torch.library.opcheck(_sum_losses, (*(x.detach() for x in arguments), False, False))
 
 
 @pytest.mark.parametrize("scheme", ["none", "linear_cpb"])
@@ -92,7 +112,7 @@ def test_the_loss_and_its_gradient_hold_no_logits(monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 50 * 997)
     hidden, weight = torch.randn(1, 500, 16), torch.randn(997, 16)
     with LargestTensor() as mode:
-        _sum_losses._init_fn(hidden[0], weight, torch.randint(0, 997, (500,)), True)
+        _sum_losses._init_fn(hidden[0], weight, torch.randint(0, 997, (500,)), True, True)
     assert mode.largest <= 50 * 997
 
 
