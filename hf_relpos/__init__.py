@@ -34,6 +34,8 @@ __all__ = [
     "RelPosForTokenClassification",
     "RelPosModel",
     "RelPosPreTrainedModel",
+    "export_model",
+    "import_model",
     "list_position_embeddings",
     "push_model",
     "register_position_embedding",
@@ -55,6 +57,20 @@ def push_model(model: "RelPosPreTrainedModel", repo_id: str, **kwargs: Any) -> A
     from .hub.push import push_model as push
 
     return push(model, repo_id, **kwargs)
+
+
+def import_model(model: Any, **kwargs: Any) -> "RelPosForCausalLM":
+    """`hf_relpos.pretrained.importing.import_model`, loaded when it is needed: a pretrained model of another family."""
+    from .pretrained.importing import import_model as load
+
+    return load(model, **kwargs)
+
+
+def export_model(model: "RelPosForCausalLM") -> Any:
+    """`hf_relpos.pretrained.exporting.export_model`, loaded when it is needed: a model as a `LlamaForCausalLM`."""
+    from .pretrained.exporting import export_model as export
+
+    return export(model)
 
 
 def __getattr__(name: str) -> Any:

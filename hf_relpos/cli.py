@@ -28,6 +28,8 @@ COMMANDS = {
         "continue training at another length or with another scheme",
     ),
     "evaluate": ("hf_relpos.evaluation.evaluate:main", "measure the loss by length and by position, or score a task"),
+    "import": ("hf_relpos.pretrained.importing:main", "make a pretrained model of another family one of this"),
+    "export": ("hf_relpos.pretrained.exporting:main", "write a model with rotary positions as a Llama"),
     "generate": ("hf_relpos.inference.generate:main", "generate text from a prompt or a file of prompts"),
     "sweep": ("hf_relpos.experiments.sweep:main", "run the grid of trainings that a YAML file states"),
     "compare": ("hf_relpos.experiments.compare:main", "train several schemes on a text and say which is best"),

@@ -56,6 +56,7 @@ def make_models(folder: str) -> list[str]:
             hidden_size=256,
             num_hidden_layers=2,
             max_position_embeddings=256,
+            train_length=128,
             initializer_range=0.15,  # positions matter and no two logits are nearly the same
             pos_embedding_type=scheme,
             eos_token_id=0,

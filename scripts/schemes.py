@@ -160,7 +160,7 @@ def _cost(cls: type[PositionEmbedding]) -> str:
         "rotate": "q or k is multiplied in each layer; the factors are computed once per forward",
         "distance_bias": f"heads × length numbers, computed {once}",
         "dense_bias": f"heads × queries × keys numbers, computed {once}" + " elsewhere" * ("distance_bias" in hooks),
-        "key_bias": "a number per head and token, computed in each layer and cached with the keys",
+        "key_bias": "a number per head and token, computed in each layer and cached beside the keys",
         "score_bias": "heads × queries × keys numbers, several times, from the scores, in each layer",
     }
     return "; ".join(words for hook, words in costs.items() if hook in hooks) or "nothing"

@@ -15,7 +15,7 @@ from hf_relpos import list_position_embeddings
 from hf_relpos.cli import COMMANDS, main
 
 
-SCRIPTS = {"push": "push_to_hub"}
+SCRIPTS = {"push": "push_to_hub", "import": "import_model", "export": "export_model"}
 
 
 def run(*words: str, program: tuple[str, ...] = ("-m", "hf_relpos"), **environment: str) -> subprocess.CompletedProcess:

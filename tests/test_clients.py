@@ -176,6 +176,40 @@ def test_peft_trains_a_position_bias_whole(tmp_path):
     assert_close(merged(tokens).logits, logits, **CLOSE)
 
 
+@pytest.mark.parametrize("scheme", [*KINDS, "fire", "fox", "cope", "pope", "rotary/none", "fox/alibi"])
+def test_peft_prefix_tuning(scheme, tmp_path):
+    """The prefix is a cache of keys and values that the model did not compute."""
+    peft = pytest.importorskip("peft", reason="prefix tuning")
+    base, tokens = make_model(scheme), make_tokens(4, 24)
+    base.save_pretrained(tmp_path / "base")
+    without = base(tokens).logits
+    config = peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", num_layers=2, token_dim=48)
+    model = peft.get_peft_model(base, config).train()
+    losses = train_briefly(model, tokens)
+    assert losses[-1] < losses[0]
+    logits = model.eval()(tokens, attention_mask=torch.ones_like(tokens)).logits
+    assert (logits - without).abs().max() > 1e-3
+    loaded = reload_adapter(peft, model, tmp_path)
+    assert_close(loaded(tokens, attention_mask=torch.ones_like(tokens)).logits, logits, **CLOSE)
+    # steps of a generation over the prefix see what one forward over all tokens sees
+    with torch.no_grad():
+        given, pieces = {"past_key_values": model.get_prompt(4)}, []
+        for start, stop in ((0, 8), *((step, step + 1) for step in range(8, 24))):
+            chunk, mask = tokens[:, start:stop], torch.ones(4, 5 + stop, dtype=torch.long)
+            output = base(chunk, attention_mask=mask, **given)
+            given = {"past_key_values": output.past_key_values}
+            pieces.append(output.logits)
+    assert_close(torch.cat(pieces, dim=1), logits, **CLOSE)
+    prompt = {"input_ids": tokens[:, :8], "attention_mask": torch.ones(4, 8, dtype=torch.long)}
+    if CACHE_NAME == "cache":  # PEFT gives its prefix by the old name beside the empty cache of `generate`
+        with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+            model.generate(**prompt, **GREEDY)
+    else:
+        generated = model.generate(**prompt, **GREEDY)
+        whole = model(generated, attention_mask=torch.ones_like(generated)).logits[:, 7:-1].argmax(-1)
+        assert torch.equal(generated[:, 8:], whole)
+
+
 # --- torchao
 
 
@@ -251,7 +285,7 @@ def import_exporters():
     return exporters
 
 
-@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("scheme", [*KINDS, "fox", "pope"])
 @pytest.mark.parametrize("backend", EXPORTS)
 def test_export(backend, scheme, tmp_path, monkeypatch):
     """Prefill and decode with a cache, saved and loaded, at another batch size and length than those traced."""

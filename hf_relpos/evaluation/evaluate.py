@@ -14,6 +14,7 @@ from ..cli import command, parse_arguments
 from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
 from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import load_model, load_model_tokenizer
+from ..pretrained.families import pretraining_length
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import corpus_note, markdown_table, split_name
 from ..results.training_record import given_flags, read_record
@@ -108,6 +109,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     check_lengths(args.eval_lengths, model)
     record = read_record(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
+    train_length = train_length or pretraining_length(model.config)
     measure = _measure_text if data_args.task is None else _measure_task
     measured = measure(model, tokenizer, args, data_args, train_length, own)
     result = {

@@ -149,14 +149,20 @@ def evaluate_lengths(
     }
 
 
-def check_lengths(lengths: Sequence[int], model: Any = None) -> list[int]:
-    """Sorted lengths without repeats; raises `ValueError` for those below 2 or past what the model supports."""
+def check_lengths(lengths: Sequence[int], model: Any = None, name: str = "eval_lengths") -> list[int]:
+    """Sorted lengths without repeats; raises `ValueError` for those below 2 or past what the model supports.
+
+    Args:
+        lengths: in tokens.
+        model: a model or its configuration.
+        name: of the argument that messages name.
+    """
     limit = getattr(getattr(model, "config", model), "max_positions", None)
     if not lengths or min(lengths) < 2:
-        raise ValueError(f"`eval_lengths` must be at least 2 tokens each, got {list(lengths)}.")
+        raise ValueError(f"`{name}` must be at least 2 tokens each, got {list(lengths)}.")
     if limit is not None and max(lengths) > limit:
         raise ValueError(
-            f"`eval_lengths` must be at most {limit}, the rows of the learned table (`max_position_embeddings`), "
+            f"`{name}` must be at most {limit}, the rows of the learned table (`max_position_embeddings`), "
             f"got {max(lengths)}."
         )
     return sorted(set(lengths))

@@ -226,7 +226,7 @@ def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
     if scale == 1:
         return settings
     return {
-        name: max(SCALED[name], round(value * scale)) if name in SCALED and value else value
+        name: max(SCALED[name], round(value * scale)) if name in SCALED and value and value > 0 else value
         for name, value in settings.items()
     }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -38,7 +39,7 @@ def model_card(
     pictures: Sequence[str] = (),
     repo_id: str | None = None,
     base_model: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     tags: Sequence[str] | None = None,
     commands: Sequence[str] | None = None,
     other_seeds: Sequence[dict[str, Any]] = (),
@@ -52,8 +53,10 @@ def model_card(
         results: what its result files hold.
         pictures: for each result, the picture's path beside the card.
         repo_id: where it can be loaded from; by default a folder of its name.
-        base_model: the repository of the model that it was finetuned from; by default as recorded.
-        license: of the weights, one of the Hub's names of licences.
+        base_model: the repository of the model that it was finetuned from; by default as recorded, or where it was
+            imported from.
+        license: of the weights, one of the Hub's names of licences; by default that of the model that was imported, or
+            apache-2.0.
         tags: further ones for the Hub's search.
         commands: what was run; by default the commands that the record and the results give.
         other_seeds: results of the same setting with other seeds, for a card of all of them: `results` must be one
@@ -61,11 +64,16 @@ def model_card(
 
     Returns:
         a `huggingface_hub.ModelCard`; the same for the same arguments.
+
+    Raises:
+        ValueError: for a model that was imported from nobody knows where, or under no known licence.
     """
+    origin, license = origin_of(config, base_model, license)
     (architecture,) = config.get("architectures") or ["RelPosForCausalLM"]
     record = record or {}
     records = [record, *(result["training"] for result in other_seeds)]
     base_model = base_model or record.get("base_model")
+    repository = base_model if base_model and "/" in base_model else origin
     if commands is None:
         commands = reproduction(name, record, results)
     evaluations = [[result, *other_seeds] for result in results]
@@ -78,7 +86,7 @@ def model_card(
             pipeline_tag=PIPELINE_TAGS[architecture],
             license=license,
             tags=[*dict.fromkeys(("relpos", "position-embedding", *position_classes(config), *(tags or ())))],
-            base_model=base_model if base_model and "/" in base_model else None,
+            base_model=repository,
             eval_results=[each for runs in evaluations for each in eval_results(runs)] or None,
         ),
         template_path=str(TEMPLATE),
@@ -98,6 +106,34 @@ def model_card(
         commit=_code(commit) if commit else None,
         license=license,
     )
+
+
+def origin_of(
+    config: dict[str, Any], base_model: str | None = None, license: str | None = None
+) -> tuple[str | None, str]:
+    """→ the repository that a model was imported from, if it was, and the licence of its weights.
+
+    Args:
+        config: fields of its configuration.
+        base_model, license: what the user says of them.
+
+    Raises:
+        ValueError: if it was imported and one of the two is not known.
+    """
+    imported_from = config.get("imported_from")
+    if imported_from is None:
+        return None, license or "apache-2.0"
+    known = {
+        "license": license or imported_from.get("license"),
+        "base_model": base_model or imported_from.get("base_model"),
+    }
+    for name, value in known.items():
+        if not value:
+            raise ValueError(
+                f"`{name}` must be given for a model that was imported (`model_type` "
+                f"{imported_from.get('model_type')!r}), got None: --{name}, here or of `hf-relpos import`."
+            )
+    return known["base_model"], known["license"]
 
 
 def signed(card: ModelCard | str) -> str:
@@ -149,7 +185,9 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
         )
     elif config.get("train_length") and not record:
         lines.append(f"Trained at a length of {config['train_length']} tokens.")
-    if base_model:
+    if origin := config.get("imported_from"):
+        lines.append(_origin(origin))
+    if base_model and not (origin and base_model == origin.get("base_model")):
         made = "Finetuned from" if record.get("num_steps", 1) else "Copied, without training, from"
         text = f" of {corpus_name(base)}" if (base := record.get("base_corpus")) else ""
         length = record.get("base_train_length")
@@ -159,6 +197,15 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
         changes = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in fields.items())
         lines.append(f"Changed in the process: {'; '.join(changes)}.")
     return " ".join(lines)
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    """Where a model was imported from, and what the import changed."""
+    named = f"from {_code(origin['base_model'])} " if origin.get("base_model") else ""
+    revision = f"at revision {_code(origin['revision'])} " if origin.get("revision") else ""
+    changes = (f"{name} from {before!r} to {after!r}" for name, (before, after) in origin["changes"].items())
+    changed = escape_markdown("; ".join(changes)) or "nothing but the names of its weights"
+    return f"Imported {named}{revision}(`model_type` {_code(origin['model_type'])}), which changed {changed}."
 
 
 # --- the training
@@ -188,6 +235,7 @@ def _training_list(records: Sequence[dict[str, Any]]) -> str:
         "rotation": str(record["rope_parameters"]) if record.get("rope_parameters") else None,
         "position-start augmentation": "yes" if record.get("position_start_augmentation") else None,
         "position sampling": record.get("position_sampling"),
+        "learned factors from 0": ", ".join(record["position_gates"]) if record.get("position_gates") else None,
         "layers": ", ".join(record["layer_types"]) if record.get("layer_types") else None,
         "sliding window": record.get("sliding_window"),
         "time": f"{measured['seconds']:.0f} s, {measured['tokens_per_second']:.0f} tokens per second",
@@ -226,7 +274,7 @@ def reproduction(name: str, record: dict[str, Any], results: Sequence[dict[str, 
     """The recorded commands that make a model, those that it was finetuned from, and its results again."""
     if "flags" not in record:
         return []
-    commands = []
+    commands = _import_command(record)
     for run in (*record.get("history", ()), {"name": name, **record}):
         flags = dict(run["flags"])
         if "/" not in (base := flags.get("model_name_or_path", "/")):
@@ -238,3 +286,14 @@ def reproduction(name: str, record: dict[str, Any], results: Sequence[dict[str, 
         place = {"model_name_or_path": f"output/{name}", "output_dir": folder}
         commands.append(command_line("evaluate", {**place, **given}))
     return commands
+
+
+def _import_command(record: dict[str, Any]) -> list[str]:
+    """The command that imported what the first run of a model began with, if it was a folder that was imported."""
+    origin = (record.get("config") or {}).get("imported_from")
+    first, *_ = (*record.get("history", ()), record)
+    folder = first["flags"].get("model_name_or_path", "/")
+    if not origin or not origin.get("base_model") or "/" in folder:
+        return []
+    revision = f" --revision {origin['revision']}" if origin.get("revision") else ""
+    return [f"hf-relpos import {shlex.quote(origin['base_model'])} output/{shlex.quote(folder)}{revision}"]

@@ -281,7 +281,12 @@ class PushArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "The repository of the model that it was finetuned from."}
     )
-    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by the Hub's name for it."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, by the Hub's name; by default that of an imported model, or apache-2.0."
+        },
+    )
     private: bool = field(default=False, metadata={"help": "Make the repository private."})
     revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})

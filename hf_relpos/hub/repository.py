@@ -27,7 +27,7 @@ from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
 from .leaks import check_inside, check_texts
-from .model_card import CARD, is_generated, model_card, signed
+from .model_card import CARD, is_generated, model_card, origin_of, signed
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def repository_files(
     repo_id: str | None = None,
     results: Sequence[str] = (),
     base_model: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> dict[str, Path | bytes]:
     """All files of the repository that a saved model makes.
@@ -85,8 +85,9 @@ def repository_files(
         path in the repository → file, or content; the same for the same folder.
 
     Raises:
-        ValueError: if the folder holds no model of the family or pickled weights; if a result is of another model; if a
-            file is a link to somewhere else; if a text file holds a key of somebody or a path of a user's folder.
+        ValueError: if the folder holds no model of the family or pickled weights; if it was imported and its licence or
+            its origin is not known; if a result is of another model; if a file is a link to somewhere else; if a text
+            file holds a key of somebody or a path of a user's folder.
     """
     folder = Path(folder)
     for name in ("config.json", *FILES, CARD):
@@ -95,6 +96,7 @@ def repository_files(
     config = _read_config(folder)
     if base_model:
         validate_repo_id(base_model)
+    _, license = origin_of(config, base_model, license)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be one of the Hub's names, such as 'apache-2.0', got {license!r}.")
     files: dict[str, Path | bytes] = {path.name: path for path in _weight_files(folder)}

@@ -8,20 +8,10 @@ Shape letters: B batch, H query heads, G key and value heads, N or Q, K tokens, 
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, PreTrainedConfig, QuantizedCache
 
 
 NUM_TERMS = 3  # of 8 bits each: together the 24 of fp32, whatever the dtype of the keys
 FACTOR = 64.0  # of the queries' constant: keeps the keys' extra dimensions within the range of fp16
-
-
-def check_cache(config: PreTrainedConfig, cache: Cache | None) -> None:
-    """Raises `ValueError` for a cache that would round what the keys carry."""
-    if isinstance(cache, QuantizedCache):
-        raise ValueError(
-            f"`cache` must not be quantised for pos_embedding_type {config.pos_embedding_type!r}, whose sums over the "
-            "keys would carry the rounding of each: got a QuantizedCache."
-        )
 
 
 def to_extra_dims(key_bias: torch.Tensor, num_groups: int, dtype: torch.dtype) -> torch.Tensor:
@@ -33,11 +23,6 @@ def to_extra_dims(key_bias: torch.Tensor, num_groups: int, dtype: torch.dtype) -
         rest = rest - terms[-1]
     terms = torch.stack(terms, dim=-1).unflatten(1, (num_groups, -1))  # (B, G, H / G, N, NUM_TERMS)
     return terms.transpose(2, 3).flatten(3).to(dtype)
-
-
-def from_extra_dims(channels: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_extra_dims`: → (B, H, N) fp32."""
-    return channels.float().unflatten(3, (-1, NUM_TERMS)).sum(-1).transpose(2, 3).flatten(1, 2)
 
 
 def add_key_bias(

@@ -16,7 +16,6 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils import logging
 
-from .attention_key_bias import check_cache
 from .attention_mask import check_implementation
 from .attention_plan import (
     TABLE_PLANS,
@@ -33,6 +32,7 @@ from .scheme_registry import LayerGroup
 from .token_positions import (
     KeyPositions,
     TokenPositions,
+    document_starts,
     flash_lengths,
     is_contiguous,
     is_exported,
@@ -78,8 +78,6 @@ def plan_attention(
     implementation = config._attn_implementation
     if group.has_bias:
         check_implementation(config, implementation)
-    if group.has_key_bias:
-        check_cache(config, tokens.cache)
     keys, layer = locate_keys(tokens, layers[0]), model.layers[layers[0]].self_attn
     common = {"group": group, "implementation": implementation, "schemes": model.position_embeddings}
     common |= {"key_mask": keys.mask}
@@ -93,12 +91,13 @@ def plan_attention(
     table = None
     if last >= 0 and isinstance(keys.offset, int) and tokens.padding is mask:
         table = _plan_table(model, layer, keys, key_positions, tokens, inputs_embeds, common)
-    slots = keys.offset + inputs_embeds.shape[1]
+    # counted from the first token, which layers with a window may have dropped
+    slots = tokens.past_length + inputs_embeds.shape[1]
     if table is not None and (last == math.inf or slots <= last + 1):
         return table
     if not is_dense:
         return _plan_mask(model, tokens, inputs_embeds, common)
-    first = max(math.floor(last) + 1 - keys.offset, 0) if table is not None else 0
+    first = max(math.floor(last) + 1 - tokens.past_length, 0) if table is not None else 0
     positions, span = _pair_positions(keys, key_positions, tokens, mask, window, first)
     if implementation == "sdpa":
         _warn_of_dense_bias(model, group, tokens, is_late=table is not None)
@@ -241,7 +240,9 @@ def _pair_positions(
         span = max(span, int(distance.max()) + 1)
     slots = torch.arange(first, tokens.position_ids.shape[1], device=query.device) + keys.offset
     visible = visible_keys(slots, keys, tokens.documents, mask, window)
-    return Positions(query, key_positions, distance.clamp(min=0), visible), span
+    starts = None if window is None else document_starts(tokens)
+    starts = starts[:, first:] if starts is not None and starts.shape[1] > 1 else starts
+    return Positions(query, key_positions, distance.clamp(min=0), visible, starts), span
 
 
 def _warn_of_dense_bias(model: nn.Module, group: LayerGroup, tokens: TokenPositions, is_late: bool) -> None:

@@ -1,28 +1,27 @@
 """The configuration of the RelPos family."""
 
-import difflib
 import math
-from dataclasses import fields
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
-from transformers.utils import logging
+from transformers import PreTrainedConfig
 
-from .position_augmentation import SAMPLINGS
-from .scheme_base import POSITION_EMBEDDINGS
+from .adapters import KnownToAdapters
+from .configuration_checks import (
+    ROPE_KEYWORDS,
+    check_gates,
+    check_heads,
+    check_keywords,
+    check_ranges,
+    check_sizes,
+    is_near_miss,
+    join_rope_keywords,
+    refuse_near_miss,
+    warn_of_unknown,
+)
 from .scheme_registry import layer_groups, position_embedding_classes
 from .scheme_rotary import LENGTH_DEPENDENT_ROPE_TYPES
 
 
-logger = logging.get_logger(__name__)
-
-# keywords of the rotation that Llama and its kin take beside `rope_parameters`
-ROPE_KEYWORDS = ("rope_scaling", "rope_theta", "partial_rotary_factor")
-# what transformers and its servers store in configurations of any model
-FOREIGN_KEYWORDS = {"auto_map", "quantization_config", "model_type", "torch_dtype", "num_labels", "name_or_path"}
-FOREIGN_KEYWORDS |= {"output_attentions", "attn_implementation", "experts_implementation", "per_layer_config"}
-INITIALIZERS = ("fan_in", "normal")
 MODEL_SIZES = {
     # name: layers, width, heads (3.1M, 10.6M, 25.2M, 84.9M and 201.3M weights besides the embeddings)
     "xsmall": (4, 256, 4),
@@ -33,8 +32,11 @@ MODEL_SIZES = {
 }
 
 
-class RelPosConfig(PreTrainedConfig):
-    r"""Configuration of a RelPos model: a pre-norm decoder whose position scheme is one field.
+class RelPosConfig(KnownToAdapters, PreTrainedConfig):
+    r"""Configuration of a RelPos model: a decoder whose position scheme is one field.
+
+    The fields of the architecture have the names of transformers; with them the models of other families can be
+    imported (`hf_relpos.import_model`).
 
     Args:
         vocab_size: number of tokens.
@@ -45,6 +47,18 @@ class RelPosConfig(PreTrainedConfig):
         num_key_value_heads: number of key and value heads, a divisor of H (grouped-query attention); H by default.
         head_dim: width of a head, D; hidden_size / num_attention_heads by default.
         hidden_act: activation of the MLP, a key of `transformers.activations.ACT2FN`.
+        use_gated_mlp: whether the activation of a second matrix, `gate_proj`, multiplies `up_proj`, as in Llama.
+        mlp_bias: whether the matrices of the MLP have biases.
+        attention_bias: whether the projections to queries, keys and values have biases, as in Qwen2.
+        attention_out_bias: whether the projection of what attention returns has one; as `attention_bias` by default.
+        qk_norm: RMSNorm of queries and keys: "head" for one over each head, as in Qwen3, "layer" for one over all
+            heads, as in OLMo2, or `None`.
+        norm_type: "rms_norm", or "layer_norm" as in GPT-2.
+        norm_bias: whether LayerNorms have a bias.
+        norm_placement: where the norms of a layer are: "before" attention and MLP, or "after" them, before their sum
+            with the residual, as in OLMo2.
+        use_parallel_residual: whether attention and MLP of a layer read the same residual, as in GPT-NeoX.
+        embed_norm: whether the embeddings pass a norm before the first layer, as in Bloom.
         max_position_embeddings: rows of a learned table, range of position-start augmentation and of position sampling,
             and what tools take as the model's window. Only a learned table refuses longer input.
         train_length: the length in tokens that the model was trained at; written by training, read by evaluation
@@ -55,6 +69,8 @@ class RelPosConfig(PreTrainedConfig):
             all sliding if only `sliding_window` is given.
         sliding_window: how many keys a query sees at most in layers that slide, its own among them.
         pos_embedding_kwargs: options of the scheme; only the keys of its `defaults` are accepted.
+        position_gates: names of the schemes of which a learned factor, from 0, multiplies what they add to the scores,
+            for each head, or to the embeddings: laid over trained weights, they change nothing at first.
         rope_parameters: for schemes that rotate, as in transformers: `rope_type` ("default", "linear", "dynamic",
             "yarn", "llama3", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor` and what the type
             takes. `rope_theta`, `partial_rotary_factor` and `rope_scaling` as keywords, as Llama takes them, are moved
@@ -74,9 +90,12 @@ class RelPosConfig(PreTrainedConfig):
         initializer_range: standard deviation of initial weights, 0.02 by default; with `initializer` "fan_in" only
             that of what is neither a linear layer nor an embedding (the gates of `fox`).
         rms_norm_eps: epsilon of the RMSNorms.
+        layer_norm_eps: epsilon of the LayerNorms.
         use_cache: whether the model returns its keys and values.
         tie_word_embeddings: whether input and output embeddings are one matrix.
         pad_token_id, bos_token_id, eos_token_id: ids of the tokenizer's special tokens.
+        imported_from: of a model that another family's was made into: its `base_model`, `revision`, `license` and
+            `model_type`, and `changes`, field → value there and here; written by the import, `None` otherwise.
 
     Raises:
         ValueError: for an unknown scheme or option, for heads that do not divide the width, for sizes below 1, for a
@@ -108,10 +127,21 @@ class RelPosConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "relu2"
+    use_gated_mlp: bool = False
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    qk_norm: str | None = None
+    norm_type: str = "rms_norm"
+    norm_bias: bool = True
+    norm_placement: str = "before"
+    use_parallel_residual: bool = False
+    embed_norm: bool = False
     max_position_embeddings: int = 2048
     train_length: int | None = None
     pos_embedding_type: str = "linear_cpb"
     pos_embedding_kwargs: dict | None = None
+    position_gates: list | None = None
     sliding_window: int | None = None
     position_start_augmentation: bool = False
     position_sampling: str | None = None
@@ -121,31 +151,36 @@ class RelPosConfig(PreTrainedConfig):
     initializer: str | None = None
     initializer_range: float | None = None
     rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-5
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    imported_from: dict | None = None
 
     def __post_init__(
         self, rope_parameters: dict | None = None, layer_types: list[str] | None = None, **kwargs: Any
     ) -> None:
-        rope_parameters = self._join_rope_keywords(
-            rope_parameters, {name: kwargs.pop(name, None) for name in ROPE_KEYWORDS}
-        )
+        given = {name: kwargs.pop(name, None) for name in ROPE_KEYWORDS}
+        rope_parameters = join_rope_keywords(self.pos_embedding_type, rope_parameters, given)
         check_keywords(type(self), kwargs)
-        self._check_sizes()
+        check_sizes(self)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         self._choose_scales()
-        self._check_heads()
-        self._check_ranges()
+        check_heads(self)
+        check_ranges(self)
+        check_gates(self)
         self._configure_positions(rope_parameters)
         self._configure_layers(layer_types)
+        self._plan_tensor_parallelism()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -188,10 +223,10 @@ class RelPosConfig(PreTrainedConfig):
                 rest = {name: value for name, value in saved.items() if name in kept and given.get(name) is None}
                 config_dict["rope_parameters"] = rest or None
         # a file may hold what other tools put there: it is kept and warned of, not refused
-        others = {name: config_dict.pop(name) for name in [*config_dict] if _is_near_miss(cls, name)}
+        others = {name: config_dict.pop(name) for name in [*config_dict] if is_near_miss(cls, name)}
         made = super().from_dict(config_dict, **kwargs)
         for name, value in others.items():
-            logger.warning(f"`{name}` is no field of {cls.__name__}: it is kept, and nothing reads it.")
+            warn_of_unknown(cls, name)
             setattr(made[0] if isinstance(made, tuple) else made, name, value)
         return made
 
@@ -217,16 +252,6 @@ class RelPosConfig(PreTrainedConfig):
         rope_parameters = getattr(self, "rope_parameters", None) or {}
         return rope_parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE_TYPES
 
-    def _check_sizes(self) -> None:
-        optional = ("intermediate_size", "num_key_value_heads", "head_dim", "train_length", "sliding_window")
-        required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        for name in required + optional:
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-
     def _choose_scales(self) -> None:
         # what was saved before these fields existed has the scales of that time
         saved_without = self.transformers_version is not None and self.initializer is None
@@ -237,70 +262,15 @@ class RelPosConfig(PreTrainedConfig):
         if self.initializer_range is None:
             self.initializer_range = 0.02
 
-    def _check_heads(self) -> None:
-        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size` {self.hidden_size}, got {self.num_attention_heads}."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, "
-                f"got {self.num_key_value_heads}."
-            )
-
-    def _check_ranges(self) -> None:
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"`pad_token_id` must be below `vocab_size` {self.vocab_size}, got {self.pad_token_id}.")
-        if self.initializer not in INITIALIZERS:
-            raise ValueError(f"`initializer` must be one of {list(INITIALIZERS)}, got {self.initializer!r}.")
-        for name in ("initializer_range", "rms_norm_eps", "embedding_multiplier"):
-            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)!r}.")
-        for name in ("position_start_augmentation", "use_cache", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        if self.position_sampling not in (None, *SAMPLINGS):
-            raise ValueError(
-                f"`position_sampling` must be None or one of {list(SAMPLINGS)}, got {self.position_sampling!r}."
-            )
-        if self.position_sampling and self.position_start_augmentation:
-            raise ValueError(
-                "`position_sampling` must be None with `position_start_augmentation`, which has starts of its own, "
-                f"got {self.position_sampling!r}."
-            )
-
-    def _join_rope_keywords(self, rope_parameters: dict | None, given: dict[str, Any]) -> dict | None:
-        """→ `rope_parameters` with what was given as keywords; refuses two answers, and schemes that do not rotate."""
-        given = {name: value for name, value in given.items() if value is not None}
-        scaling = given.pop("rope_scaling", None)
-        parts = {
-            "rope_parameters": rope_parameters,
-            "rope_scaling": scaling,
-            **{name: {name: given[name]} for name in given},
-        }
-        joined: dict[str, tuple[str, Any]] = {}
-        for field, part in parts.items():
-            if part is None:
-                continue
-            if not isinstance(part, dict):
-                raise ValueError(f"`{field}` must be a dictionary, got {part!r}.")
-            classes = position_embedding_classes(self.pos_embedding_type)
-            if not any(cls.uses_rope_parameters for cls in classes.values()):
-                users = [name for name, cls in POSITION_EMBEDDINGS.items() if cls.uses_rope_parameters]
-                raise ValueError(
-                    f"`{field}` is for pos_embedding_type {users}, got it with {self.pos_embedding_type!r}."
-                )
-            for name, value in part.items():
-                name = "rope_type" if name == "type" else name  # its name in older files
-                other, earlier = joined.setdefault(name, (field, value))
-                if earlier != value:
-                    raise ValueError(f"`{other}` and `{field}` disagree about {name!r}: {earlier!r} and {value!r}.")
-        return {name: value for name, (_, value) in joined.items()} if joined or rope_parameters is not None else None
+    def _plan_tensor_parallelism(self) -> None:
+        """Adds what only some architectures have; transformers warns of a plan for modules that are not there."""
+        plan = dict(type(self).base_model_tp_plan)
+        if self.use_gated_mlp:
+            plan["layers.*.mlp.gate_proj"] = "colwise"
+        if self.qk_norm == "head":
+            plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+        if plan != self.base_model_tp_plan:
+            self.base_model_tp_plan = plan
 
     def _configure_positions(self, rope_parameters: dict | None) -> None:
         """Checks the scheme and its options and lets each scheme put them where they belong."""
@@ -354,55 +324,6 @@ class RelPosConfig(PreTrainedConfig):
                 f"got {self.sliding_window} with {layer_types}."
             )
         self.layer_types = list(layer_types)
-        for group in layer_groups(self):
-            refused = [name for name, cls in zip(group.schemes, group.classes) if "dense_bias" in cls.hooks]
-            if group.window is not None and refused:
-                raise ValueError(
-                    f"`layer_types` must be 'full_attention' where `pos_embedding_type` is {refused[0]!r}, whose bias "
-                    "is no function of the distance alone, got 'sliding_attention'."
-                )
-
-
-def check_keywords(cls: type[RelPosConfig], keywords: dict[str, Any]) -> None:
-    """Refuses keywords that were meant for a field, and warns of those that nobody here reads."""
-    generation = GenerationConfig._get_default_generation_params()
-    for name in keywords:
-        refuse_near_miss(cls, name)
-        if name in generation:
-            logger.warning(f"`{name}` is not kept in a configuration: it belongs in `generation_config`.")
-        elif not _is_known(cls, name):
-            logger.warning(f"`{name}` is no field of {cls.__name__}: it is kept, and nothing reads it.")
-
-
-def refuse_near_miss(cls: type[RelPosConfig], name: str, words: bool = True) -> None:
-    """Raises `ValueError` for a keyword that is no field but resembles one.
-
-    With `words` also for one that has some of a field's words and no other, such as "num_layers".
-    """
-    if isinstance(getattr(cls, name, None), property) and getattr(cls, name).fset is None:
-        raise ValueError(f"`{name}` is no field of {cls.__name__}: it follows from the others.")
-    if _is_known(cls, name) or name in GenerationConfig._get_default_generation_params():
-        return
-    own = [*RelPosConfig.__annotations__, "rope_parameters", "layer_types", *ROPE_KEYWORDS]
-    near = difflib.get_close_matches(name.lower(), [*own, *(item.name for item in fields(cls))], n=1, cutoff=0.8)
-    near += [field for field in own if words and {*name.split("_")} < {*field.split("_")}]
-    if near:
-        raise ValueError(f"`{name}` is no field of {cls.__name__}: did you mean `{near[0]}`?")
-
-
-def _is_near_miss(cls: type[RelPosConfig], name: str) -> bool:
-    """Whether `refuse_near_miss` refuses it."""
-    try:
-        refuse_near_miss(cls, name)
-    except ValueError:
-        return not isinstance(getattr(cls, name, None), property)
-    return False
-
-
-def _is_known(cls: type[RelPosConfig], name: str) -> bool:
-    """Whether a field, or what transformers stores beside the fields of any model."""
-    names = {item.name for item in fields(cls)} | {"rope_parameters", "layer_types", *ROPE_KEYWORDS}
-    return name in names or name in FOREIGN_KEYWORDS or name.startswith("_") or hasattr(cls, name)
 
 
 # a configuration that is saved alone carries its code too

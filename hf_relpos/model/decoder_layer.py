@@ -12,43 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import TreeSpec, tree_unflatten
-from transformers.activations import ACT2FN
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_key_bias import from_extra_dims, to_extra_dims
+from .attention_mask import eager_attention_forward
 from .attention_plan import AttentionInputs, AttentionPlan
+from .cached_beside import add_with_beside
 from .configuration_relpos import RelPosConfig
+from .feed_forward import RelPosMLP
+from .norms import RelPosRMSNorm, build_norm
 from .scheme_base import Positions
 from .scheme_registry import Rotation, build_position_embeddings, layer_groups
 from .transformers_versions import add_to_cache, takes_cache
-
-
-class RelPosRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = hidden_states.float()
-        # a product with itself: the gradient of `pow` takes twice as long on CPUs
-        normed = normed * torch.rsqrt((normed * normed).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
-
-
-class RelPosMLP(nn.Module):
-    """C → 4C → C, without a gate."""
-
-    def __init__(self, config: RelPosConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
 class RelPosAttention(nn.Module):
@@ -63,10 +41,17 @@ class RelPosAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        width, bias = config.hidden_size, config.attention_bias
+        query_width, key_width = (
+            num_heads * self.head_dim for num_heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, key_width, bias=bias)
+        self.v_proj = nn.Linear(width, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=config.attention_out_bias)
+        if config.qk_norm is not None:
+            widths = (query_width, key_width) if config.qk_norm == "layer" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (RelPosRMSNorm(each, config.rms_norm_eps) for each in widths)
         self.group = layer_groups(config)[layer_idx]
         self.sliding_window = self.group.window  # where attention functions of transformers look for it
         self.position_embeddings = build_position_embeddings(config, layer_idx)
@@ -82,23 +67,33 @@ class RelPosAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, Q, D)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.config.qk_norm is not None:
+            query, key = self._norm_queries_and_keys(query, key)
+        query = query.view(head_shape).transpose(1, 2)  # (B, H, Q, D)
+        key = key.view(head_shape).transpose(1, 2)  # (B, G, Q, D)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, G, Q, D)
         for rotate, rotation in rotations:
             query, key = rotate(query, key, rotation)
-        if query.shape[-1] > self.head_dim:  # attention functions want heads of one width
-            value = F.pad(value, (0, query.shape[-1] - self.head_dim))
         shard_heads = self._head_slicer(query)
         key_bias = self.position_embeddings.key_bias(hidden_states)  # (B, H, Q) or None
         if key_bias is not None:
             key_bias = shard_heads(key_bias.transpose(0, 1)).transpose(0, 1)
         if cache is not None:
-            key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)  # (B, G, K, D) twice, (B, H, K)
-        inputs = AttentionInputs(query, key, value, key_bias, shard_heads)
+            key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)
+        if query.shape[-1] > self.head_dim:  # attention functions want heads of one width
+            value = F.pad(value, (0, query.shape[-1] - self.head_dim))
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
+
+        # vLLM reads the source of this function, and wants to find this call in it
+        def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return attention_interface(self, *args, scaling=self.scaling, **kwargs)
+
+        inputs = AttentionInputs(query, key, value, key_bias, shard_heads, attend)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
-        # some plans widen the heads
-        return self.o_proj(output[..., : self.head_dim].reshape(*input_shape, -1)), weights
+        # some plans widen the heads, and vLLM's function lays them end to end
+        output = output.reshape(*input_shape, query.shape[1], -1)[..., : self.head_dim]
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def score_bias(
         self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, positions: Positions
@@ -117,6 +112,20 @@ class RelPosAttention(nn.Module):
             scores = query @ key.float().transpose(2, 3) * self.scaling
             return self.position_embeddings.score_bias(scores, bias, query, positions)
 
+    def _norm_queries_and_keys(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, Q, H·D), (B, Q, G·D) → the same shapes, normed over each head or over all of them."""
+        if self.config.qk_norm == "head":
+            heads = (each.unflatten(-1, (-1, self.head_dim)) for each in (query, key))
+            query, key = (norm(each).flatten(-2) for norm, each in zip((self.q_norm, self.k_norm), heads))
+            return query, key
+        if query.shape[-1] != self.q_norm.weight.shape[0]:
+            num_ranks = self.q_norm.weight.shape[0] // query.shape[-1]
+            raise ValueError(
+                f"`tp_plan` must be None with `qk_norm` 'layer', which needs all heads in one place, got {num_ranks} "
+                "ranks."
+            )
+        return self.q_norm(query), self.k_norm(key)
+
     def _update(
         self,
         cache: Any,
@@ -125,13 +134,19 @@ class RelPosAttention(nn.Module):
         key_bias: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Adds to the cache and returns what it holds. A key bias is kept in extra dimensions of the keys."""
-        if key_bias is not None:
-            key = torch.cat((key, to_extra_dims(key_bias, key.shape[1], key.dtype)), dim=-1)
-        key, value = add_to_cache(cache, key, value, self.layer_idx, kwargs)
-        if key_bias is not None:
-            key, key_bias = key[..., : self.head_dim], from_extra_dims(key[..., self.head_dim :])
-        return key, value, key_bias
+        """Adds to the cache and returns what it holds. Key biases, and channels of the keys past D, lie beside the
+        keys, whose shape is that of any model."""
+        beside = [] if key_bias is None else [key_bias.unsqueeze(-1)]
+        is_wide = key.shape[-1] > self.head_dim and isinstance(cache, Cache)
+        if is_wide:
+            key, channels = key.split((self.head_dim, key.shape[-1] - self.head_dim), dim=-1)
+            beside.append(channels)
+        if not beside:
+            return *add_to_cache(cache, key, value, self.layer_idx, kwargs), None
+        key, value, beside = add_with_beside(cache, key, value, beside, self.layer_idx)
+        if is_wide:
+            key = torch.cat((key, beside.pop()), dim=-1)
+        return key, value, None if key_bias is None else beside[0].squeeze(-1)
 
     def _head_slicer(self, query: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """→ a function from (H, ..) values of all heads to those of this rank; the gradient is that of all heads."""
@@ -185,9 +200,12 @@ def _rotations(rotates: tuple[Sequence[Callable], TreeSpec] | None, factors: Seq
 class RelPosDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norms_before, self.is_parallel = config.norm_placement == "before", config.use_parallel_residual
+        # named as in Llama and OLMo2: the second norm is that before the MLP, or that of what attention returns
+        self.input_layernorm = build_norm(config) if self.norms_before else None
         self.self_attn = RelPosAttention(config, layer_idx)
-        self.post_attention_layernorm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = build_norm(config)
+        self.post_feedforward_layernorm = None if self.norms_before else build_norm(config)
         self.mlp = RelPosMLP(config)
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):  # as in GPT-2: all add to one residual stream
             projection.initial_scale = (2 * config.num_hidden_layers) ** -0.5
@@ -206,12 +224,18 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            self.input_layernorm(hidden_states) if self.norms_before else hidden_states,
             shared_bias,
             plan,
             _rotations(rotates, factors),
             cache=cache,
             **kwargs,
         )
+        if not self.norms_before:
+            hidden_states = hidden_states + self.dropout(self.post_attention_layernorm(attended))
+            return hidden_states + self.dropout(self.post_feedforward_layernorm(self.mlp(hidden_states)))
+        if self.is_parallel:
+            fed = self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+            return fed + self.dropout(attended) + hidden_states
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))

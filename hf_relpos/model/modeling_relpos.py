@@ -1,4 +1,4 @@
-"""The RelPos models: a pre-norm decoder in which the position scheme is the one thing that changes.
+"""The RelPos models: a decoder in which the position scheme is the one thing that changes.
 
 Shape letters: B batch, H query heads, Q query length, K key length, C hidden size, V vocabulary. No scheme is named in
 this file: `scheme_base.py` has the interface, `scheme_registry.py` the choice.
@@ -28,7 +28,8 @@ from .attention_mask import check_implementation
 from .attention_plan import AttentionPlan
 from .attention_planner import example_embeds, plan_attention
 from .configuration_relpos import RelPosConfig
-from .decoder_layer import RelPosAttention, RelPosDecoderLayer, RelPosRMSNorm
+from .decoder_layer import RelPosAttention, RelPosDecoderLayer
+from .norms import build_norm
 from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
@@ -147,7 +148,8 @@ class RelPosModel(RelPosPreTrainedModel):
         self.position_embeddings = build_position_embeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RelPosRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_norm = build_norm(config) if config.embed_norm else nn.Identity()
+        self.norm = build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -230,8 +232,7 @@ class RelPosModel(RelPosPreTrainedModel):
             rotates[group], factors[group] = (tuple(rotate for rotate, _ in pairs), structure), leaves
         if use_cache and cache is None and paged is None and tokens.cacheable:
             cache = DynamicCache(config=self.config)
-
-        hidden_states = self.dropout(self.position_embeddings.embed(inputs_embeds, position_ids))
+        hidden_states = self.dropout(self.embed_norm(self.position_embeddings.embed(inputs_embeds, position_ids)))
         for layer in self.layers[: self.config.num_hidden_layers]:
             group = layer.self_attn.group
             hidden_states = layer(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 POSITION_EMBEDDINGS: dict[str, type["PositionEmbedding"]] = {}
@@ -55,12 +56,22 @@ class Positions:
         distance: (B or 1, Q, K) int64, query − key, 0 where the key is a later one (the causal mask hides it). The
             first dimension is 1 wherever all rows agree.
         visible: (B or 1, 1, Q, K) boolean, the keys that each query sees.
+        first: (B or 1, Q or 1) int64, the position of the first token of each query's document, where a window may
+            hide it; `None` where it is among the keys.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     distance: torch.Tensor
     visible: torch.Tensor
+    first: torch.Tensor | None = None
+
+    @property
+    def index(self) -> torch.Tensor:
+        """(B or 1, Q) int64: the positions of the queries, counted from the first token of their document."""
+        if self.first is not None:
+            return self.query - self.first
+        return torch.where(self.visible[:, 0], self.distance, 0).amax(-1)
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> "Positions":
         """The same on another device: accelerate moves what a module is given to where its parameters are."""
@@ -118,6 +129,35 @@ def _loaded(parts: list[nn.Module]) -> Iterator[None]:
             part._hf_hook.post_forward(part, None)
 
 
+class StartGate(SelfInitialized, nn.Module):
+    """A learned factor of what a scheme adds, from 0: laid over trained weights, it does nothing at first.
+
+    Args:
+        size: H for a scheme that adds to the scores, a factor for each head; 1 for one that adds to the embeddings.
+    """
+
+    hooks = frozenset(("embed", *BIAS_HOOKS))
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    @classmethod
+    def fits(cls, scheme: type["PositionEmbedding"]) -> bool:
+        """Whether it can gate a scheme: one that rotates, or that adds nothing at first anyway, it cannot."""
+        return bool(scheme.hooks & cls.hooks) and not scheme.starts_at_zero
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, hook: str, value: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
+        """What a hook returns, of (…, H, n), (…, H, Q, K) or (B, Q, C) → the same, times the factor."""
+        if hook == "embed":
+            return args[0] + self.weight.to(value.dtype) * (value - args[0])
+        per_pair = hook in ("dense_bias", "score_bias")
+        return value * self.weight.float().view(-1, *([1] * (2 if per_pair else 1)))
+
+
 class PositionEmbedding(SelfInitialized, HookCaller):
     """Base class of all schemes. By default no hook changes anything, so that the base class itself is NoPE.
 
@@ -130,6 +170,7 @@ class PositionEmbedding(SelfInitialized, HookCaller):
         shared_across_layers: one module for the whole model (True) or one per layer (False). `embed`, `rotation` and
             `rotate` are for shared schemes; `key_bias`, `score_bias` and `max_table_position` for those of a layer.
         has_position_limit: whether only `max_position_embeddings` positions are supported.
+        starts_at_zero: whether it adds nothing with its initial parameters; a gate from 0 would keep it from learning.
         kind: "absolute" (depends on the positions themselves), "relative" (on distances alone) or "none".
         uses_rope_parameters: whether it reads `config.rope_parameters`.
         hooks: the names of the hooks that the class overrides; set when the class is created.
@@ -145,6 +186,7 @@ class PositionEmbedding(SelfInitialized, HookCaller):
     defaults: ClassVar[dict[str, Any]] = {}
     shared_across_layers: ClassVar[bool] = True
     has_position_limit: ClassVar[bool] = False
+    starts_at_zero: ClassVar[bool] = False
     kind: ClassVar[str] = "none"
     uses_rope_parameters: ClassVar[bool] = False
     hooks: ClassVar[frozenset[str]] = frozenset()
@@ -156,6 +198,14 @@ class PositionEmbedding(SelfInitialized, HookCaller):
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__()
+        self.start_gate: StartGate | None = None  # of those that `config.position_gates` names
+
+    def forward(self, hook: str, *args: Any) -> Any:
+        """→ what the method `hook` returns, times the gate of the scheme if it has one."""
+        value = super().forward(hook, *args)
+        if self.start_gate is None or value is None or hook not in StartGate.hooks:
+            return value
+        return self.start_gate(hook, value, args)
 
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +246,8 @@ class PositionEmbedding(SelfInitialized, HookCaller):
         return None
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept with the cached keys: the bias between a query
-        and a key is the sum over the tokens after the key, up to the query."""
+        """(B, Q, C) input of an attention layer → (B, H, Q) fp32, kept beside the cached keys: the bias between a query
+        and a key is the sum over the tokens after the key, up to the query; 0 for cached keys from elsewhere."""
         return None
 
     def score_bias(

@@ -17,8 +17,9 @@ class ForgetGate(PositionEmbedding):
 
     b[h, i, j] = Σ ln f_k, k = j+1..i; f_k = sigmoid(w_h · x_k + β_h), x the input of the attention layer, normed
 
-    In fp32, with f = 1 on padding. It is the difference of two running sums, so that it takes a number per key and no
-    (Q, K) matrix. The keys carry ln f in the cache.
+    In fp32, with f = 1 on padding and on cached keys that come from elsewhere, as a prefix of prefix tuning. It is the
+    difference of two running sums, so that it takes a number per key and no (Q, K) matrix. Caches keep ln f beside the
+    keys, and never quantise it.
 
     Parameters per layer: H·(C + 1), w from N(0, initializer_range²), β from 0, as in the reference code.
     Past the training length: content-dependent decay: tokens that the gates forgot stay forgotten, at any distance.
@@ -60,6 +61,7 @@ class ContextualPositions(PositionEmbedding):
 
     kind = "relative"
     shared_across_layers = False
+    starts_at_zero = True
     defaults = {"max_position": 64}
 
     def __init__(self, config: Any, max_position: int = 64) -> None:

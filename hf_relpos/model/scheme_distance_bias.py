@@ -318,10 +318,10 @@ class FIRE(PositionEmbedding):
 
     b[h, i, j] = MLP(ψ(i − j) / (ψ(max(i, T)) + 10⁻⁶))[h], ψ(x) = ln(|c|·x + 1), T = |m|·T0; MLP: 1 → 32 → H with ReLU
 
-    i is the query's position, counted from the first token of its document; c is learned from 0.1, m from 1. T0 is the
-    option `threshold`: by default the training length, 512 if the configuration does not say. Each layer has its own c,
-    m and MLP. Up to position T the bias is a function of the distance alone, which the attention reads from a table;
-    later queries take a dense (Q, K) bias.
+    i is the query's position, counted from the first token of its document, also behind a window; c is learned from
+    0.1, m from 1. T0 is the option `threshold`: by default the training length, 512 if the configuration does not say.
+    Each layer has its own c, m and MLP. Up to position T the bias is a function of the distance alone, which the
+    attention reads from a table; later queries take a dense (Q, K) bias.
 
     Parameters per layer: 66 + 32·H. Past the training length: the argument of the MLP stays in [0, 1].
     Paper: Li et al. 2023, arXiv 2310.04418. Differs: no bias in the MLP's last layer: it would cancel in the softmax.
@@ -363,7 +363,7 @@ class FIRE(PositionEmbedding):
 
     def dense_bias(self, positions: Positions) -> torch.Tensor:
         with torch.autocast(positions.query.device.type, enabled=False):
-            index = torch.where(positions.visible[:, 0], positions.distance, 0).amax(-1, keepdim=True).float()
+            index = positions.index[..., None].float()
             limit = self.multiplier.float().abs() * self.threshold
             reach = torch.where(index > limit, index, limit)  # `maximum` would halve the gradient where they are equal
             x = self.log(positions.distance.float()) / (self.log(reach) + 1e-6)  # (B or 1, Q, K)

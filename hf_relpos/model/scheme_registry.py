@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .scheme_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
-from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions
+from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions, StartGate
 from .scheme_content import ForgetGate  # noqa: F401
 from .scheme_distance_bias import AlibiBias  # noqa: F401
 from .scheme_rotary import RotaryEmbedding  # noqa: F401
@@ -222,4 +222,6 @@ def build_position_embeddings(config: Any, layer_idx: int | None = None) -> Posi
             given = config.pos_embedding_kwargs or {}
             options = {option: given.get(option, value) for option, value in cls.defaults.items()}
             schemes[name] = cls(config, **options)
+            if name in (config.position_gates or ()):
+                schemes[name].start_gate = StartGate(1 if "embed" in cls.hooks else config.num_attention_heads)
     return schemes

@@ -271,8 +271,8 @@ class PolarEmbedding(PositionEmbedding):
     score[i, j] = Σ_c softplus(q_c) · softplus(k_c) · cos((j − i) · θ_c + δ_c) / sqrt(D), θ_c = rope_theta^(−c/D),
     c = 0..D−1; δ of each head and channel is learned from 0 and kept in [−2π, 0]
 
-    It is computed as the product of vectors of 2D channels, so that keys take twice the room in the cache and attention
-    has heads of 2D.
+    It is computed as the product of vectors of 2D channels, so that keys take twice the room, half of it beside the
+    keys of the cache, with zeros on keys that come from elsewhere, and attention has heads of 2D.
 
     Parameters: H·D, the same for all layers. Past the training length: reported to hold its loss far better than the
     rotation, without finetuning.

@@ -333,16 +333,41 @@ def _key_positions(
     if isinstance(past_length, int) and past_length == 0:
         ahead = key_slots[query_length:] - (query_length - 1)
         return torch.cat((position_ids, position_ids[:, -1:] + ahead), dim=-1)
-    # Only the queries' positions are known. The last one is a real token, so counting back from it is right
-    last = past_length + query_length - 1
+    start = _count_back(position_ids, padding, past_length)
     if padding is None:
-        return key_slots + (position_ids[:, -1:] - last)
+        return key_slots + start
     counted = padding.long().cumsum(-1) - 1
     end = num_dropped + key_slots.shape[0]
     counted = torch.cat((counted, counted[:, -1:].expand(-1, max(end - counted.shape[1], 0))), dim=-1)
+    return counted[:, num_dropped:end] + start
+
+
+def _count_back(
+    position_ids: torch.Tensor, padding: torch.Tensor | None, past_length: int | torch.Tensor
+) -> torch.Tensor:
+    """→ (B or 1, 1): the position of the first real token, where some are cached and only the queries' are known."""
+    last = past_length + position_ids.shape[1] - 1  # a real token
+    if padding is None:
+        return position_ids[:, -1:] - last
     # not `as_tensor`, which makes a constant of a length that is traced
-    last_slot = last + torch.zeros(1, dtype=torch.long, device=key_slots.device)
-    return counted[:, num_dropped:end] + position_ids[:, -1:] - counted.index_select(1, last_slot)
+    last_slot = last + torch.zeros(1, dtype=torch.long, device=position_ids.device)
+    return position_ids[:, -1:] - (padding.long().cumsum(-1) - 1).index_select(1, last_slot)
+
+
+def document_starts(tokens: TokenPositions) -> torch.Tensor:
+    """→ (B or 1, Q or 1): the position of the first token of each query's document, which a window may hide. A ready
+    mask says nothing about it: then positions count from the first token."""
+    position_ids, padding = tokens.position_ids, tokens.padding
+    if padding is None and tokens.attention_mask is not None:
+        return torch.zeros_like(position_ids[:, :1])
+    if not (isinstance(tokens.past_length, int) and tokens.past_length == 0):
+        return _count_back(position_ids, padding, tokens.past_length)
+    documents = torch.zeros_like(position_ids) if tokens.documents is None else tokens.documents
+    if padding is not None:
+        position_ids = position_ids.masked_fill(~padding.bool(), torch.iinfo(position_ids.dtype).max)
+    documents = documents.expand(position_ids.shape[0], -1)
+    lowest = torch.full_like(position_ids, torch.iinfo(position_ids.dtype).max)
+    return lowest.scatter_reduce(1, documents, position_ids, "amin").gather(1, documents)
 
 
 def is_contiguous(key: torch.Tensor, key_mask: torch.Tensor | None, documents: torch.Tensor | None) -> bool:

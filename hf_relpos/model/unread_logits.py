@@ -169,5 +169,9 @@ def _may_stay_unread(model: Any, hidden_states: torch.Tensor, logits_to_keep: in
     """Whether this is a training step in which logits can be left until they are read."""
     if not model.training or is_tracing(hidden_states) or is_transformed() or not torch.is_grad_enabled():
         return False
-    needs_gradient = hidden_states.requires_grad or model.lm_head.weight.requires_grad
+    # FSDP reads all outputs; its first version leaves plain tensors in the place of parameters
+    weight, names = model.lm_head.weight, {base.__name__ for base in type(model).__mro__}
+    if "FSDPModule" in names or not isinstance(weight, torch.nn.Parameter):
+        return False
+    needs_gradient = hidden_states.requires_grad or weight.requires_grad
     return needs_gradient and isinstance(logits_to_keep, int) and logits_to_keep == 0

@@ -19,6 +19,7 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "rope_parameters": lambda value: _pairs(value, ROPE_DEFAULTS),
     "position_start_augmentation": lambda value: "augmented" if value else "",
     "position_sampling": lambda value: f"{value} positions" if value else "",
+    "position_gates": lambda value: f"{'+'.join(value)} from zero" if value else "",
     "layer_types": lambda value: _pattern(value) if value else "",
     "sliding_window": lambda value: f"window {value}" if value else "",
     "train_length": lambda value: f"trained at {value}",
@@ -27,11 +28,33 @@ VARIED: dict[str, Callable[[Any], str]] = {
     "changes": lambda value: _before(value) if value else "",
     "base_train_length": lambda value: f"from {value}" if value else "",
 }
+# fields of the architecture that older records do not hold → their defaults
+ARCHITECTURE = {
+    "use_gated_mlp": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_out_bias": False,
+    "qk_norm": None,
+    "norm_type": "rms_norm",
+    "norm_bias": True,
+    "norm_placement": "before",
+    "use_parallel_residual": False,
+    "embed_norm": False,
+    "layer_norm_eps": 1e-5,
+    "imported_from": None,
+}
 # fields of a recipe that stand elsewhere in a result, or differ between seeds
 UNCOMPARED = {"seed", "data_seed", "corpus", "corpus_fingerprint", "max_steps", "block_size", "changes", "base_model"}
 # fields of a configuration that belong to the scheme or the size, which stand in `VARIED`
 POSITION_FIELDS = {"pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation"}
-POSITION_FIELDS |= {"position_sampling", "layer_types", "sliding_window", "train_length", "max_position_embeddings"}
+POSITION_FIELDS |= {
+    "position_gates",
+    "position_sampling",
+    "layer_types",
+    "sliding_window",
+    "train_length",
+    "max_position_embeddings",
+}
 POSITION_FIELDS |= {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
 POSITION_FIELDS |= {"num_key_value_heads"}
 VARIED_ON_PURPOSE = ("tokens_per_step", "training.corpus")  # and the fields of the recipe
@@ -210,6 +233,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     recipe["recipe.overrides"] = resume.get("overrides") or None
     recipe |= {f"recipe.{name}": value for name, value in values.items() if name not in UNCOMPARED}
     config = dict(training.get("config") or {})
+    config = ARCHITECTURE | config if config else config
     if config:  # these two follow from the size, unless they were given
         config["embedding_multiplier"] /= math.sqrt(config["hidden_size"])
         config["head_dim"] *= config["num_attention_heads"] / config["hidden_size"]
@@ -263,12 +287,11 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
         group.label = " ".join(filter(None, words))
     # the rest where it is needed to tell groups apart: each scheme may have a learning rate of its own
     repeated = {label for label, count in Counter(group.label for group in groups).items() if count > 1}
-    for group, settings in zip(groups, fields):
-        if group.label in repeated:
-            others = [other for each, other in zip(groups, fields) if each.label in repeated]
-            for name, value in settings.items():
-                if name not in VARIED and any(other[name] != others[0][name] for other in others):
-                    group.label += f" {name.rpartition('.')[2]} {value}"
+    alike = [(group, settings) for group, settings in zip(groups, fields) if group.label in repeated]
+    for group, settings in alike:
+        for name, value in settings.items():
+            if name not in VARIED and any(other[name] != alike[0][1][name] for _, other in alike):
+                group.label += f" {name.rpartition('.')[2]} {value}"
 
 
 def _pattern(layer_types: Sequence[str]) -> str:

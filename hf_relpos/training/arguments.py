@@ -44,7 +44,8 @@ class RelPosTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Number of passes over the data, instead of --max_steps."}
     )
     max_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps, unless --num_train_epochs is given."}
+        default=None,
+        metadata={"help": "Optimizer steps, unless --num_train_epochs is given; -1: that many epochs, 3 by default."},
     )
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
     eval_strategy: str = field(default="steps", metadata={"choices": [each.value for each in IntervalStrategy]})
@@ -76,14 +77,20 @@ class RelPosTrainingArguments(TrainingArguments):
             raise ValueError(f"`block_size` must be at least 2, got {self.block_size}.")
         if self.metric_for_best_model not in (None, "loss", "eval_loss"):  # else found out after the first evaluation
             raise ValueError(f"`metric_for_best_model` must be loss or eval_loss, got {self.metric_for_best_model!r}.")
-        if self.max_steps != self.fewest_steps:
+        if self.max_steps not in (self.fewest_steps, -1):
             check_at_least_1("max_steps", self.max_steps)
+        if self.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel` must be false: Liger has no kernels for these models, which compute their loss "
+                "without logits as they are; got true."
+            )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             check_at_least_1(name, getattr(self, name))
         check_at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
         if self.max_steps is None:
             self.max_steps = self.default_steps if self.num_train_epochs is None else -1
-        self.num_train_epochs = 1.0 if self.num_train_epochs is None else self.num_train_epochs
+        if self.num_train_epochs is None:
+            self.num_train_epochs = TrainingArguments.num_train_epochs if self.max_steps == -1 else 1.0
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // self.block_size)
         if self.per_device_eval_batch_size is None:

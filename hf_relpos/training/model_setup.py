@@ -1,5 +1,6 @@
 """The model of a run: a new one from flags, or a saved one."""
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.position_augmentation import SAMPLINGS
 from ..model_loading import check_size, check_vocab_size, load_model, load_model_tokenizer
+from ..pretrained.importing import describe_import, import_model, is_foreign
 from ..tasks.arguments import DataArguments
 
 
@@ -136,7 +138,9 @@ def new_model(config: RelPosConfig, seed: int, attn_implementation: str | None =
     set_seed(seed)
     model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
     fields = {name: value for name, value in config.to_dict().items() if name != "rope_parameters"}
-    plain = RelPosConfig.from_dict({**fields, "pos_embedding_type": "none", "pos_embedding_kwargs": None})
+    plain = RelPosConfig.from_dict(
+        {**fields, "pos_embedding_type": "none", "pos_embedding_kwargs": None, "position_gates": None}
+    )
     set_seed(seed)
     model.load_state_dict(RelPosForCausalLM(plain).state_dict(), strict=False)
     return model
@@ -161,10 +165,10 @@ def _parse_overrides(overrides: str | None) -> dict[str, Any]:
 
 
 def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tuple[RelPosForCausalLM, Any]:
-    """The model and tokenizer of `model_name_or_path`.
+    """The model and tokenizer of `model_name_or_path`; a model of another family is imported.
 
     Raises:
-        ValueError: if it is not a model of the family, or of another scheme or vocabulary than asked for.
+        ValueError: if it is no model or cannot be imported, or if its scheme or vocabulary is another than asked for.
     """
     name = model_args.model_name_or_path
     others = ("model_size", "vocab_size", "pos_embedding_kwargs", "max_position_embeddings", "config_overrides")
@@ -180,10 +184,16 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         kwargs["position_start_augmentation"] = True
     if model_args.position_sampling is not None:
         kwargs["position_sampling"] = _sampling(model_args)
-    model = load_model(name, RelPosForCausalLM, **kwargs)
+    if is_foreign(name):
+        model = import_model(name, **kwargs)
+        if os.environ.get("RANK", "0") == "0":
+            print(describe_import(model.config, name))
+    else:
+        model = load_model(name, RelPosForCausalLM, **kwargs)
     RelPosConfig.from_dict(model.config.to_dict())  # fields that are set on a saved one are not checked otherwise
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or name, model)
-    check_vocab_size(tokenizer, model.config.vocab_size)
+    if model.config.imported_from is None:  # other families have rows of embeddings that no token uses
+        check_vocab_size(tokenizer, model.config.vocab_size)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to separate documents.")
     return model, tokenizer

@@ -16,7 +16,7 @@ from .run import TrainingRun
 
 # what the record holds of the arguments and of the configuration
 POSITION_FIELDS = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation")
-POSITION_FIELDS += ("position_sampling", "layer_types", "sliding_window", "train_length")
+POSITION_FIELDS += ("position_gates", "position_sampling", "layer_types", "sliding_window", "train_length")
 RECIPE_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "bf16")
 CONFIG_FIELDS = (*RelPosConfig.__annotations__, "rope_parameters", "layer_types")
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -104,6 +104,8 @@ def base_facts(name: str, train_length: int | None) -> dict[str, Any]:
     """What the record of a run holds of the model that it continues: its name, length and how it was made."""
     base, base_name = read_record(name), Path(name).name if Path(name).exists() else name
     corpus = ModelCorpus.read(name).record or None
-    made = [{"name": base_name, "script": base["script"], "flags": base["flags"], "corpus": corpus}]
+    made = []
+    if "flags" in base:
+        made = [{"name": base_name, "script": base["script"], "flags": base["flags"], "corpus": corpus}]
     facts = {"base_model": base_name, "base_train_length": train_length, "base_corpus": corpus}
-    return {**facts, "history": base.get("history", []) + (made if "flags" in base else [])}
+    return {**facts, "history": base.get("history", []) + made}

@@ -5,8 +5,10 @@ from typing import Any
 
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..model.scheme_base import StartGate
 from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
+from ..pretrained.importing import is_foreign
 from ..tasks.arguments import DataArguments
 from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
 
@@ -28,6 +30,13 @@ class ChangeArguments(SavedModelArguments):
         metadata={
             "help": 'Another rotation as JSON: \'{"rope_type": "yarn", "factor": 4}\'; linear is interpolation. '
             "The original length is the training length, unless given."
+        },
+    )
+    start_at_zero: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply what new schemes add by learned factors that start at 0, so that the model begins as it "
+            "was; by default for imported models that keep their schemes beside the new ones."
         },
     )
     layer_types: str | None = field(
@@ -61,14 +70,21 @@ def load_changed(
     plain = SavedModelArguments(**{name: getattr(model_args, name) for name in names})
     model, tokenizer = load_saved(plain, data_args)
     config = changed_config(model.config, model_args, block_size)
-    saved, _ = RelPosConfig.get_config_dict(model_args.model_name_or_path)
-    before, after = RelPosConfig.from_dict(saved).to_dict(), config.to_dict()
+    before, after = _saved_fields(model_args.model_name_or_path, model.config), config.to_dict()
     names = [name for name in before | after if before.get(name) != after.get(name) and name != "_name_or_path"]
     fields = {name: [before.get(name), after.get(name)] for name in names}
     if not fields:
         return model, tokenizer, {}
     changed = new_model(config, seed, model_args.attn_implementation)
+    changed.generation_config = model.generation_config
     return changed, tokenizer, {"fields": fields, **copy_weights(model, changed)}
+
+
+def _saved_fields(name: str, loaded: RelPosConfig) -> dict[str, Any]:
+    """The fields of a saved model, before the flags that `load_saved` applies; an imported one draws no positions."""
+    if is_foreign(name):
+        return loaded.to_dict() | {"position_sampling": None}
+    return RelPosConfig.from_dict(RelPosConfig.get_config_dict(name)[0]).to_dict()
 
 
 def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: int) -> RelPosConfig:
@@ -80,6 +96,7 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
     kept = {option for name, cls in new.items() if name in old for option in cls.defaults}
     options = {name: value for name, value in (saved.pos_embedding_kwargs or {}).items() if name in kept}
     fields["pos_embedding_kwargs"] = options | parse_json("pos_embedding_kwargs", changes.pos_embedding_kwargs)
+    fields["position_gates"] = _gates(saved, old, new, changes.start_at_zero)
     given = parse_json("rope_parameters", changes.rope_parameters)
     if any(cls.uses_rope_parameters for cls in new.values()) and (rope or given):
         fields["rope_parameters"] = _rotation(rope or {}, given, saved.train_length)
@@ -88,6 +105,17 @@ def changed_config(saved: RelPosConfig, changes: ChangeArguments, block_size: in
     _change_layers(fields, changes)
     _change_positions(fields, changes, block_size, any(cls.has_position_limit for cls in old.values()))
     return RelPosConfig.from_dict(fields)
+
+
+def _gates(
+    saved: RelPosConfig, old: dict[str, type], new: dict[str, type], start_at_zero: bool | None
+) -> list[str] | None:
+    """The schemes whose learned factor starts, or started, at 0."""
+    if start_at_zero is None:
+        start_at_zero = saved.imported_from is not None and {*old} <= {*new}
+    kept = [name for name in saved.position_gates or () if name in new]
+    added = [name for name, cls in new.items() if name not in old and StartGate.fits(cls)]
+    return [*kept, *(added if start_at_zero else ())] or None
 
 
 def _rotation(saved: dict[str, Any], given: dict[str, Any], train_length: int | None) -> dict[str, Any]:
@@ -143,7 +171,7 @@ def copy_weights(old: RelPosForCausalLM, new: RelPosForCausalLM) -> dict[str, An
     new.load_state_dict({name: theirs[name] for name in common}, strict=False)
     reinitialized = {name: _reason(theirs.get(name), "the saved model") for name in ours.keys() - set(common)}
     dropped = {name: _reason(ours.get(name), "the new scheme") for name in theirs.keys() - set(common)}
-    size = sum(ours[name].numel() for name in common)
+    size = sum({ours[name].data_ptr(): ours[name].numel() for name in common}.values())  # tied ones count once
     return {
         "copied": f"{len(common)} tensors of {size:,} numbers",
         "reinitialized": dict(sorted(reinitialized.items())),

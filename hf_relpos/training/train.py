@@ -18,6 +18,7 @@ from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
 from ..environment import write_error, write_json
 from ..file_reading import reading
+from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
@@ -151,10 +152,13 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     """Trains, saves and evaluates the model of a run; → its record."""
     model, args = run.model, run.args
     _check_batch(run.data.train, args)
+    if args.push_to_hub:
+        origin_of(model.config.to_dict())
     base = {}
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
     _set_lengths(model.config, args)
+    run.data.tokenizer.model_max_length = model.config.max_position_embeddings
     recipe, changed = run_recipe(run), {}
     finished = _finished(run, recipe)
     if finished:

@@ -4,12 +4,11 @@ import json
 import math
 import tracemalloc
 
-import evaluate
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokens
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import make_model, make_tokens
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.corpus import load_corpus
@@ -223,22 +222,6 @@ def test_running_loss_and_clustered_mean_against_numpy():
         for _ in range(3):
             repeated.add(value, index)
     assert repeated.estimate() == pytest.approx(alone.estimate(), rel=1e-5)
-
-
-def test_metric_of_the_evaluate_library(corpus_files):
-    path = str(corpus_files / "valid.txt")
-    corpus = load_corpus(TextArguments(train_file=str(corpus_files / "train"), validation_file=path))
-    tokenizer = train_tokenizer(corpus, 300)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    model = make_model("log_cpb", vocab_size=300)
-    metric = evaluate.load(str(ROOT / "hf_relpos" / "evaluation" / "perplexity_by_length.py"))
-    texts = corpus.splits["train"]["text"][:3]
-    scores = metric.compute(predictions=texts, model=model, tokenizer=tokenizer, lengths=[32, 128])
-    documents = tokenizer(list(texts))["input_ids"]
-    expected = evaluate_lengths(model, documents, [32, 128])["lengths"]
-    assert scores["perplexity_128"] == pytest.approx(expected["128"]["perplexity"])
-    assert scores["loss_32"] == pytest.approx(expected["32"]["loss"])
-    assert scores["num_tokens"] == expected["32"]["num_tokens"]
 
 
 def test_losses_of_documents_are_means_over_their_targets():

@@ -23,6 +23,11 @@ def _suite(item: pytest.Item) -> str:
     raise LookupError(item.nodeid)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    only, left_out = (json.loads(os.environ[f"HF_SUITE_{name}"]) for name in ("ONLY", "LEFT_OUT"))
+    items[:] = [item for item in items if _suite(item) in (only or [_suite(item)]) and _suite(item) not in left_out]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield

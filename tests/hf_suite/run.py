@@ -2,6 +2,8 @@
 
     python tests/hf_suite/run.py                     # every row of the table
     python tests/hf_suite/run.py --only alibi Llama  # some rows, printed and not written
+    python tests/hf_suite/run.py --only alibi --update  # these rows of the page anew, the others as they were
+    python tests/hf_suite/run.py --suites test_utils --update  # these columns anew: the generation tests
     python tests/hf_suite/run.py --transformers_repo ../transformers  # with the tests that no source distribution has
 
 The tests come from the source distribution of the installed transformers, through pip, into .hf-suite.
@@ -15,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from hf_relpos import list_position_embeddings
 from hf_relpos.environment import hardware, write_json
+from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 
 
 HERE = Path(__file__).parent
@@ -31,7 +34,12 @@ ROOT = HERE.parent.parent
 REPORT = ROOT / "docs" / "results" / "conformance.json"
 PAGE = ROOT / "docs" / "conformance.md"
 
-SCHEMES = ("none", "learned", "alibi", "linear_cpb", "rotary")
+SCHEMES = tuple(list_position_embeddings())
+# the suites with several processes take most of the time: they are for these of ours, one of each kind
+DISTRIBUTED_SCHEMES = ("none", "learned", "alibi", "linear_cpb", "rotary")
+DISTRIBUTED_SUITES = ("test_fsdp_mixin", "test_tensor_parallel_mixin")
+FIELDS = {"temperature": {"train_length": 4}}  # what a scheme cannot do without
+WITHOUT_ROPE = tuple(name for name, cls in POSITION_EMBEDDINGS.items() if not cls.uses_rope_parameters)
 PEERS = ("Llama", "GPTNeoX", "Bloom", "MPT")
 MODULES = {"Llama": "Llama", "GPTNeoX": "GPTNeoX", "Bloom": "Bloom", "MPT": "Mpt"}
 # in the repository of transformers and not in its source distribution
@@ -45,11 +53,11 @@ REPOSITORY_FILES = (
 # Every test that Llama passes and one of our schemes skips: a pattern of its name → schemes, reason
 EXCEPTIONS = {
     r"test_model_rope_scaling_.*": (
-        ("none", "learned", "alibi", "linear_cpb"),
+        WITHOUT_ROPE,
         "the scheme has no rotation that could be scaled.",
     ),
     r"test_model_rope_scaling_frequencies": (
-        ("rotary",),
+        ("rotary", "xpos"),
         "looks for a module of transformers' form; the rotation is a hook of the scheme here, and "
         "`tests/model/test_schemes.py` checks the angles of each `rope_type` against transformers' own.",
     ),
@@ -97,8 +105,8 @@ def assemble(repository: Path | None) -> Path:
     return folder
 
 
-def run(folder: Path, row: str, tests: str | None) -> dict:
-    """One row of the table: all suites over one scheme or peer, in a process of its own."""
+def run(folder: Path, row: str, tests: str | None, suites: list[str] | None = None) -> dict:
+    """One row of the table: all suites, or some, over one scheme or peer, in a process of its own."""
     own = row not in PEERS
     report = folder / f"{row}.json"
     report.unlink(missing_ok=True)
@@ -106,8 +114,10 @@ def run(folder: Path, row: str, tests: str | None) -> dict:
         **os.environ,
         "HF_SUITE_MODULE": "hf_relpos" if own else "transformers",
         "HF_SUITE_PREFIX": "RelPos" if own else MODULES[row],
-        "HF_SUITE_CONFIG": json.dumps({"pos_embedding_type": row} if own else {}),
+        "HF_SUITE_CONFIG": json.dumps({"pos_embedding_type": row, **FIELDS.get(row, {})} if own else {}),
         "HF_SUITE_REPORT": str(report),
+        "HF_SUITE_ONLY": json.dumps(suites),
+        "HF_SUITE_LEFT_OUT": json.dumps(DISTRIBUTED_SUITES if own and row not in DISTRIBUTED_SCHEMES else ()),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
@@ -127,14 +137,16 @@ def run(folder: Path, row: str, tests: str | None) -> dict:
         str(folder),
     ]
     command += ["-c", os.devnull, "tests/family/test_family.py", *(["-k", tests] if tests else [])]
-    start = time.perf_counter()
     log = folder / f"{row}.log"
     with log.open("w") as output:
         subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
     if not report.is_file():
         raise SystemExit(f"the suite did not run for {row}: see {log}")
     tests = fold(json.loads(report.read_text()))
-    return {"row": row, "seconds": round(time.perf_counter() - start, 1), "tests": tests}
+    seconds: dict[str, float] = {}
+    for test in tests.values():
+        seconds[test["suite"]] = round(seconds.get(test["suite"], 0.0) + test.pop("seconds"), 1)
+    return {"row": row, "seconds": seconds, "tests": tests}
 
 
 def fold(reports: list[dict]) -> dict[str, dict]:
@@ -154,16 +166,42 @@ def fold(reports: list[dict]) -> dict[str, dict]:
 
 def stored(rows: list[dict]) -> dict[str, object]:
     """Rows as the report holds them, small: the seconds of each, and by suite and test who passed and who did not."""
-    seconds: dict[str, dict[str, float]] = {row["row"]: {"all": row["seconds"]} for row in rows}
     outcomes: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         for name, test in row["tests"].items():
-            spent, suite = seconds[row["row"]], test["suite"]
-            spent[suite] = round(spent.get(suite, 0.0) + test["seconds"], 1)
             outcome = f"{test['outcome']}: {test['why']}" if test["why"] else test["outcome"]
-            families = outcomes.setdefault(suite, {}).setdefault(name, {})
+            families = outcomes.setdefault(test["suite"], {}).setdefault(name, {})
             families[outcome] = f"{families[outcome]}, {row['row']}" if outcome in families else row["row"]
-    return {"seconds": seconds, "tests": outcomes}
+    return {"seconds": {row["row"]: row["seconds"] for row in rows}, "tests": outcomes}
+
+
+def restored(report: dict) -> list[dict]:
+    """The inverse of `stored`."""
+    rows = {name: {"row": name, "seconds": seconds, "tests": {}} for name, seconds in report["seconds"].items()}
+    for suite, tests in report["tests"].items():
+        for name, outcomes in tests.items():
+            for text, families in outcomes.items():
+                outcome, _, why = text.partition(": ")
+                for family in families.split(", "):
+                    rows[family]["tests"][name] = {"suite": suite, "outcome": outcome, "why": why}
+    return list(rows.values())
+
+
+def updated(rows: list[dict], facts: dict) -> list[dict]:
+    """The rows of the report with these, suite by suite, in the place of their predecessors.
+
+    Raises:
+        SystemExit: if the report is of other versions.
+    """
+    report = json.loads(REPORT.read_text())
+    if report["versions"] != facts["versions"]:
+        raise SystemExit(f"{REPORT} is of {report['versions']}, these rows are of {facts['versions']}: run all rows.")
+    found = {row["row"]: row for row in restored(report)}
+    for row in rows:
+        kept = found.setdefault(row["row"], {"row": row["row"], "seconds": {}, "tests": {}})
+        others = {name: test for name, test in kept["tests"].items() if test["suite"] not in row["seconds"]}
+        kept.update(seconds=kept["seconds"] | row["seconds"], tests=others | row["tests"])
+    return [found[name] for name in (*SCHEMES, *PEERS) if name in found]
 
 
 def kind_of_skip(why: str) -> str:
@@ -212,17 +250,12 @@ def page(record: dict) -> str:
     lines = [
         "# Conformance",
         "",
-        "transformers' own test suites over the family, one scheme of each kind, beside four of the library's families",
-        f"in the same run. Made by `make test-hf`, kept in {REPORT.relative_to(ROOT)}: transformers "
+        "transformers' own test suites over every scheme of the family, beside four of the library's families.",
+        f"Made by `make test-hf`, kept in {REPORT.relative_to(ROOT)}: transformers "
         f"{versions['transformers']}, torch {versions['torch']}, {hardware['cores']} cores of {hardware['cpu']}.",
         "",
-        "The tests come from the source distribution. "
-        + (
-            "The files that it lacks, with the generation and export tests, come from the repository."
-            if record["with_repository"]
-            else "It lacks the generation and the export tests; with a clone of the repository of the same version, "
-            "`make test-hf TRANSFORMERS_REPO=path` adds them. Not run for this page."
-        ),
+        "The tests come from the source distribution. It lacks the generation and the export tests, `test_utils` and",
+        "`test_export` below; `make test-hf TRANSFORMERS_REPO=path` adds them from a clone of the repository.",
         "",
         "| family | passed | failed | skipped | own skips | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -232,7 +265,7 @@ def page(record: dict) -> str:
         own = sum(t["outcome"] == "skipped" and kind_of_skip(t["why"]) == "own" for t in row["tests"].values())
         lines.append(
             f"| {_name(row)} | {outcomes['passed']} | {outcomes['failed']} | {outcomes['skipped']} | {own} | "
-            f"{row['seconds']:.0f} |"
+            f"{sum(row['seconds'].values()):.0f} |"
         )
     lines += [
         "",
@@ -241,7 +274,8 @@ def page(record: dict) -> str:
         "",
         "## By suite",
         "",
-        "passed / failed / skipped, seconds in tests.",
+        "passed / failed / skipped, seconds in tests. "
+        f"Those with several processes, `{'` and `'.join(DISTRIBUTED_SUITES)}`, are for one scheme of each kind.",
         "",
         "| family | " + " | ".join(f"`{suite}`" for suite in suites) + " |",
         "| --- |" + " ---: |" * len(suites),
@@ -251,8 +285,8 @@ def page(record: dict) -> str:
         for suite in suites:
             tests = [test for test in row["tests"].values() if test["suite"] == suite]
             outcomes = Counter(test["outcome"] for test in tests)
-            seconds = sum(test["seconds"] for test in tests)
-            cells.append(f"{outcomes['passed']} / {outcomes['failed']} / {outcomes['skipped']}, {seconds:.0f} s")
+            counts = f"{outcomes['passed']} / {outcomes['failed']} / {outcomes['skipped']}"
+            cells.append(f"{counts}, {row['seconds'][suite]:.0f} s" if tests else "–")
         lines.append(f"| {_name(row)} | " + " | ".join(cells) + " |")
     lines += ["", "## What Llama passes and a scheme skips", "", *_skips(rows)]
     lines += ["", "## Failures", "", *_failures(rows)]
@@ -286,6 +320,10 @@ def _name(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=(*SCHEMES, *PEERS), help="these rows; nothing is written")
+    parser.add_argument("--suites", nargs="+", help="files of transformers, without .py; nothing is written")
+    parser.add_argument(
+        "--update", action="store_true", help="write these rows and suites into the report of the others"
+    )
     parser.add_argument("--tests", help="pytest's -k: these tests only; nothing is written")
     parser.add_argument("--transformers_repo", type=Path, help="a clone of transformers at the installed version")
     args = parser.parse_args()
@@ -294,21 +332,19 @@ def main() -> None:
     rows = []
     for name in names:
         names.set_description(name)
-        rows.append(run(folder, name, args.tests))
-    record = {
+        rows.append(run(folder, name, args.tests, args.suites))
+    facts = {
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "hardware": hardware(),
-        "with_repository": args.transformers_repo is not None,
-        "rows": rows,
     }
-    if not args.only and not args.tests:
-        facts = {name: value for name, value in record.items() if name != "rows"}
-        write_json(REPORT, facts | stored(rows))
-        PAGE.write_text(page(record), encoding="utf-8")
+    if not args.tests and (args.update or not (args.only or args.suites)):
+        written = updated(rows, facts) if args.update else rows
+        write_json(REPORT, facts | stored(written))
+        PAGE.write_text(page(facts | {"rows": written}), encoding="utf-8")
     for row in rows:
         outcomes = Counter(test["outcome"] for test in row["tests"].values())
         own = [t for t, r in row["tests"].items() if r["outcome"] == "skipped" and kind_of_skip(r["why"]) == "own"]
-        print(f"{row['row']:12} {dict(outcomes)} own skips {len(own)} in {row['seconds']} s")
+        print(f"{row['row']:12} {dict(outcomes)} own skips {len(own)} in {sum(row['seconds'].values()):.0f} s")
     found = problems(rows)
     print("\n".join(found) or "no failure and no unexplained skip")
     sys.exit(bool(found))

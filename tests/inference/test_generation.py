@@ -92,7 +92,7 @@ def test_static_cache_of_generate_with_its_compiler(scheme):
     assert torch.equal(compiled, model.generate(tokens, **GREEDY))
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in KINDS if scheme != "fox"])
+@pytest.mark.parametrize("scheme", KINDS)
 def test_quantised_cache(scheme):
     """The error is the quantisation's alone: with 4 bits, whose steps are a fifth as wide, far less than with 2."""
     pytest.importorskip("optimum.quanto", reason="keeps the quantised keys and values")
@@ -105,15 +105,6 @@ def test_quantised_cache(scheme):
         steps = [model(tokens[:, index : index + 1], past_key_values=past).logits for index in range(30, 40)]
         errors.append((torch.cat(steps, dim=1) - expected).norm() / expected.norm())
     assert 0 < errors[1] < 0.4 * errors[0]
-
-
-def test_gates_are_not_quantised():
-    """Their sum over thousands of keys would carry the rounding of each."""
-    pytest.importorskip("optimum.quanto", reason="keeps the quantised keys and values")
-    model = make_model("fox")
-    past = QuantizedCache("quanto", model.config)
-    with pytest.raises(ValueError, match="`cache` must not be quantised for pos_embedding_type 'fox'"):
-        model(make_tokens(1, 5), past_key_values=past)
 
 
 def test_every_kind_of_scheme_is_here():

@@ -1,9 +1,12 @@
 """Who computes the attention: every kernel that serves a scheme agrees with the reference, all others are refused."""
 
+import ast
+import inspect
 import math
 import os
 import subprocess
 import sys
+import textwrap
 from itertools import chain
 
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_relpos import RelPosForCausalLM, list_position_embeddings
+from hf_relpos.model.decoder_layer import RelPosAttention
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, summed in another order
@@ -315,10 +319,15 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire", "fox", "rotary"])
+QWEN3 = dict(use_gated_mlp=True, qk_norm="head", attention_bias=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi", "fire", "fox", "rotary", "rotary as in Qwen3"])
 def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     """Each rank has half of the heads; what all ranks hold whole, such as a CPB's MLP, gets the whole gradient."""
-    model, tokens = make_model(scheme, vocab_size=98), make_tokens(2, 11)  # the ranks share the vocabulary out too
+    scheme, _, architecture = scheme.partition(" as in ")
+    fields = {"vocab_size": 98} | (QWEN3 if architecture else {})  # the ranks share the vocabulary out too
+    model, tokens = make_model(scheme, **fields), make_tokens(2, 11)
     model.save_pretrained(tmp_path / "model")
     torch.save(tokens, tmp_path / "tokens.pt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
@@ -340,3 +349,15 @@ def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     for name, parameter in model.named_parameters():
         error = (result["gradients"][name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_vllm_finds_the_call_of_the_attention_function():
+    """It reads the source of an attention module's `forward` for exactly one call of what that takes from
+    `ALL_ATTENTION_FUNCTIONS`, and `scaling` there; it serves no model without."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(RelPosAttention.forward))))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
+    found = [node for node in found if ast.unparse(node.value.func).startswith("ALL_ATTENTION_FUNCTIONS.")]
+    names = {target.id for node in found for target in node.targets}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    assert len(calls) == 1
+    assert {key.arg: ast.unparse(key.value) for key in calls[0].keywords}["scaling"] == "self.scaling"

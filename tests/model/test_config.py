@@ -7,7 +7,7 @@ from conftest import SCHEMES, make_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_relpos import MODEL_SIZES, RelPosConfig, RelPosForCausalLM
-from hf_relpos.model import configuration_relpos
+from hf_relpos.model import configuration_checks
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_misspelt_keywords_of_loading_are_refused(tmp_path):
 
 def test_other_unknown_keywords_are_kept_and_warned_of(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr(configuration_relpos.logger, "warning", warned.append)
+    monkeypatch.setattr(configuration_checks.logger, "warning", warned.append)
     config = RelPosConfig(fine_tuned_by="alice", temperature=0.5)
     assert config.fine_tuned_by == "alice" and len(warned) == 2
     assert "`fine_tuned_by` is no field of RelPosConfig" in warned[0] and "`temperature` is not kept" in warned[1]
@@ -136,7 +136,7 @@ def test_what_transformers_stores_is_nothing_to_warn_of(scheme, tmp_path, monkey
     def fail(message):
         raise AssertionError(message)
 
-    monkeypatch.setattr(configuration_relpos.logger, "warning", fail)
+    monkeypatch.setattr(configuration_checks.logger, "warning", fail)
     RelPosForCausalLM(make_config(scheme)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="eager", dtype="float32", device_map="cpu"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_config, make_model, make_tokens
+from conftest import SCHEMES, make_config, make_model, make_tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 from transformers.masking_utils import create_masks_for_generate
@@ -24,6 +24,8 @@ WINDOWS = {
     "cope/dape+alibi": [SLIDING, SLIDING, FULL, FULL],
     "fox+rotary/fox": [SLIDING, SLIDING, FULL, FULL],
     "cope/dape": [SLIDING, SLIDING, FULL, FULL],
+    "fire": [SLIDING, FULL, SLIDING, FULL],
+    "fire+fox/alibi+fire": [SLIDING, FULL, SLIDING, SLIDING],
 }
 each_mix = pytest.mark.parametrize("scheme", WINDOWS)
 
@@ -61,7 +63,8 @@ def test_a_repeated_name_is_the_plain_scheme():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_windows_are_mistrals(implementation):
     """Rotary with a window in all layers, and cached steps, beside transformers' own code."""
-    model = make_model("rotary", sliding_window=6, num_key_value_heads=2, attn_implementation=implementation)
+    options = dict(sliding_window=6, num_key_value_heads=2, embedding_multiplier=1.0)
+    model = make_model("rotary", **options, attn_implementation=implementation)
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     fields += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "sliding_window", "pad_token_id")
     fields += ("eos_token_id",)
@@ -94,6 +97,26 @@ def test_what_lies_outside_of_all_windows_is_not_seen():
     changed[0, 10] = 1 + tokens[0, 10] % 90
     moved = (model(tokens).logits - model(changed).logits)[0].abs().amax(-1)
     assert moved[10 : 10 + reach + 1].min() > 1e-5 and moved[10 + reach + 1 :].max() == 0 and moved[:10].max() == 0
+
+
+# but those that count the keys which a query sees, and parts in turn
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if "cope" not in scheme and "/" not in scheme])
+@pytest.mark.parametrize("start", [0, 20])
+def test_a_window_hides_keys_and_moves_no_bias(scheme, start):
+    """Of every scheme: the weights in the window are those without one, divided by their sum; FIRE's too, whose bias
+    depends on the number of tokens before the query, far more than a window has."""
+    tokens, mask = make_tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :4] = 0
+    position_ids = start + (mask.cumsum(-1) - 1).clamp(min=0)
+    given = dict(attention_mask=mask, position_ids=position_ids, output_attentions=True, use_cache=False)
+    options = dict(num_hidden_layers=1, attn_implementation="eager", layer_types=None)
+    whole, narrow = (make_model(scheme, **options, sliding_window=window) for window in (None, 5))
+    weights, narrow_weights = (model(tokens, **given).attentions[0] for model in (whole, narrow))
+    visible = torch.arange(30)[:, None] - torch.arange(30) < 5
+    expected = torch.where(visible, weights, 0.0)
+    expected = expected / expected.sum(-1, keepdim=True)
+    real = mask.bool()[:, None, :, None]
+    assert_close(torch.where(real, narrow_weights, 0.0), torch.where(real, expected, 0.0), rtol=1e-4, atol=1e-6)
 
 
 @each_mix
@@ -207,10 +230,6 @@ BAD = {
     "window for nobody": (dict(layer_types=[FULL] * 4, sliding_window=9), "`sliding_window` must be given if, and"),
     "window of 0": (dict(sliding_window=0), "`sliding_window` must be an integer of at least 1"),
     "window of 1": (dict(sliding_window=1), "`sliding_window` must be at least 2, got 1"),
-    "window over fire": (
-        dict(pos_embedding_type="fire", sliding_window=9),
-        "`layer_types` must be 'full_attention' where `pos_embedding_type` is 'fire'",
-    ),
 }
 
 

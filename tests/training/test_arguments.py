@@ -28,6 +28,28 @@ def test_the_recipe_is_the_notebooks(tmp_path):
     assert RelPosTrainingArguments(output_dir="x", num_train_epochs=2, use_cpu=True).max_steps == -1
 
 
+def test_steps_of_minus_one_are_epochs():
+    """As in transformers, where it is the default."""
+    args = RelPosTrainingArguments(output_dir="x", max_steps=-1, use_cpu=True)
+    assert (args.max_steps, args.num_train_epochs) == (-1, 3.0)
+    args = RelPosTrainingArguments(output_dir="x", max_steps=-1, num_train_epochs=2, use_cpu=True)
+    assert (args.max_steps, args.num_train_epochs) == (-1, 2)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_steps": -2}, "`max_steps` must be at least 1, got -2."),
+        ({"use_liger_kernel": True}, "`use_liger_kernel` must be false: Liger has no kernels for these models"),
+    ],
+    ids=["steps", "Liger"],
+)
+def test_what_cannot_be_served_is_refused(options, message):
+    with pytest.raises(ValueError) as refused:
+        RelPosTrainingArguments(output_dir="x", use_cpu=True, **options)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
 def test_arguments_are_the_ones_that_users_know():
     names = {
         name for cls in (ModelArguments, DataArguments, RelPosTrainingArguments) for name in cls.__dataclass_fields__

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,28 +14,37 @@ from conftest import ROOT
 from helpers import resumes_on_cpus, run_without_the_package, training_flags, weights
 
 from hf_relpos.model.saved_code import AUTO_MAP, code_files
+from hf_relpos.training.checkpoints import newest_whole
 
 
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,hidden_dropout=0"
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 FSDP += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
 KINDS = {"DDP": (["--multi_gpu"], "scripts/train.py"), "FSDP2": (FSDP, "tests/training/train_on_cpu_with_fsdp.py")}
+HANGS = 900  # seconds: beside other jobs a process imports its libraries for minutes
 TYPES = {"DDP": "MULTI_CPU", "FSDP2": "FSDP"}
 
 
 def launch(kind: str, flags: list) -> subprocess.Popen:
     options, script = KINDS[kind]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        options = [*options, "--main_process_port", str(free.getsockname()[1])]
+    # the launcher looks for a free port just before it binds it: one that was found here could be taken by then
+    options = [*options, "--main_process_port", "0"]
     options += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / script), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    """Until one is whole: the state of the Trainer may lie there half written, and before what the other process adds,
+    and the first checkpoint is removed for newer ones, whenever this process gets to look."""
+    deadline = time.monotonic() + HANGS
+    while process.poll() is None and time.monotonic() < deadline and not newest_whole(folder)[0]:
+        time.sleep(0.2)
+
+
 def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 0, output[-3000:]
 
 
@@ -69,15 +77,12 @@ def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags,
     folder = tmp_path / "run"
     flags = {**COMMON, "per_device_train_batch_size": 4}
     process = launch(kind, training_flags(data_flags, folder, **flags, max_steps=100_000))
-    state = folder / "checkpoint-3" / "trainer_state.json"
-    deadline = time.monotonic() + 150
-    while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_checkpoint(process, folder)
     kill(process)
     output, _ = process.communicate()
-    assert state.is_file(), output[-3000:]
-    saved = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    first = max(int(path.name.rpartition("-")[2]) for path in saved)
+    whole, _ = newest_whole(folder)
+    assert whole, output[-3000:]
+    first = int(whole.name.rpartition("-")[2])
     steps = max(6, first + 2)
     flags |= {"max_steps": steps, "resume_from_checkpoint": "last", "override_recipe": "true"}
     finish(launch(kind, training_flags(data_flags, folder, **flags)))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import finetuning_flags, refusal, weights
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 
 @pytest.mark.parametrize("scheme", ["none", "linear_cpb", "rotary"])
@@ -28,6 +28,10 @@ def test_finetuning_a_learned_table(trained, data_flags, tmp_path, run_script, c
     old, new = weights(trained / "learned")[name], weights(tmp_path / "long")[name]
     assert torch.equal(new, torch.cat((old, old, old[:16])))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "long").config.max_position_embeddings == 80
+    lengths = [
+        AutoTokenizer.from_pretrained(folder).model_max_length for folder in (trained / "learned", tmp_path / "long")
+    ]
+    assert lengths == [32, 80]
 
 
 def test_finetuning_with_sampled_positions(trained, data_flags, tmp_path, run_script, capsys):
@@ -49,9 +53,7 @@ def test_finetuning_refuses_what_is_no_model(data_flags, tmp_path, run_script, c
     assert "holds no config.json" in refusal(run_script, capsys, "finetune", flags)
     LlamaConfig().save_pretrained(tmp_path / "llama")
     flags = finetuning_flags(data_flags, tmp_path / "llama", tmp_path / "x")
-    assert "must be a model of the family ('relpos'), got model_type 'llama'" in refusal(
-        run_script, capsys, "finetune", flags
-    )
+    assert "holds no weights as safetensors" in refusal(run_script, capsys, "finetune", flags)
     assert "--model_name_or_path is required" in refusal(
         run_script, capsys, "finetune", finetuning_flags(data_flags, None, tmp_path / "x")
     )

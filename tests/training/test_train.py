@@ -21,6 +21,7 @@ def test_training_saves_a_model_its_tokenizer_and_a_record(trained):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is RelPosForCausalLM and len(tokenizer) == model.config.vocab_size == 300
     assert model.config.train_length == 32 and model.config.use_cache
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
     assert model.config.pad_token_id == tokenizer.pad_token_id

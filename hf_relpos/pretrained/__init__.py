@@ -1,0 +1,1 @@
+"""Models of other families of transformers as models of this one, and back."""

@@ -1,0 +1,274 @@
+"""`hf-relpos import`: a pretrained model of another family becomes one of this, with the same logits."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from ..cli import command, parse_arguments
+from ..file_reading import reading
+from ..model.configuration_relpos import RelPosConfig
+from ..model.modeling_relpos import RelPosForCausalLM
+from ..model.saved_code import AUTO_MAP, saved_code
+from .conversion import HEAD, Conversion, plan_conversion
+from .families import check_fields, family_of, represented_fields
+from .folders import GENERATION_CONFIG, copy_generation_config, new_folder, write_tokenizer, write_weights
+from .sources import SafetensorsWeights, Source, find_source, read_config
+
+
+DESCRIPTION = """\
+Makes a pretrained model of another family into one of this: the same weights and logits, with the position scheme a
+field. MODEL is a folder, a repository of the Hub or a GGUF file.
+
+hf-relpos import HuggingFaceTB/SmolLM2-135M output/smollm2
+"""
+
+
+@dataclass
+class ImportArguments:
+    """Where the model comes from."""
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a repository of the Hub."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "The repository that a folder or file comes from, for record and card."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the weights, by the Hub's name; by default that of its card."}
+    )
+
+
+@command
+def main() -> None:
+    """The command line of scripts/import_model.py."""
+    args, words = parse_arguments((ImportArguments,), DESCRIPTION, positional="MODEL OUT")
+    if len(words) != 2:
+        raise ValueError(f"two words are needed, the model and the folder to write, got {words}.")
+    name, folder = words
+    config = import_pretrained(name, folder, args.revision, args.base_model, args.license)
+    print(describe_import(config, name))
+    print(f"wrote {folder}")
+
+
+def describe_import(config: RelPosConfig, name: str) -> str:
+    """One line about a model that was imported."""
+    origin = config.imported_from
+    facts = [f"model_type {origin['model_type']}", f"pos_embedding_type {config.pos_embedding_type}"]
+    facts += [f"{key} {origin[key]}" for key in ("base_model", "revision", "license") if origin[key]]
+    facts += [f"{key} {before!r} -> {after!r}" for key, (before, after) in origin["changes"].items()]
+    return f"imported {name}: {', '.join(facts)}"
+
+
+def import_model(
+    model: PreTrainedModel | str | Path,
+    revision: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    attn_implementation: str | None = None,
+    **fields: Any,
+) -> RelPosForCausalLM:
+    """A pretrained model of another family as one of this, in its dtype.
+
+    Args:
+        model: loaded, with which the new one shares its memory where it can; or its folder, repository or GGUF file,
+            of which one weight after the other is read.
+        revision: branch, tag or commit of a repository of the Hub.
+        base_model: the repository that it comes from; by default that of its name.
+        license: of the weights; by default as its card states it.
+        attn_implementation: of the new model, as in `from_pretrained`.
+        **fields: other values for fields of the configuration that have no weights, such as `position_sampling`.
+
+    Returns:
+        the model, in evaluation mode; `config.imported_from` says where it comes from.
+
+    Raises:
+        ValueError: for a field that cannot be represented, or weights that do not fit the configuration.
+    """
+    source = None if isinstance(model, PreTrainedModel) else find_source(model, revision)
+    if source is not None and source.gguf_file:
+        model = _load_gguf(source)
+    if isinstance(model, PreTrainedModel):
+        return _import_loaded(model, source, base_model, license, attn_implementation, fields)
+    theirs, weights = _open(source)
+    conversion, config = _convert(theirs, weights.shapes, weights.dtypes, weights, source.name)
+    config = _described(config, theirs, source, base_model, license, fields)
+    # copies: what a file maps into memory is that of the file
+    made = _build(config, conversion, lambda name: _owned(conversion.weight(name, weights)), attn_implementation)
+    if (source.folder / GENERATION_CONFIG).is_file():
+        made.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return made
+
+
+def import_pretrained(
+    name: str | Path,
+    folder: str | Path,
+    revision: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> RelPosConfig:
+    """Imports a model into a new folder, with tokenizer, generation configuration and chat template.
+
+    The weights are written one at a time, in their dtype; only those of a GGUF file are all in memory.
+
+    Args:
+        name: of a folder, a repository of the Hub or a GGUF file.
+        folder: to write; there must be none.
+        revision, base_model, license: as in `import_model`.
+
+    Returns:
+        the configuration of what was written.
+
+    Raises:
+        ValueError: as `import_model`, and if the folder exists; nothing is written then.
+    """
+    with new_folder(folder) as part:
+        source = find_source(name, revision)
+        if source.gguf_file:
+            model = import_model(source.folder / source.gguf_file, base_model=base_model, license=license)
+            model.save_pretrained(part)
+            config = model.config
+        else:
+            config = _write(source, part, base_model, license)
+        write_tokenizer(source, part)
+    return config
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a folder or a repository of the Hub holds a model of another family."""
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        return False
+    try:
+        saved = PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError):  # whoever loads it says what is wrong
+        return False
+    return saved.get("model_type") not in (None, RelPosConfig.model_type)
+
+
+# --- configuration and weights
+
+
+def _open(source: Source) -> tuple[PreTrainedConfig, SafetensorsWeights]:
+    saved = read_config(source)
+    check_fields(saved)
+    with reading(f"`model` {source.name!r}: config.json cannot be read"):
+        config = AutoConfig.from_pretrained(source.folder)
+    return config, SafetensorsWeights(source)
+
+
+def _import_loaded(
+    model: PreTrainedModel,
+    source: Source | None,
+    base_model: str | None,
+    license: str | None,
+    attn_implementation: str | None,
+    fields: dict[str, Any],
+) -> RelPosForCausalLM:
+    theirs, weights = model.config, model.state_dict()
+    check_fields({**theirs.to_dict(), "model_type": theirs.model_type, "quantization_config": None})
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    conversion, config = _convert(theirs, shapes, dtypes, weights, type(model).__name__)
+    source = source or Source("", Path(), base_model=_repository(model), revision=getattr(theirs, "_commit_hash", None))
+    config = _described(config, theirs, source, base_model, license, fields)
+    attn_implementation = attn_implementation or theirs._attn_implementation
+    made = _build(config, conversion, lambda name: conversion.weight(name, weights), attn_implementation)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made
+
+
+def _convert(
+    theirs: PreTrainedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    weights: Mapping[str, torch.Tensor],
+    name: str,
+) -> tuple[Conversion, tuple[dict[str, Any], dict[str, list[Any]]]]:
+    """How the weights become ours, and the fields of the configuration with what they change."""
+    fields, changes = represented_fields(theirs)
+    RelPosConfig(**fields)  # says what is wrong before transformers builds a model of it
+    conversion = plan_conversion(family_of(theirs.model_type), theirs, shapes, dtypes, weights, name)
+    if fields["tie_word_embeddings"] and not conversion.is_tied:  # as transformers decides
+        fields["tie_word_embeddings"], changes["tie_word_embeddings"] = False, [True, False]
+    return conversion, (fields, changes)
+
+
+def _described(
+    made: tuple[dict[str, Any], dict[str, list[Any]]],
+    theirs: PreTrainedConfig,
+    source: Source,
+    base_model: str | None,
+    license: str | None,
+    others: dict[str, Any],
+) -> RelPosConfig:
+    """The configuration, with where the model comes from."""
+    fields, changes = made
+    wanted = others.get("pos_embedding_type", fields["pos_embedding_type"])
+    if wanted != fields["pos_embedding_type"]:
+        raise ValueError(
+            f"`pos_embedding_type` of the imported model is {fields['pos_embedding_type']!r}, got {wanted!r}."
+        )
+    imported_from = {
+        "base_model": base_model or source.base_model,
+        "revision": source.revision,
+        "license": license or source.license,
+        "model_type": theirs.model_type,
+        "changes": changes,
+    }
+    config = RelPosConfig(**{**fields, **others, "imported_from": imported_from})
+    config.architectures = [RelPosForCausalLM.__name__]
+    config.dtype = theirs.dtype
+    return config
+
+
+def _build(
+    config: RelPosConfig, conversion: Conversion, read: Callable[[str], torch.Tensor], attn_implementation: str | None
+) -> RelPosForCausalLM:
+    """The model, each of its weights as `read` gives it."""
+    with torch.device("meta"):
+        model = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    conversion.check(model.state_dict())
+    weights = {name: read(name) for name in conversion.targets}
+    if config.tie_word_embeddings:
+        weights[HEAD] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    config.dtype = model.dtype
+    return model.eval()
+
+
+def _owned(weight: torch.Tensor) -> torch.Tensor:
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
+def _load_gguf(source: Source) -> PreTrainedModel:
+    """The model of a GGUF file, dequantised by transformers, in fp32."""
+    with reading(f"`model` {source.name!r} cannot be read"):
+        return AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
+
+
+def _repository(model: PreTrainedModel) -> str | None:
+    """The repository that a loaded model comes from, as far as its name tells."""
+    name = model.name_or_path or ""
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else None
+
+
+# --- the folder
+
+
+def _write(source: Source, folder: Path, base_model: str | None, license: str | None) -> RelPosConfig:
+    theirs, weights = _open(source)
+    conversion, made = _convert(theirs, weights.shapes, weights.dtypes, weights, source.name)
+    config = _described(made, theirs, source, base_model, license, {})
+    config.dtype = config.dtype or next(iter(conversion.targets.values())).dtype
+    with torch.device("meta"):
+        conversion.check(RelPosForCausalLM(config).state_dict())
+    config.auto_map, config._auto_class = dict(AUTO_MAP), None
+    for name, content in saved_code(config.pos_embedding_type).items():
+        (folder / name).write_bytes(content)
+    config.save_pretrained(folder)
+    copy_generation_config(source, folder)
+    write_weights(folder, conversion.targets, lambda name: conversion.weight(name, weights))
+    return config
