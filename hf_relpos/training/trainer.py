@@ -15,16 +15,21 @@ from transformers import Trainer
 from transformers.utils import PushInProgress
 
 from ..environment import write_json
+from ..file_reading import reading
 from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
 from ..hub.repository import repository_files, write_files
 from ..model_corpus import UsedCorpus
+from ..model_loading import is_finite
 from ..results.training_record import TRAINING_RECORD
 from .checkpoints import RECIPE, newest_whole
 from .recipe import Recipe, apply_overrides, reseed
 
 
 logger = logging.getLogger(__name__)
+
+# what optimizers of torch keep in the shape of the weights
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
 class RelPosTrainer(Trainer):
@@ -113,9 +118,27 @@ class RelPosTrainer(Trainer):
         if checkpoint and self.changed:
             groups = self.optimizer.param_groups
             fresh = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if not checkpoint:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with reading(f"`resume_from_checkpoint` {checkpoint!r}: its optimizer is not that of this model"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self._check_optimizer()
         if fresh:
             apply_overrides(self.changed, fresh, self.optimizer, self.lr_scheduler)
+
+    def _check_optimizer(self) -> None:
+        """Raises `ValueError` if what was loaded is empty, not finite, or of other shapes than the weights."""
+        state = self.optimizer.state
+        if "adam" in str(self.args.optim).lower() and not any(state.values()):
+            raise ValueError("it is empty")
+        for weight, numbers in state.items():
+            for name in MOMENTS & numbers.keys():
+                moment = numbers[name]
+                if moment is not None and moment.shape != weight.shape:
+                    raise ValueError(f"`{name}` has shape {[*moment.shape]} for weights of shape {[*weight.shape]}")
+                if moment is not None and not is_finite(getattr(moment, "_local_tensor", moment)):
+                    raise ValueError(f"`{name}` is not finite")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

@@ -179,6 +179,31 @@ def test_weights_that_are_not_finite_are_no_checkpoint(finished, tmp_path):
     assert "not finite" in damage(checkpoint)
 
 
+def each_moment(change):
+    return lambda state: {
+        **state,
+        "state": {key: {name: change(value) for name, value in each.items()} for key, each in state["state"].items()},
+    }
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: {**state, "state": {}}, "it is empty"),
+        (each_moment(lambda value: value[:1] if value.dim() else value), "has shape"),
+        (each_moment(lambda value: value * float("nan")), "is not finite"),
+        (lambda state: {"state": {}, "param_groups": []}, "different number of parameter groups"),
+        (lambda state: [1, 2], "TypeError"),
+    ],
+)
+def test_an_optimizer_of_another_model_is_refused(change, message, data_flags, stopped, run_script, capsys):
+    path = stopped / "checkpoint-3" / "optimizer.pt"
+    shutil.rmtree(stopped / "checkpoint-6")
+    torch.save(change(torch.load(path)), path)
+    line = refusal(run_script, capsys, "train", resume_flags(data_flags, stopped))
+    assert "checkpoint-3': its optimizer is not that of this model: " in line and message in line
+
+
 def test_the_first_loss_that_is_not_finite_stops_the_run(data_flags, tmp_path, run_script, capsys, monkeypatch):
     compute_loss = RelPosTrainer.compute_loss
 
