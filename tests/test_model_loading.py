@@ -7,7 +7,8 @@ import sys
 
 import pytest
 from conftest import ROOT, save_with_tokenizer
-from helpers import finetuning_flags, refusal
+from helpers import ending, finetuning_flags, refusal, words_of
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 
@@ -75,4 +76,25 @@ def test_a_spoilt_model_is_refused_everywhere(spoil, message, trained, data_flag
     assert message in refusal(run_script, capsys, "generate", [*model, "--prompt", "the"])
     assert message in refusal(run_script, capsys, "evaluate", [*model, "--output_dir", tmp_path / "x", *data_flags])
     assert message in refusal(run_script, capsys, "finetune", flags)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("program", ["generate", "evaluate", "finetune", "push", "serve", "demo"])
+@pytest.mark.parametrize(
+    "weight, value",
+    [
+        ("model.embed_tokens.weight", float("nan")),  # of a token that may not occur
+        ("model.layers.0.self_attn.position_embeddings.linear_cpb.mlp.0.bias", float("inf")),
+        ("model.norm.weight", float("-inf")),
+    ],
+)
+def test_weights_that_are_not_finite_are_used_nowhere(
+    program, weight, value, trained, data_flags, tmp_path, monkeypatch, capsys
+):
+    folder = copy_of(trained / "linear_cpb", tmp_path / "spoilt")
+    weights = load_file(folder / "model.safetensors")
+    weights[weight].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    line = ending(monkeypatch, capsys, program, *words_of(program, folder, data_flags, tmp_path / "x"))
+    assert "the weights are not finite" in line and weight in line
     assert not (tmp_path / "x").exists()

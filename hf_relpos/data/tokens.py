@@ -22,6 +22,9 @@ from .cache import cached, cached_rows, digest, say
 from .corpus import Corpus
 
 
+LONG_WORD = 1000  # characters
+
+
 def load_tokenizer(args: TextArguments, corpus: Corpus, vocab_size: int | None) -> PreTrainedTokenizerFast:
     """The tokenizer that is named, or a byte-level BPE trained on the training split and cached.
 
@@ -65,6 +68,13 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _cut_words(text: str) -> str:
+    """→ the text with spaces in words of more than 1000 characters: the trainer's time grows with their square."""
+    if max(map(len, text.split()), default=0) <= LONG_WORD:
+        return text
+    return re.sub(r"\S+", lambda word: " ".join(re.findall(f".{{1,{LONG_WORD}}}", word[0])), text)
+
+
 def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,7 +86,7 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast
     )
     train = corpus.splits["train"]
     train = train.take(100_000) if isinstance(train, IterableDataset) else train
-    backend.train_from_iterator((batch["text"] for batch in train.iter(batch_size=100)), trainer)
+    backend.train_from_iterator((map(_cut_words, batch["text"]) for batch in train.iter(batch_size=100)), trainer)
     if backend.get_vocab_size() != vocab_size:
         raise ValueError(
             f"`vocab_size` {vocab_size} is more than this corpus gives: {backend.get_vocab_size()} entries."

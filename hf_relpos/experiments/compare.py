@@ -1,5 +1,6 @@
 """One command from a text to an answer: which position scheme trains best on it, and which goes on past its length."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,20 +13,23 @@ import torch
 
 from ..cli import command, parse_arguments
 from ..data.corpus import load_corpus
+from ..data.files import LEFT_OUT
 from ..data.tokens import evaluation_documents, train_tokenizer
+from ..environment import check_at_least_1
 from ..model.attention_cpu import cpu_has_fast_bf16
 from ..model.configuration_relpos import RelPosConfig
 from ..model.scheme_registry import position_embedding_classes
+from ..processes import only_owner
 from ..results.groups import group_results
 from ..results.questions import answers, sentences
 from ..results.report import write_report
 from ..results.result_file import read_result
 from ..tasks.arguments import DataArguments
 from ..training.model_setup import ModelArguments, new_config
-from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, time_text
+from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan, time_text
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
-from .progress import live_table, status
+from .progress import FAILURE, live_table, status
 from .sweep import collect_results, run_one, signals_interrupt
 from .workers import run_here, run_in_processes, visible_gpus
 
@@ -95,32 +99,44 @@ def compare(args: CompareArguments) -> list[str]:
     budget = parse_budget(args.budget)
     _check(args)
     root = Path(args.output_dir)
-    paths = prepare_text(args.text, root / "text", args.run_length)
-    setup = _Setup(args, paths)
-    plan = setup.plan(budget)
-    print(setup.describe(plan), flush=True)
-    if args.dry_run:
-        return []
-    chosen: dict[str, float] = {}
     with signals_interrupt():
-        first = setup.runs(plan, {scheme: RATES for scheme in args.schemes}, SEEDS[:1], tuning=True)
-        _do(first, root, setup.num_parallel)
-        rates = {scheme: [_next_rate(first, scheme, root)] for scheme in args.schemes}
-        second = setup.runs(plan, rates, SEEDS[:1], tuning=True)
-        _do(second, root, setup.num_parallel)
-        chosen = {scheme: _best_rate([*first, *second], scheme, root) for scheme in args.schemes}
-        print("learning rates by validation loss: " + ", ".join(f"{name} {rate:g}" for name, rate in chosen.items()))
-        rates = {scheme: [rate] for scheme, rate in chosen.items()}
-        final = setup.runs(plan, rates, SEEDS[: plan.seeds], tuning=False)
-        _do(final, root, setup.num_parallel)
-    results = collect_results(final, root)
-    written = write_report(results, root / "report", title=f"Position schemes on {setup.name}", varied=VARIED)
+        with only_owner(root, seconds=-1):  # another call may be making the plan
+            asked = {name: getattr(args, name) for name in ASKED} | {"device": _device()}
+            plan = read_plan(root, asked)
+            setup = _Setup(args, prepare_text(args.text, root / "text", args.run_length))
+            plan = plan or setup.plan(budget)
+            if not args.dry_run:
+                save_plan(root, asked, plan)
+        print(setup.describe(plan), flush=True)
+        if args.dry_run:
+            return []
+        final = _train_all(args, setup, plan, root)
+    with only_owner(root, seconds=-1):
+        results = collect_results(final, root)
+        written = write_report(results, root / "report", title=f"Position schemes on {setup.name}", varied=VARIED)
     found = [line for answer in answers(group_results(results, VARIED)) for line in sentences(answer)]
     print("\n".join(["", *(line.replace("**", "") for line in found), "", f"wrote {written[1]}"]))
     return found
 
 
 VARIED = ("recipe.learning_rate",)
+# what the plan depends on, besides the text
+ASKED = ("schemes", "train_length", "run_length", "budget", "seeds", "model_size", "vocab_size")
+
+
+def _train_all(args: CompareArguments, setup: "_Setup", plan: Plan, root: Path) -> list[Run]:
+    """Chooses a learning rate for each scheme and trains its seeds with it; → the runs of all seeds."""
+    first = setup.runs(plan, {scheme: RATES for scheme in args.schemes}, SEEDS[:1], tuning=True)
+    _do(first, root, setup.num_parallel, may_diverge=True)
+    rates = {scheme: [_next_rate(first, scheme, root)] for scheme in args.schemes}
+    second = setup.runs(plan, rates, SEEDS[:1], tuning=True)
+    _do(second, root, setup.num_parallel, may_diverge=True)
+    chosen = {scheme: _best_rate([*first, *second], scheme, root) for scheme in args.schemes}
+    print("learning rates by validation loss: " + ", ".join(f"{name} {rate:g}" for name, rate in chosen.items()))
+    rates = {scheme: [rate] for scheme, rate in chosen.items()}
+    final = setup.runs(plan, rates, SEEDS[: plan.seeds], tuning=False)
+    _do(final, root, setup.num_parallel)
+    return final
 
 
 def _check(args: CompareArguments) -> None:
@@ -132,6 +148,8 @@ def _check(args: CompareArguments) -> None:
             raise ValueError(f"`{name}` must be at least 16 tokens, got {getattr(args, name)}.")
     if args.run_length < args.train_length:
         raise ValueError(f"`run_length` must be at least `train_length` {args.train_length}, got {args.run_length}.")
+    check_at_least_1("num_parallel", args.num_parallel)
+    _check_places(args)
     if args.seeds is not None and not 2 <= args.seeds <= len(SEEDS):
         raise ValueError(f"`seeds` must lie between 2 and {len(SEEDS)}, got {args.seeds}.")
     for scheme in args.schemes:
@@ -143,8 +161,23 @@ def _check(args: CompareArguments) -> None:
             )
 
 
-def _do(runs: Sequence[Run], root: Path, num_parallel: int) -> None:
+def _check_places(args: CompareArguments) -> None:
+    """Refuses to write into the text, of which the next call would read what this one wrote."""
+    if args.text is None:
+        return
+    text, root = (Path(os.path.realpath(os.path.expanduser(place))) for place in (args.text, args.output_dir))
+    if root.is_relative_to(text) and not any(map(LEFT_OUT.search, root.relative_to(text).parts)):
+        raise ValueError(
+            f"`output_dir` {args.output_dir!r} lies in the folder of the `text`, {args.text!r}: choose another."
+        )
+
+
+def _do(runs: Sequence[Run], root: Path, num_parallel: int, may_diverge: bool = False) -> None:
     """Does runs, or what is left of them.
+
+    Args:
+        runs, root, num_parallel: which, where, and how many at once.
+        may_diverge: whether a run may end with a loss that is not finite, as one that tries a learning rate.
 
     Raises:
         ValueError: if one fails.
@@ -157,17 +190,25 @@ def _do(runs: Sequence[Run], root: Path, num_parallel: int) -> None:
             failed = run_here(todo, root, run_one)
         else:
             failed = run_in_processes(todo, root, run_one, num_parallel)
+    failed = [run for run in failed if not (may_diverge and _diverged(run, root))]
     if failed:
         raise ValueError(f"the run {failed[0].label!r} failed, see {failed[0].folder(root) / 'failure.txt'}.")
 
 
+def _diverged(run: Run, root: Path) -> bool:
+    path = run.folder(root) / FAILURE
+    return path.is_file() and "ValueError: training stopped: " in path.read_text(encoding="utf-8")
+
+
 def _validation_losses(runs: Sequence[Run], scheme: str, root: Path) -> dict[float, float]:
-    """Learning rate → loss, lowest first."""
+    """Learning rate → loss, lowest first, of the runs that came to their end."""
     found = {}
     for run in runs:
-        if run.settings["pos_embedding_type"] == scheme:
+        if run.settings["pos_embedding_type"] == scheme and run.result(root).is_file():
             (cell,) = read_result(run.result(root))["lengths"].values()
             found[run.settings["learning_rate"]] = cell["loss"]
+    if not found:
+        raise ValueError(f"`schemes`: the training of {scheme!r} diverges at each of the learning rates {RATES}.")
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
@@ -181,12 +222,16 @@ def _best_rate(runs: Sequence[Run], scheme: str, root: Path) -> float:
     return next(iter(_validation_losses(runs, scheme, root)))
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class _Setup:
     """What all runs of a comparison share."""
 
     def __init__(self, args: CompareArguments, paths: dict[str, Path]) -> None:
         self.args, self.paths = args, paths
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = _device()
         gpus = len(visible_gpus())
         self.num_parallel = args.num_parallel or gpus or min(4, torch.get_num_threads())
         self.batch_size = max(1, TOKENS_PER_STEP // args.train_length)

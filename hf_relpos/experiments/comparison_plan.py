@@ -4,14 +4,19 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..environment import write_json
+from ..file_reading import read_json, reading
 from ..model.configuration_relpos import RelPosConfig
 from ..training.model_setup import new_model
 
 
+PLAN = "plan.json"
 FEWEST_STEPS, MOST_STEPS = 100, 20_000
 FEWEST_SEEDS, MOST_SEEDS = 2, 5
 STEPS_FOR_A_SEED = 1500  # a further seed is worth more than steps beyond these
@@ -118,6 +123,37 @@ def make_plan(
         f"`budget` of {time_text(budget)} affords no comparison: {len(costs)} schemes with {fewest} seeds and "
         f"{FEWEST_STEPS} steps each take about {time_text(1.05 * needed)} here; allow that, or name fewer schemes."
     )
+
+
+def read_plan(root: Path, asked: dict[str, Any]) -> Plan | None:
+    """The plan that an earlier call made in a folder, which later ones keep: steps that were timed anew would be other
+    runs.
+
+    Args:
+        root: folder of the comparison.
+        asked: what the plan was made for.
+
+    Raises:
+        ValueError: if it was made for something else, naming the field.
+    """
+    path = root / PLAN
+    if not path.is_file():
+        return None
+    content = read_json(path, "plan")
+    with reading(f"plan {str(path)!r} cannot be read"):
+        before, plan = dict(content["asked"]), Plan(**content["plan"])
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"`output_dir` {str(root)!r} holds another comparison: its `{name}` is {before.get(name)!r}, got "
+                f"{value!r}; choose another."
+            )
+    return plan
+
+
+def save_plan(root: Path, asked: dict[str, Any], plan: Plan) -> None:
+    """Keeps a plan for the calls that go on with it."""
+    write_json(root / PLAN, {"asked": asked, "plan": asdict(plan)})
 
 
 def _num_runs(costs: Sequence[Cost], seeds: int) -> int:

@@ -23,19 +23,21 @@ MAX_CHARACTERS = 2**28  # 256 MB; what follows is not read
 def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, Path]:
     """Writes train.jsonl, validation.jsonl and test.jsonl to a folder, unless it has them already.
 
+    Those of another text are replaced as long as nothing was trained on them.
+
     Whole documents are dealt out to the splits; where there are fewer than 40, each is cut into a beginning to train
     on, a part to validate on and an end to test on, which is cut again, so that intervals over documents can be had.
 
     Args:
         text: a file or folder of text, as --train_file takes it; the built-in corpus by default.
-        folder: where the files go.
+        folder: where the files go; the runs on them are in `runs` beside it.
         run_length: tokens that a test document should have.
 
     Returns:
         split → file.
 
     Raises:
-        ValueError: if the folder holds another text, or as `load_corpus`.
+        ValueError: if there are runs on another text, if a split would be empty, or as `load_corpus`.
     """
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     try:
@@ -44,11 +46,15 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
         raise ValueError(str(error).replace("`validation_file`", "`text`")) from error
     source = {"name": corpus.name, "fingerprint": corpus.fingerprint, "run_length": run_length}
     if (folder / SOURCE).is_file():
-        if read_json(folder / SOURCE) != source:
+        if read_json(folder / SOURCE) == source:
+            return paths
+        if (folder.parent / "runs").exists():
             raise ValueError(f"{str(folder)!r} holds the text of another comparison: choose another `output_dir`.")
-        return paths
+        (folder / SOURCE).unlink()
     documents = _read(document["text"] for split in corpus.splits.values() for document in split)
     splits = _deal(documents) if len(documents) >= FEW_DOCUMENTS else _cut_each(documents, run_length)
+    if not all(splits.values()):
+        raise ValueError(f"`text` {text!r} is too short to be cut into text to train, to validate and to test on.")
     for split, path in paths.items():
         write_text(path, "".join(json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in splits[split]))
     write_text(folder / SOURCE, json.dumps(source))

@@ -316,7 +316,7 @@ def main() -> None:
         for name, content in sorted(files.items()):
             size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
             print(f"{size:>12,} {name}")
-        print(f"wrote {written}; nothing was sent")
+        print(f"wrote {written}, {_trained_on(files)}; nothing was sent")
         return
     commit = publish(
         files,
@@ -327,4 +327,10 @@ def main() -> None:
         commit_message=args.commit_message,
         overwrite=args.overwrite,
     )
-    print(commit.pr_url or commit.commit_url)
+    print(f"pushed {repo_id}, {_trained_on(files)}: {commit.pr_url or commit.commit_url}")
+
+
+def _trained_on(files: dict[str, Path | bytes]) -> str:
+    """What a repository tells of the text that its model was trained on."""
+    record = read_json(files[TRAINING_RECORD]) if TRAINING_RECORD in files else {}
+    return f"trained on {record['corpus']['name']}" if record.get("corpus") else "whose corpus is not recorded"

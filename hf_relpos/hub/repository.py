@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..file_reading import read_json
 from ..model.configuration_relpos import RelPosConfig
@@ -23,7 +22,7 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
-from ..model_loading import check_folder, load_model, load_tokenizer_of
+from ..model_loading import NOT_FINITE, check_folder, load_model, load_tokenizer_of, not_finite
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
@@ -196,17 +195,10 @@ def check_weights(files: dict[str, Path | bytes]) -> None:
         raise ValueError(f"the weights are not whole: {missing[0]!r} is missing.")
     for name in named:
         try:
-            with safe_open(files[name], "pt") as tensors:
-                for key in tensors.keys():  # one at a time: the file may be larger than the memory
-                    tensor = tensors.get_tensor(key)
-                    if tensor.is_floating_point() and not _is_finite(tensor):
-                        raise ValueError(f"the weights are not finite: {key!r} in {name!r} holds NaN or infinity.")
+            if key := not_finite(files[name]):
+                raise ValueError(f"the weights are not finite: {key!r} in {name!r} {NOT_FINITE}.")
         except SafetensorError as error:
             raise ValueError(f"the weights are not whole: {name!r} cannot be read: {error}") from error
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # fp8 has no isfinite
 
 
 def check_loads(folder: str | Path) -> None:

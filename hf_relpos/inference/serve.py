@@ -19,7 +19,7 @@ from ..file_reading import read_json, reading
 from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..model_loading import check_folder, check_size
+from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite
 from .serving_limits import FollowClient, follow_clients, limit_handler, pop_cap, start_empty_prompts
 
 
@@ -40,9 +40,12 @@ def check_model(name: str, options: Sequence[str]) -> RelPosConfig:
         raise ValueError(f"{name!r} is not a model of the family ('relpos'), got {fields.get('model_type')!r}.")
     if fields.get("architectures") != [RelPosForCausalLM.__name__]:
         raise ValueError(f"{name!r} must hold a {RelPosForCausalLM.__name__}, got {fields.get('architectures')}.")
-    with reading(f"the configuration of {name!r} cannot be read"):
+    with reading(f"{name!r} cannot be served"):
         config = RelPosConfig.from_dict(fields)
         check_size(config)
+        for path in sorted(Path(name).glob("model*.safetensors")):
+            if key := not_finite(path):
+                raise ValueError(f"the weights are not finite: {key!r} in {path.name!r} {NOT_FINITE}")
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
         check_implementation(config, "paged|sdpa (--continuous-batching)")
     return config

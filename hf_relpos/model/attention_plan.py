@@ -13,13 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_distance_bias import distance_bias_attention, flex_distance_attention
 from .attention_kernel import TableCall, select_kernel
 from .attention_key_bias import add_key_bias, dense_key_bias
 from .attention_mask import (
-    eager_attention_forward,
     hide,
     merge_position_bias,
     row_mask,
@@ -38,6 +36,8 @@ class AttentionInputs:
         key, value: (B, G, K, D), including the cached ones.
         key_bias: (B, H, K) fp32, what the keys add to the bias of earlier keys; `None` if no scheme has any.
         shard_heads: (H, ..) values of all heads → those of this rank, where tensor parallelism shares heads out.
+        attention_interface: the attention function of the plan's implementation, but for what every call gives it:
+            query, key, value, mask and keywords → (B, Q, H, D) and weights.
     """
 
     query: torch.Tensor
@@ -45,6 +45,7 @@ class AttentionInputs:
     value: torch.Tensor
     key_bias: torch.Tensor | None
     shard_heads: Callable[[torch.Tensor], torch.Tensor]
+    attention_interface: Callable
 
     def with_key_bias_in_extra_dims(self, key_mask: torch.Tensor | None, scaling: float) -> "AttentionInputs":
         """The same with the key bias in extra dimensions of queries and keys, for kernels that know no bias."""
@@ -124,9 +125,6 @@ class AttentionPlan:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Calls the attention function of the implementation; `bias` is (B or 1, H, Q, K) fp32 or `None`."""
         query, is_flex = inputs.query, self.implementation == "flex_attention"
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.implementation, eager_attention_forward
-        )
         if is_flex and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
             # it adds a mask that is a tensor to the scores, a boolean one too
             mask = hide(query.new_zeros(()), mask, query)
@@ -137,14 +135,12 @@ class AttentionPlan:
         if self.group.window is not None:  # flash attention makes its mask of it
             kwargs["sliding_window"] = self.group.window
         attend = partial(
-            attention_interface,
-            layer,
+            inputs.attention_interface,
             query,
             inputs.key,
             inputs.value,
             mask,
             dropout=layer.attention_dropout if layer.training else 0.0,
-            scaling=layer.scaling,
             **{**self.keywords, **kwargs},
         )
         # torch's choice of a kernel does not see through a transform whether the bias needs a gradient

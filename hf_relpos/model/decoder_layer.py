@@ -14,9 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_mask import eager_attention_forward
 from .attention_plan import AttentionInputs, AttentionPlan
 from .cached_beside import add_with_beside
 from .configuration_relpos import RelPosConfig
@@ -81,10 +83,17 @@ class RelPosAttention(nn.Module):
             key, value, key_bias = self._update(cache, key, value, key_bias, kwargs)
         if query.shape[-1] > self.head_dim:  # attention functions want heads of one width
             value = F.pad(value, (0, query.shape[-1] - self.head_dim))
-        inputs = AttentionInputs(query, key, value, key_bias, shard_heads)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
+
+        # vLLM reads the source of this function, and wants to find this call in it
+        def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return attention_interface(self, *args, scaling=self.scaling, **kwargs)
+
+        inputs = AttentionInputs(query, key, value, key_bias, shard_heads, attend)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
-        # some plans widen the heads
-        return self.o_proj(output[..., : self.head_dim].reshape(*input_shape, -1)), weights
+        # some plans widen the heads, and vLLM's function lays them end to end
+        output = output.reshape(*input_shape, query.shape[1], -1)[..., : self.head_dim]
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def score_bias(
         self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, positions: Positions

@@ -37,6 +37,7 @@ BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "f
 # keywords of `forward` that transformers defines for all models, beside its parameters
 FORWARD_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__, "return_dict"}
 FORWARD_KEYWORDS |= {"shift_labels", "ignore_index"}  # of its loss
+FORWARD_KEYWORDS |= {"cache_position"}  # of earlier versions, still given by some clients: the cache says it itself
 FORWARD_PARAMETERS = (
     "input_ids",
     "attention_mask",

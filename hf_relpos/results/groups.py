@@ -228,7 +228,9 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     training, corpus = _training(result), result["corpus"]
     longest = max(result["lengths"], key=int)
     recipe = {f"recipe.{name}": value for name, value in training.get("recipe", {}).items()}
-    values = (training.get("resume") or {}).get("values", {})
+    resume = training.get("resume") or {}
+    values = resume.get("values", {})
+    recipe["recipe.overrides"] = resume.get("overrides") or None
     recipe |= {f"recipe.{name}": value for name, value in values.items() if name not in UNCOMPARED}
     config = dict(training.get("config") or {})
     config = ARCHITECTURE | config if config else config
@@ -241,6 +243,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "corpus.fingerprint": corpus.get("fingerprint"),
         "corpus.split": corpus.get("split"),
         "corpus.num_windows": corpus.get("num_windows"),
+        "cross_document_attention": _crosses_documents(result, training),
         "eval_lengths (longest)": int(longest),
         "training.corpus": _training_corpus(training),
         "tokens_per_step": training.get("tokens_per_step"),
@@ -248,6 +251,12 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "score_name": result.get("score_name"),
         **recipe,
     }
+
+
+def _crosses_documents(result: dict[str, Any], training: dict[str, Any]) -> bool:
+    """Whether attention went over the ends of documents in an evaluation: as it was asked for, else as in training."""
+    own = ((training.get("corpus") or {}).get("flags") or {}).get("cross_document_attention", False)
+    return (result.get("flags") or {}).get("cross_document_attention", own)
 
 
 def _training_corpus(training: dict[str, Any]) -> str | None:
@@ -278,12 +287,11 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
         group.label = " ".join(filter(None, words))
     # the rest where it is needed to tell groups apart: each scheme may have a learning rate of its own
     repeated = {label for label, count in Counter(group.label for group in groups).items() if count > 1}
-    for group, settings in zip(groups, fields):
-        if group.label in repeated:
-            others = [other for each, other in zip(groups, fields) if each.label in repeated]
-            for name, value in settings.items():
-                if name not in VARIED and any(other[name] != others[0][name] for other in others):
-                    group.label += f" {name.rpartition('.')[2]} {value}"
+    alike = [(group, settings) for group, settings in zip(groups, fields) if group.label in repeated]
+    for group, settings in alike:
+        for name, value in settings.items():
+            if name not in VARIED and any(other[name] != alike[0][1][name] for _, other in alike):
+                group.label += f" {name.rpartition('.')[2]} {value}"
 
 
 def _pattern(layer_types: Sequence[str]) -> str:

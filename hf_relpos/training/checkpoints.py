@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from ..file_reading import read_json
+from ..model_loading import not_finite
 from ..results.training_record import TRAINING_RECORD
 
 
@@ -63,12 +64,11 @@ def _check_weights(folder: Path) -> None:
         return
     for name in names:
         try:
-            with safe_open(folder / name, "pt") as weights:
-                bad = [key for key in weights.keys() if not torch.isfinite(weights.get_tensor(key)).all()]
+            bad = not_finite(folder / name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} cannot be read") from error
         if bad:
-            raise ValueError(f"{name} holds weights that are not finite ({bad[0]})")
+            raise ValueError(f"{name} holds weights that are not finite ({bad})")
 
 
 def _check_archive(folder: Path, *names: str, missing: str | None = None) -> None:

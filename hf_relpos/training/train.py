@@ -175,6 +175,12 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
     check_before_training(run, trainer, base)
     start = time.perf_counter()
+
+    def make_record(training_loss: float | None) -> dict[str, Any]:
+        record = training_record(run, trainer, time.perf_counter() - start, recipe)
+        return record | {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
+
+    trainer.make_record = lambda: make_record(mean_loss(trainer, trainer.state.global_step))
     try:
         training_loss = _train(run, trainer)
         if interrupt.stopped:
@@ -182,12 +188,10 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
                 step = trainer.state.global_step
                 print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
             raise KeyboardInterrupt
-        seconds = time.perf_counter() - start
         _save_model(trainer)
         if _last_evaluation(trainer) is None:
             trainer.evaluate()
-        record = training_record(run, trainer, seconds, recipe)
-        record |= {"train_loss": training_loss, "validation_loss": _last_evaluation(trainer), **base}
+        record = make_record(training_loss)
         _save_record(trainer, record)
         if args.process_index == 0:
             print(_closing_line(record, args.output_dir))

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
 from ..hub.repository import repository_files, write_files
 from ..model_corpus import UsedCorpus
+from ..results.training_record import TRAINING_RECORD
 from .checkpoints import RECIPE, newest_whole
 from .recipe import Recipe, apply_overrides, reseed
 
@@ -39,11 +40,13 @@ class RelPosTrainer(Trainer):
         recipe: what each checkpoint says of its run, in recipe.json.
         changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
         corpus: what the model is trained on, which is noted beside it.
+        make_record: → the record of the run so far, as `training.json` holds it, which a push in training takes along.
     """
 
     recipe: Recipe | None = None
     changed: dict[str, Any] | None = None
     corpus: UsedCorpus | None = None
+    make_record: Callable[[], dict[str, Any]] | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._told_by_step("training"):
@@ -202,6 +205,8 @@ class RelPosTrainer(Trainer):
 
         try:
             write_files(repository_files(checkpoint_folder, self.hub_model_id), staged / "model")
+            if self.make_record:
+                write_json(staged / "model" / TRAINING_RECORD, self.make_record())
         except (OSError, ValueError) as error:  # training continues
             logger.warning(f"The model of step {step} was not pushed: {error}")
             shutil.rmtree(staged)

@@ -113,8 +113,8 @@ def run_vllm(subject: Subject):
     # none of the modules of this environment
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     printed = subprocess.run(command, capture_output=True, text=True, env=environment)
-    answer = printed.stdout.strip().rpartition("\n")[2].removeprefix("model: ")
+    answer = printed.stdout.strip().rpartition("\n")[2].removeprefix("model: ").rpartition(", ")[0]  # without the time
     if answer.startswith("ok: refused: "):
-        raise Refused(answer.removeprefix("ok: refused: "))
+        raise Refused(answer.removeprefix("ok: refused: ").removeprefix("ValueError: "))
     assert answer.startswith("ok: "), answer or printed.stderr[-300:]
-    return answer.removeprefix("ok: ").rpartition(", ")[0]
+    return answer.removeprefix("ok: ")

@@ -56,7 +56,11 @@ def run_sentence_transformers(subject: Subject):
     texts = subject.texts(4)
     made = SentenceTransformer(modules=[body, Pooling(64, "mean")], device="cpu").encode(texts, convert_to_tensor=True)
     model = AutoModel.from_pretrained(subject.folder, **trust).eval()
-    rows = [model(**subject.tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
+    rows = []
+    for text in texts:
+        tokens = body.preprocess([text])  # by the chat template, where there is one
+        tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        rows.append(model(**tokens).last_hidden_state[0].mean(0))
     torch.testing.assert_close(made, torch.stack(rows), rtol=1e-3, atol=1e-3)
 
 

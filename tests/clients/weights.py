@@ -1,6 +1,7 @@
 """What changes or adds weights: adapters, quantisers, merges."""
 
 import json
+import shutil
 from functools import partial
 
 import torch
@@ -138,7 +139,8 @@ def run_bitsandbytes(subject: Subject):
 
 @client("mergekit", "mergekit")
 def run_mergekit(subject: Subject):
-    """A linear merge of the model with one whose weights are half as large: three quarters of each weight."""
+    """A linear merge of the model with one whose weights are half as large: three quarters of each weight. It copies no
+    custom code: the files beside the model are put into the folder that it wrote."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
@@ -153,6 +155,8 @@ def run_mergekit(subject: Subject):
     ]
     config = MergeConfiguration.model_validate({"models": models, "merge_method": "linear", "dtype": "float32"})
     run_merge(config, str(subject.out / "merged"), MergeOptions(trust_remote_code=True, write_model_card=False))
+    for file in subject.folder.glob("*.py"):
+        shutil.copy(file, subject.out / "merged")
     whole = subject.load().state_dict()
     made = type(subject)(subject.out / "merged", subject.scheme, subject.out)
     assert (made.folder / "config.json").is_file(), json.dumps([path.name for path in made.folder.iterdir()])

@@ -140,7 +140,9 @@ def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, c
     evaluated = ["--model_name_or_path", tmp_path / "made", "--output_dir", tmp_path / "made" / "evaluation"]
     client.check("evaluate", *evaluated, *lengths)
     printed = client.check("push_to_hub", tmp_path / "made", "alice/pushed")
-    assert printed.strip().splitlines()[-1].endswith(hub.commits("alice/pushed")[0].oid)
+    line = printed.strip().splitlines()[-1]
+    assert line.startswith("pushed alice/pushed, trained on train+valid.txt: ")
+    assert line.endswith(hub.commits("alice/pushed")[0].oid)
 
     # the Trainer pushes each checkpoint and the end
     hubbed = ["--push_to_hub", "true", "--hub_private_repo", "true", "--save_steps", 2]
@@ -148,6 +150,10 @@ def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, c
     titles = [commit.title for commit in hub.commits("alice/trained")]
     assert titles[0] == "End of training" and "Training in progress, step 2" in titles
     assert hub.repos["model", "alice/trained"].private
+    for commit in hub.commits("alice/trained")[:-1]:  # each of them says what was trained on what
+        record = json.loads(hub.files("alice/trained", commit.oid)["training.json"])
+        assert record["corpus"]["name"] == "train+valid.txt" and record["num_steps"] in (2, 4)
+        assert (record["num_steps"] == 2) == ("step 2" in commit.title)
 
     # a child of what lies on the Hub, which evaluates from there too
     flags = training_flags(

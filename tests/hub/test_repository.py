@@ -84,7 +84,7 @@ def spoil(folder, kind):
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"][3] = float("nan")
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return "the weights are not finite: 'model.norm.weight' in 'model.safetensors' holds NaN or infinity"
+        return "the weights are not finite: 'model.norm.weight' holds NaN or infinity"
     if kind == "an index beside whole weights":
         (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1-of-1.safetensors"}}))
         return "are both there, with other weights"

@@ -1,9 +1,12 @@
 """Who computes the attention: every kernel that serves a scheme agrees with the reference, all others are refused."""
 
+import ast
+import inspect
 import math
 import os
 import subprocess
 import sys
+import textwrap
 from itertools import chain
 
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_relpos import RelPosForCausalLM, list_position_embeddings
+from hf_relpos.model.decoder_layer import RelPosAttention
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, summed in another order
@@ -345,3 +349,15 @@ def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     for name, parameter in model.named_parameters():
         error = (result["gradients"][name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_vllm_finds_the_call_of_the_attention_function():
+    """It reads the source of an attention module's `forward` for exactly one call of what that takes from
+    `ALL_ATTENTION_FUNCTIONS`, and `scaling` there; it serves no model without."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(RelPosAttention.forward))))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
+    found = [node for node in found if ast.unparse(node.value.func).startswith("ALL_ATTENTION_FUNCTIONS.")]
+    names = {target.id for node in found for target in node.targets}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    assert len(calls) == 1
+    assert {key.arg: ast.unparse(key.value) for key in calls[0].keywords}["scaling"] == "self.scaling"
