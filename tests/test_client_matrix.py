@@ -7,7 +7,6 @@ import torch
 from clients.harness import Refused, describe
 from clients.page import BROKEN, LIMIT, REFUSED, WORKS, cell, make_page, verdict
 from conftest import ROOT, make_model, make_tokens
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -48,18 +47,6 @@ def test_a_refusal_is_a_line_of_the_models():
     assert describe(wrapped)["refused"] and describe(Refused("no"))["refused"]
     assert describe(KeyError("x")) == {"refused": False, "error": "KeyError: 'x'"}
     assert not describe(ValueError("from elsewhere"))["refused"]
-
-
-@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "LNTuningConfig", "VeraConfig"])
-def test_peft_knows_the_layers_of_the_family(kind):
-    """Without `target_modules` it takes the same layers as of Llama."""
-    peft = pytest.importorskip("peft", reason="LoRA adapters")
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 97}
-    tuned = []
-    for base in (LlamaForCausalLM(LlamaConfig(**sizes)), make_model("alibi")):
-        model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM"))
-        tuned.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-    assert tuned[0] and tuned[1] == tuned[0]
 
 
 def test_the_attention_function_may_lay_heads_end_to_end(monkeypatch):

@@ -5,7 +5,7 @@ import math
 from types import SimpleNamespace
 
 import torch
-from clients.harness import Subject, client
+from clients.harness import CLOSE, Subject, client
 
 
 TASK = """
@@ -79,7 +79,8 @@ def run_bertviz(subject: Subject):
 
 @client("Captum", "captum")
 def run_captum(subject: Subject):
-    """Integrated gradients of the embeddings add up to the difference of the logits; `LLMAttribution` by ablation."""
+    """Integrated gradients of the embeddings add up to the difference of the logits; `LLMAttribution` by ablation, the
+    same with and without cached outputs."""
     from captum.attr import FeatureAblation, LayerIntegratedGradients, LLMAttribution, TextTemplateInput
 
     model, tokens = subject.load(), subject.tokens(1, 9)
@@ -95,13 +96,19 @@ def run_captum(subject: Subject):
         assert abs(parts.sum().item() - difference) < 0.05 * max(1, abs(difference)), f"off by {delta.item():.3f}"
         return f"off by {abs(delta.item()):.4f}"
 
-    def ablation() -> None:
+    def ablate(cached: bool) -> torch.Tensor:
         words = TextTemplateInput("{} of the {}", ["state", "union"])
         method = LLMAttribution(FeatureAblation(model), subject.tokenizer)
-        result = method.attribute(words, target=" people", skip_tokens=[1])
-        assert result.seq_attr.abs().sum() > 0
+        return method.attribute(words, target=" people war", skip_tokens=[1], use_cached_outputs=cached).seq_attr
 
-    return {"integrated gradients": integrated_gradients, "LLMAttribution": ablation}
+    def ablation() -> None:
+        assert ablate(cached=False).abs().sum() > 0
+
+    def cached_ablation() -> None:
+        torch.testing.assert_close(ablate(cached=True), ablate(cached=False), **CLOSE)
+
+    names = {"LLMAttribution": ablation, "LLMAttribution, cached outputs": cached_ablation}
+    return {"integrated gradients": integrated_gradients, **names}
 
 
 @client("torch.func", "torch")

@@ -32,6 +32,7 @@ def check_adapter(subject: Subject, kind: str, merges: bool = True, **options) -
     torch.testing.assert_close(loaded(input_ids=tokens).logits, logits, **CLOSE)
     expected = model.generate(input_ids=tokens, max_new_tokens=4, do_sample=False)
     assert torch.equal(loaded.generate(input_ids=tokens, max_new_tokens=4, do_sample=False), expected)
+    assert torch.equal(expected[:, tokens.shape[1]], logits[:, -1].argmax(-1)), "`generate` leaves the adapter out"
     if merges:
         torch.testing.assert_close(loaded.merge_and_unload()(tokens).logits, logits, rtol=1e-3, atol=1e-3)
 

@@ -122,3 +122,9 @@ def test_a_loss_of_the_users_gets_its_keywords():
     torch.testing.assert_close(loss, model(tokens).logits.sum())
     with pytest.raises(TypeError, match="unexpected keyword argument 'token_weight'"):
         model(tokens, labels=tokens, token_weight=torch.ones(1, 5))
+
+
+def test_the_position_in_the_cache_may_be_given():
+    """Versions before 5 passed it, and clients of theirs do; the cache knows it."""
+    model, tokens = make_model("alibi"), make_tokens(1, 5)
+    assert torch.equal(model(tokens, cache_position=torch.arange(5)).logits, model(tokens).logits)
