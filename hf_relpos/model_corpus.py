@@ -14,7 +14,7 @@ from typing import Any
 from .data.arguments import BUILT_IN, READING_DEFAULTS, SOURCE_FLAGS
 from .data.cache import digest, say
 from .data.files import content_hash
-from .environment import write_json
+from .environment import write_json, write_text
 from .file_reading import read_json
 from .results.training_record import non_default_fields, read_record
 from .tasks.arguments import DataArguments
@@ -62,10 +62,17 @@ class UsedCorpus:
         return cls({"name": f"task {name}", "fingerprint": fingerprint, "flags": {"task": name}, "read": {}})
 
     def save(self, folder: str | Path) -> None:
-        """Writes, to a model's folder, where the text lies on this machine."""
+        """Writes, to a model's folder, where the text lies on this machine, and a `.gitignore` that keeps it there.
+
+        The Hub heeds that file when a whole folder is uploaded, as git does.
+        """
         root = Path(os.path.abspath(folder))
         places = {flag: [place, os.path.relpath(place, root)] for flag, place in self.places.items()}
         files = {flag: files for flag, files in self.files.items() if len(files) <= MAX_FILES}
+        ignored = root / ".gitignore"
+        lines = ignored.read_text(encoding="utf-8").splitlines() if ignored.is_file() else []
+        if LOCAL_RECORD not in lines:
+            write_text(ignored, "\n".join([*lines, LOCAL_RECORD, ""]))
         write_json(root / LOCAL_RECORD, {"corpus": self.record, "places": places, "files": files})
 
 

@@ -41,18 +41,21 @@ def only_owner(folder: str | Path, name: str = "output_dir", seconds: float = 1.
 
     Raises:
         InUseError: if another process holds it.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, naming it.
     """
     folder = Path(folder)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        open(folder / LOCK, "ab").close()  # filelock would wait for a folder that takes no file
         lock.acquire(timeout=seconds)
     except Timeout as error:
         raise InUseError(
             f"`{name}` {str(folder)!r} is in use by another process: wait until it ends, or choose another."
         ) from error
+    except OSError as error:
+        raise OSError(f"`{name}` {str(folder)!r} cannot be written: {error}") from error
     try:
         yield
     finally:

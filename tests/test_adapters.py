@@ -25,6 +25,7 @@ METHODS = {
     "VBLoRAConfig": {"num_vectors": 8, "vector_length": 4, "r": 2},
     "FourierFTConfig": {"n_frequency": 16},
     "RandLoraConfig": {"r": 4},
+    "OSFConfig": {},
 }
 
 

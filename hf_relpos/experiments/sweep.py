@@ -169,6 +169,8 @@ def main() -> None:
         return
     todo = [run for run in runs if status(run, root)["state"] != "done"]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before", flush=True)
+    with only_owner(root, seconds=-1):  # where nothing can be written no run is started
+        pass
     try:
         with signals_interrupt(), live_table(runs, root):
             failed = _run_all(todo, root, args)

@@ -4,8 +4,8 @@ import sys
 from typing import Any
 
 
-# the type whose names of projections and norms are those of the family, which has no gate
-MODEL_TYPE_LIKE, ABSENT = "llama", "gate_proj"
+# the type whose names of projections and norms are those of the family
+MODEL_TYPE_LIKE = "llama"
 
 
 def enter_adapter_tables(model_type: str) -> None:
@@ -13,7 +13,7 @@ def enter_adapter_tables(model_type: str) -> None:
     tables = getattr(sys.modules.get("peft.utils.constants"), "__dict__", {})
     for name, table in list(tables.items()):
         if name.endswith("_MODULES_MAPPING") and isinstance(table, dict) and MODEL_TYPE_LIKE in table:
-            table.setdefault(model_type, [module for module in table[MODEL_TYPE_LIKE] if module != ABSENT])
+            table.setdefault(model_type, table[MODEL_TYPE_LIKE])
 
 
 class KnownToAdapters:

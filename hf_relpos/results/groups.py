@@ -287,12 +287,11 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
         group.label = " ".join(filter(None, words))
     # the rest where it is needed to tell groups apart: each scheme may have a learning rate of its own
     repeated = {label for label, count in Counter(group.label for group in groups).items() if count > 1}
-    for group, settings in zip(groups, fields):
-        if group.label in repeated:
-            others = [other for each, other in zip(groups, fields) if each.label in repeated]
-            for name, value in settings.items():
-                if name not in VARIED and any(other[name] != others[0][name] for other in others):
-                    group.label += f" {name.rpartition('.')[2]} {value}"
+    alike = [(group, settings) for group, settings in zip(groups, fields) if group.label in repeated]
+    for group, settings in alike:
+        for name, value in settings.items():
+            if name not in VARIED and any(other[name] != alike[0][1][name] for _, other in alike):
+                group.label += f" {name.rpartition('.')[2]} {value}"
 
 
 def _pattern(layer_types: Sequence[str]) -> str:

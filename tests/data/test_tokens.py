@@ -1,6 +1,7 @@
 """The tokenizer, and tokens cached by all that they depend on."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,14 @@ def test_processes_do_not_change_the_tokens(num_workers, corpus):
     tokenizer = train_tokenizer(corpus, 300)
     rows = tokenize(corpus.splits["train"], tokenizer, f"workers {num_workers}", num_workers)["input_ids"]
     assert rows[:] == tokenize(corpus.splits["train"], tokenizer)["input_ids"][:]
+
+
+@pytest.mark.parametrize("letters", ["a", "ab", "0123456789abcdef", "人"])
+def test_words_without_end_train_a_tokenizer(letters, tmp_path):
+    (tmp_path / "long.txt").write_text(letters * (600_000 // len(letters)), encoding="utf-8")
+    (tmp_path / "valid.txt").write_text("a text")
+    text = TextArguments(train_file=str(tmp_path / "long.txt"), validation_file=str(tmp_path / "valid.txt"))
+    begun = time.process_time()
+    tokenizer = train_tokenizer(load_corpus(text), 260)
+    assert time.process_time() - begun < 10  # it took minutes
+    assert tokenizer.decode(tokenizer(letters * 2000)["input_ids"], skip_special_tokens=True) == letters * 2000

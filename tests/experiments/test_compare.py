@@ -90,6 +90,7 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     for index in range(40):
         (tmp_path / f"{index:02}.txt").write_text(make_text(900, index))
     monkeypatch.setattr(module, "make_plan", lambda *_: Plan(steps=3, seeds=2, num_runs=8, seconds=60.0))
+    monkeypatch.setattr(module, "RATES", (3e-3, 1e30))  # one of them destroys any model
     monkeypatch.setattr(module, "SMALL", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2")
     options = {"text": str(tmp_path), "schemes": ["alibi", "none"], "train_length": 32, "run_length": 128}
     args = CompareArguments(**options, vocab_size=300, num_parallel=1, output_dir=str(tmp_path / ".out"))
@@ -107,8 +108,40 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert all(r["training"]["data_seed"] == r["seed"] and len(r["documents"]["num_tokens"]) > 1 for r in results)
     page = (tmp_path / ".out" / "report" / "report.html").read_text()
     assert "<b>" in page and "Loss by position, minus that of none" in page
-    runs = sorted((tmp_path / ".out" / "runs").iterdir())
-    times = [(run / "model.safetensors").stat().st_mtime_ns for run in runs]
-    assert len(runs) == 8 and compare(args) == found  # nothing is trained again
-    assert times == [(run / "model.safetensors").stat().st_mtime_ns for run in runs]
+    assert "alibi 0.00" in printed and "none 0.00" in printed and len([*(tmp_path / ".out" / "runs").iterdir()]) == 8
+    times = [path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))]
+    monkeypatch.setattr(module, "make_plan", lambda *_: Plan(steps=4, seeds=2, num_runs=8, seconds=60.0))
+    assert len(times) == 6 and compare(args) == found  # on a busier machine too, nothing is trained again
+    assert times == [
+        path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))
+    ]
+    for change in ({"budget": "2h"}, {"seeds": 3}, {"schemes": ["alibi"]}, {"run_length": 64}):
+        with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
+            compare(CompareArguments(**{**vars(args), **change}))
     assert compare(CompareArguments(**{**vars(args), "dry_run": True})) == []
+
+
+@pytest.mark.parametrize("place", ["", "out", "deep/output/compare", "link/out"])
+def test_nothing_is_written_into_the_text(place, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_text(make_text(900, 0))
+    (folder / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="`output_dir` .* lies in the folder of the `text`"):
+        compare(CompareArguments(text=str(folder), output_dir=str(folder / place)))
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "link"]
+
+
+@pytest.mark.parametrize("text", ["one line\n", "a", "\n\n word \n"])
+def test_a_text_that_is_too_short(text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match="`text` '.*a.txt' is too short"):
+        prepare_text(str(tmp_path / "a.txt"), tmp_path / "text", 64)
+
+
+def test_a_refusal_binds_nobody_to_its_text(tmp_path, corpus_files):
+    given = {"train_length": 32, "vocab_size": 300, "text": str(corpus_files / "train"), "dry_run": True}
+    given["output_dir"] = str(tmp_path / "out")
+    for length in (4096, 8192):  # the message names a length that it serves
+        with pytest.raises(ValueError, match=f"`run_length` {length}: the test part"):
+            compare(CompareArguments(**given, run_length=length))

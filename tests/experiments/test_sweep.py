@@ -12,6 +12,7 @@ import time
 import pytest
 import yaml
 from conftest import ROOT
+from helpers import refusal
 
 from hf_relpos.experiments.grid import load_experiment
 from hf_relpos.experiments.progress import progress_table, status
@@ -346,3 +347,16 @@ def test_a_ray_cluster_outlives_a_worker(tiny, tmp_path):
     results = [json.loads(run.result(root).read_text())["training"] for run in runs]
     assert results[0]["resumed_from_step"] >= 10 and results[1]["resumed_from_step"] == 0
     assert all(result["num_steps"] == 60 for result in results)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 2])
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/self", "file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_run(
+    place, num_parallel, write, run_script, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    path = write(train={"max_steps": 1}, grid={"pos_embedding_type": ["none"]})
+    flags = ["--experiment", path, "--output_dir", place, "--num_parallel", num_parallel]
+    line = refusal(run_script, capsys, "sweep", flags)
+    assert f"`output_dir` '{place}' cannot be written" in line

@@ -19,6 +19,7 @@ from saved_model import save_model
 from hf_relpos import RelPosForCausalLM
 from hf_relpos.hub.model_card import is_generated
 from hf_relpos.model.saved_code import code_files
+from hf_relpos.model_corpus import LOCAL_RECORD
 
 
 LOOP = """
@@ -115,6 +116,11 @@ def training_flags(corpus_files, **flags):
     return [word for name, value in given.items() for word in (f"--{name}", value)]
 
 
+UPLOAD = """
+from huggingface_hub import HfApi
+HfApi().create_repo("alice/as-it-is")
+HfApi().upload_folder(folder_path={folder!r}, repo_id="alice/as-it-is", ignore_patterns=["checkpoint-*"])
+"""
 LOAD = """
 import json, sys
 for name in ("hf_relpos", "datasets", "accelerate", "evaluate", "matplotlib"):
@@ -143,6 +149,11 @@ def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, c
     line = printed.strip().splitlines()[-1]
     assert line.startswith("pushed alice/pushed, trained on train+valid.txt: ")
     assert line.endswith(hub.commits("alice/pushed")[0].oid)
+
+    # a folder that is uploaded as it is does not tell where the text lies
+    assert (tmp_path / "made" / LOCAL_RECORD).is_file()
+    client.check(UPLOAD.format(folder=str(tmp_path / "made")))
+    assert "model.safetensors" in hub.files("alice/as-it-is") and LOCAL_RECORD not in hub.files("alice/as-it-is")
 
     # the Trainer pushes each checkpoint and the end
     hubbed = ["--push_to_hub", "true", "--hub_private_repo", "true", "--save_steps", 2]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from conftest import make_model, make_tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
@@ -171,21 +173,50 @@ def test_a_hook_of_the_head_sees_each_step():
     assert seen == [(3, 20, VOCAB)]
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
-def test_data_parallel_passes_them_on_unread(options, tmp_path):
+def test_data_parallel_passes_them_on_unread(options, process_group):
     model = make_model("alibi").train()
     expected = gradients(model, forward(model, skip_logits=False).loss)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        parallel = DistributedDataParallel(model, **options)
-        output = forward(parallel)
-        assert is_unread(output)
-        output.loss.backward()
-        for parameter, gradient in zip(model.parameters(), expected, strict=True):
-            assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
-        assert_close(forward(parallel).logits, model(TOKENS).logits)
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = DistributedDataParallel(model, **options)
+    output = forward(parallel)
+    assert is_unread(output)
+    output.loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert_close(forward(parallel).logits, model(TOKENS).logits)
+
+
+class Outer(torch.nn.Module):
+    """A module around the model, as that of a training framework."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["the model", "a module around it"])
+def test_sharded_weights_that_are_gone(around, process_group):
+    """FSDP2 frees the weights of a forward, and reads its outputs for those that need gradients."""
+    model = make_model("linear_cpb").train()
+    expected = forward(model, skip_logits=False)
+    expected_gradients = gradients(model, expected.loss + expected.logits.logsumexp(-1).pow(2).mean())
+    sharded = Outer(model) if around else model
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+    output = forward(sharded)
+    assert torch.equal(output.logits, expected.logits)
+    (output.loss + output.logits.logsumexp(-1).pow(2).mean()).backward()
+    for parameter, gradient in zip(model.parameters(), expected_gradients, strict=True):
+        assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-3, atol=1e-6)
 
 
 class Reading(Trainer):

@@ -111,7 +111,7 @@ BAD = {
         dict(rope_parameters='{"factor": 2}', pos_embedding_type="none"),
         "`rope_parameters` is for .* got it with 'none'",
     ),
-    "no JSON": ("rotary", dict(rope_parameters="yarn"), "`rope_parameters` must be JSON, got 'yarn'"),
+    "no JSON": ("rotary", dict(rope_parameters="yarn"), "`rope_parameters` must be JSON: 'yarn' cannot be read"),
     "no dictionary": ("rotary", dict(rope_parameters="[1]"), "`rope_parameters` must be a dictionary"),
     "rotation without its factor": ("rotary", dict(rope_parameters='{"rope_type": "yarn"}'), r"must have \['factor'\]"),
     "unknown rotation": ("rotary", dict(rope_parameters='{"rope_type": "ntk"}'), "'rope_type' must be one of"),
