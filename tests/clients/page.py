@@ -4,8 +4,6 @@ from clients.harness import CONTROL, SCHEMES
 
 
 WORKS, LIMIT, REFUSED, BROKEN = "works", "client's limit", "refused", "**broken**"
-# what could not be run here, and why
-NOT_RUN: dict[str, str] = {}
 
 
 def verdict(row: dict, model: str, use: str) -> str:
@@ -59,10 +57,10 @@ def make_page(record: dict) -> str:
     lines += ["", "## What is run", ""]
     for name, row in rows.items():
         uses = [use for use in row["models"].get(CONTROL, {}) if use]
-        listed = f" Uses: {', '.join(uses)}." if uses else ""
+        listed = f" Uses: {'; '.join(uses)}." if uses else ""
         lines.append(f"- **{name}**: {row['what']}{listed}")
     lines += ["", "## What does not work, and why", "", *reasons(rows)]
-    missing = {name: row["missing"] for name, row in rows.items() if "missing" in row} | NOT_RUN
+    missing = {name: row["missing"] for name, row in rows.items() if "missing" in row}
     lines += ["", "## What was not run", "", *[f"- **{name}**: {why}" for name, why in missing.items()]]
     return "\n".join(lines if missing else [*lines, "Nothing."]) + "\n"
 
@@ -78,6 +76,6 @@ def reasons(rows: dict[str, dict]) -> list[str]:
                     error = result["error"].replace(model, "…") if said != REFUSED else result["error"]
                     found.setdefault((name, use, said, error), []).append(model)
     return [
-        f"- {name}{f', {use}' if use else ''} ({', '.join(models)}), {said}: `{error}`"
+        f"- {name}{f', {use}' if use else ''} ({', '.join(models)}), {said}: {error}"
         for (name, use, said, error), models in found.items()
     ] or ["Nothing."]
