@@ -319,6 +319,8 @@ def _words(values: dict[str, Any], parser: Any) -> list[str]:
     several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     flags = []
     for name, value in values.items():
+        if name == "report_to" and isinstance(value, list) and len(value) == 1:  # as TrainingArguments takes it
+            value = value[0]
         if isinstance(value, list) and name not in several:
             raise ValueError(f"`{name}` takes one value, got {value!r}.")
         if isinstance(value, list):

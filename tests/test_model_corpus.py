@@ -284,6 +284,9 @@ def test_models_of_0_1_0(tmp_path, evaluate, run_script, capsys, built_in):
 
     def write(name, fingerprint):
         record = {"corpus": {"name": name, "fingerprint": fingerprint}, "flags": {"cross_document_attention": True}}
+        record |= {"pos_embedding_type": "alibi", "train_length": 32, "recipe": {}}
+        counts = ("seed", "data_seed", "num_steps", "num_tokens", "tokens_per_step", "seconds")
+        record |= dict.fromkeys((*counts, "tokens_per_second", "peak_memory_mib"), 42)
         (folder / "training.json").write_text(json.dumps(record))
 
     write("sotu", fingerprint)

@@ -75,7 +75,8 @@ class Positions:
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> "Positions":
         """The same on another device: accelerate moves what a module is given to where its parameters are."""
-        return replace(self, **{item.name: getattr(self, item.name).to(device, **kwargs) for item in fields(self)})
+        given = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
+        return replace(self, **{name: value.to(device, **kwargs) for name, value in given.items()})
 
 
 class SelfInitialized:

@@ -11,7 +11,7 @@ def test_report_refuses(tmp_path, run_script, capsys):
     (tmp_path / "bad.json").write_text('{"lengths": {}}')
     for path, message in (
         (tmp_path / "bad.json", "lacks ['pos_embedding_type'"),
-        (tmp_path / "no.json", "cannot be read"),
+        (tmp_path / "no.json", "does not exist"),
     ):
         flags = ["--results", path, "--output_dir", tmp_path / "x"]
         assert message in refusal(run_script, capsys, "report", flags)
