@@ -8,6 +8,7 @@ import re
 import pytest
 from scipy import stats
 
+from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
 from hf_relpos.results.groups import group_results
@@ -127,6 +128,23 @@ def test_what_differs_is_not_averaged(change, message, results):
         group_results(results)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("hidden_act", "gelu"), ("tie_word_embeddings", True), ("initializer_range", 0.1), ("embedding_multiplier", 1.0)],
+)
+def test_groups_are_of_the_whole_configuration(field, value):
+    """What no label names is no difference of the seed: it is refused, unless it was varied on purpose."""
+    configs = [RelPosConfig().to_dict(), RelPosConfig(initializer="fan_in", **{field: value}).to_dict()]
+    results = [make_result("alibi", seed, config=config) for seed, config in enumerate(configs)]
+    with pytest.raises(ValueError, match=f"`config.{field}` is "):
+        group_results(results)
+    assert len(group_results(results, [f"config.{field}"])) == 2
+    size = [RelPosConfig(hidden_size=width).to_dict() for width in (256, 512)]  # the multiplier follows from it
+    shapes = [{"num_hidden_layers": 4, "hidden_size": width} for width in (256, 512)]
+    results = [make_result("alibi", 1, config=c, shape=s) for c, s in zip(size, shapes)]
+    assert [group.label for group in group_results(results)] == ["alibi 4×256", "alibi 4×512"]
+
+
 def test_labels_name_what_varies():
     results = [make_result("alibi", 1, train_length=n, num_steps=s) for n in (128, 256) for s in (10, 20)]
     labels = [group.label for group in group_results(results)]
@@ -222,8 +240,14 @@ def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, t
             "`training.corpus` is None and 'mine 01234567'",
         ),
         (lambda r: r.update(pos_embedding_type="none"), "two results are of 'none' with seed 42"),
+        (lambda r: r.update(flags={"cross_document_attention": True}), "`cross_document_attention` is False and True"),
+        (lambda r: r["training"].update(resume={"values": {"adam_beta2": 0.9}}), "`recipe.adam_beta2` is None and 0.9"),
+        (
+            lambda r: r["training"].update(resume={"overrides": [{"step": 3, "values": {}}]}),
+            "`recipe.overrides` is None and [{'step': 3, 'values': {}}]",
+        ),
     ],
-    ids=["fingerprint", "corpus", "split", "recipe", "batch", "training", "twice"],
+    ids=["fingerprint", "corpus", "split", "recipe", "batch", "training", "twice", "documents", "adam", "override"],
 )
 def test_a_table_of_files_refuses_what_a_report_refuses(change, message, run_script, tmp_path, capsys):
     results = [make_result("none"), make_result("alibi")]
