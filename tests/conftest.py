@@ -8,6 +8,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import importlib.util  # noqa: E402
 import random  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -24,6 +25,9 @@ if not torch.cuda.is_available():
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM, list_position_embeddings  # noqa: E402
 
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: tests send it to processes that they start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 COMBINATIONS = ["sinusoidal+linear_cpb", "learned+alibi", "scaled_sinusoidal+rotary", "rotary+log_cpb"]
