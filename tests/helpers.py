@@ -1,5 +1,6 @@
 """What tests of several folders use: flags of small runs, scripts in a process, refusals, blocked packages."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
+from transformers.utils.import_utils import is_serve_available
 
 from hf_relpos import cli
 from hf_relpos.tasks.base import TEST
@@ -99,6 +101,12 @@ def ending(monkeypatch, capsys, name, *words) -> str:
     (line,) = [line for line in printed.err.splitlines() if "error:" in line]
     assert "error: unexpected" not in line and len(line) < 2000
     return line
+
+
+def installed(*programs: str) -> list[str]:
+    """→ the programs whose packages are here; the server and the page need some of their own."""
+    found = {"serve": is_serve_available(), "demo": importlib.util.find_spec("gradio") is not None}
+    return [program for program in programs if found.get(program, True)]
 
 
 def words_of(program, folder, data_flags, output):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from helpers import ending, run_in_shell, training_flags, words_of
+from helpers import ending, installed, run_in_shell, training_flags, words_of
 
 from hf_relpos import cli
 
@@ -115,7 +115,7 @@ def test_a_damaged_file_of_a_model(file, kind, change, model, data_flags, tmp_pa
         programs = ("generate", "push", "serve")
     if file == "generation_config.json" or kind == "model_type {}":
         programs = ("generate",) if kind != "model_type {}" else ("push", "serve")
-    for program in programs:
+    for program in installed(*programs):
         line = ending(monkeypatch, capsys, program, *words_of(program, folder, data_flags, tmp_path / "x"))
         assert "model" in line and (not callable(change) or file in line), (program, line)
         assert not (tmp_path / "x").exists()

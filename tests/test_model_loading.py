@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, save_with_tokenizer
-from helpers import ending, finetuning_flags, refusal, words_of
+from helpers import ending, finetuning_flags, installed, refusal, words_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -79,7 +79,7 @@ def test_a_spoilt_model_is_refused_everywhere(spoil, message, trained, data_flag
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("program", ["generate", "evaluate", "finetune", "push", "serve", "demo"])
+@pytest.mark.parametrize("program", installed("generate", "evaluate", "finetune", "push", "serve", "demo"))
 @pytest.mark.parametrize(
     "weight, value",
     [

@@ -5,7 +5,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import ending, words_of
+from helpers import ending, installed, words_of
 
 from hf_relpos import RelPosForCausalLM, cli
 from hf_relpos.cli import describe
@@ -119,7 +119,7 @@ def test_an_interrupted_run_is_told_by_its_checkpoints(trained, data_flags, tmp_
     for name in ("checkpoint-3", "checkpoint-6"):
         shutil.copytree(trained / "none" / name, folder / name)
     (folder / "checkpoint-99").mkdir()
-    for program in ("generate", "evaluate", "finetune", "push", "serve"):
+    for program in installed("generate", "evaluate", "finetune", "push", "serve"):
         line = ending(monkeypatch, capsys, program, *words_of(program, folder, data_flags, tmp_path / "x"))
         assert f"name its checkpoint, '{folder / 'checkpoint-6'}'" in line and "--resume_from_checkpoint last" in line
     assert load_model(str(folder / "checkpoint-6"), RelPosForCausalLM)
