@@ -92,8 +92,7 @@ print(repr(Trainer(model=model, args=args).compute_loss(model, {"input_ids": tok
 """
 
 
-@pytest.mark.parametrize("scheme", KINDS)
-@pytest.mark.parametrize("alone", [False, True], ids=["package", "saved code"])
+@pytest.mark.parametrize("scheme, alone", [(KINDS[0], False), (KINDS[-1], True)], ids=["package", "saved code"])
 def test_label_smoothing_shifts_the_labels(scheme, alone, tmp_path):
     """The Trainer shifts labels only for classes that it knows by name."""
     if alone and scheme not in ("linear_cpb", "rotary"):
@@ -285,7 +284,7 @@ def import_exporters():
     return exporters
 
 
-@pytest.mark.parametrize("scheme", [*KINDS, "fox", "pope"])
+@pytest.mark.parametrize("scheme", ["linear_cpb", "rotary", "fox", "pope"])
 @pytest.mark.parametrize("backend", EXPORTS)
 def test_export(backend, scheme, tmp_path, monkeypatch):
     """Prefill and decode with a cache, saved and loaded, at another batch size and length than those traced."""

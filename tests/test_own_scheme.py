@@ -130,8 +130,6 @@ def test_a_sweep_passes_the_file_to_its_workers(example, corpus_files, tmp_path)
     flags = ["--experiment", "experiment.yaml", "--output_dir", "out"]
     done = hf_relpos("sweep", *flags, "--num_parallel", 2, cwd=tmp_path)
     assert "2 of 2 results" in done.stdout
-    before = hf_relpos("sweep", *flags, "--dry_run", "true", cwd=tmp_path).stdout
-    assert before.count(": done") == 2
     example.write_text(EXAMPLE + "\n# another one\n", encoding="utf-8")
     after = hf_relpos("sweep", *flags, "--dry_run", "true", cwd=tmp_path).stdout
     assert after.count(": done") == 1, "the run of the scheme that changed, and no other"

@@ -352,14 +352,12 @@ COMPILED = [
     "learned",
     "alibi",
     "linear_cpb",
-    "t5",
     "kerple_log",
     "fire",
     "fox",
     "cope",
     "dape",
     "rotary",
-    "xpos",
 ]
 
 
