@@ -18,7 +18,7 @@ from hf_relpos.environment import write_text
 from hf_relpos.model.attention_mask import check_implementation
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
 from hf_relpos.model.scheme_registry import PositionEmbeddings, build_position_embeddings
-from hf_relpos.results.plots import FEW_COLORS, new_figure, save_figure
+from hf_relpos.results.figure_style import FEW_COLORS, new_figure, save_figure
 from hf_relpos.scheme_docs import link_papers, read_scheme
 
 
