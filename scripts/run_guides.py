@@ -23,7 +23,19 @@ from hf_relpos.cli import command, parse_arguments
 
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("quickstart", "train", "extend", "experiments", "own_scheme", "pretrained", "publish", "scale", "choosing")
+GUIDES = (
+    "quickstart",
+    "choosing",
+    "train",
+    "models",
+    "evaluate",
+    "extend",
+    "pretrained",
+    "experiments",
+    "own_scheme",
+    "publish",
+    "scale",
+)
 BLOCK = re.compile(r"^(?:<!-- (not run|file): (.*) -->\n)?```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FUNCTION = f'hf-relpos() {{ "{sys.executable}" -m hf_relpos "$@"; }}; python() {{ "{sys.executable}" "$@"; }}; set -e\n'
 
