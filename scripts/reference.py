@@ -75,19 +75,19 @@ def command_section(name: str, purpose: str) -> str:
         return f"## hf-relpos {name}\n\n{SERVED}"
     types, description, words = asked(name)
     inherited = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-    own, more = [], 0
+    own, more = [], False
     for field in (field for each in types for field in dataclasses.fields(each)):
         same = inherited.get(field.name)
         if field.init and (same is None or default_text(field) != default_text(same)):
             own.append(field)
         else:
-            more += field.init
+            more |= field.init
     parts = [f"## hf-relpos {name}", f"{purpose[0].upper()}{purpose[1:]}."]
     parts += [f"`hf-relpos {name} {words} [flags]`"] if words else []
     parts += ["\n".join(flag_rows(own))] if own else ["It takes no flags."]
     if more:
         address = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
-        parts.append(f"And {more} flags of [TrainingArguments]({address}) with their own defaults.")
+        parts.append(f"And the other flags of [TrainingArguments]({address}), with their own defaults.")
     return "\n\n".join(parts) + "\n"
 
 
