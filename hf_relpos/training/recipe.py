@@ -11,6 +11,7 @@ from transformers import set_seed
 from ..data.cache import digest
 from ..file_reading import read_json
 from ..results.training_record import UNRECORDED_FLAGS
+from ..special_tokens import document_end
 from .checkpoints import RECIPE
 from .run import TrainingRun
 
@@ -163,4 +164,4 @@ def _plain(value: Any) -> Any:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    return digest(sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id)[:24]
+    return digest(sorted(tokenizer.get_vocab().items()), document_end(tokenizer))[:24]
