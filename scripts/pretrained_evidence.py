@@ -81,7 +81,7 @@ class EvidenceArguments:
     dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16."})
     scale: int = field(default=1, metadata={"help": "Factor of windows, rows and steps; 1 is for two cores."})
     variants: list[str] | None = field(default=None, metadata={"help": f"Some of {[*VARIANTS]}; all by default."})
-    text_lengths: list[int] = field(default_factory=lambda: [2048, 8192, 16384], metadata={"help": "In tokens."})
+    text_lengths: list[int] = field(default_factory=lambda: [2048, 16384], metadata={"help": "In tokens."})
     passkey_lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384], metadata={"help": "In tokens."})
     needle_lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192], metadata={"help": "In tokens."})
     steps: int = field(default=200, metadata={"help": "Steps of LoRA before some variants, times --scale."})
@@ -154,7 +154,7 @@ def main() -> None:
 def all_items(args: EvidenceArguments, variants: list[str]) -> Iterator[Item]:
     """Everything that is to be measured, in this order."""
     for variant in variants:
-        yield Item(variant, TEXT, tuple(sorted(args.text_lengths)), 2 * args.scale)
+        yield Item(variant, TEXT, tuple(sorted(args.text_lengths)), args.scale)
         for length in args.passkey_lengths:
             yield Item(variant, PASSKEY, (length,), args.scale)
         for task in NEEDLES:

@@ -27,6 +27,7 @@ NEUTRAL_STARTS = ("hub_", "trackio_")
 DATA_FIELDS = ("streaming", "cross_document_attention", "validation_split_percentage", "max_eval_samples")
 # what a checkpoint cannot go on with
 FIXED = {"optim", "optim_args", "fp16", "fsdp", "fsdp_config", "deepspeed", "base_model", "changes", "tokenizer"}
+FIXED |= {"lora_rank", "lora_alpha", "scheme_schedule", "scheme_schedule_steps"}
 
 
 @dataclass
