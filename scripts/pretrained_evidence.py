@@ -114,7 +114,7 @@ class Item:
         return self.num * kinds * sum(length + length**2 / 5000 for length in self.lengths)
 
     def file(self, folder: Path) -> Path:
-        lengths = self.lengths[0] if self.measure != TEXT else self.lengths[-1]
+        lengths = "_".join(map(str, self.lengths))
         return folder / "items" / slug(self.variant) / f"{self.measure}_{lengths}_x{self.num}.json"
 
 
