@@ -37,8 +37,8 @@ CONTRACT = {
     "model_corpus",
     "hub": "model model_loading results scheme_docs environment cli file_reading",
     "demo": "model model_loading evaluation inference results cli model_corpus",
-    "training": "model model_loading pretrained data tasks results hub environment processes cli scheme_files "
-    "model_corpus file_reading",
+    "training": "model model_loading pretrained special_tokens data tasks results hub environment processes cli "
+    "scheme_files model_corpus file_reading",
     "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_files "
     "file_reading",
 }

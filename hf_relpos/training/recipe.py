@@ -11,6 +11,7 @@ from transformers import set_seed
 from ..data.cache import digest
 from ..file_reading import read_json
 from ..results.training_record import UNRECORDED_FLAGS
+from ..special_tokens import document_end
 from .checkpoints import RECIPE
 from .run import TrainingRun
 
@@ -26,6 +27,7 @@ NEUTRAL_STARTS = ("hub_", "trackio_")
 DATA_FIELDS = ("streaming", "cross_document_attention", "validation_split_percentage", "max_eval_samples")
 # what a checkpoint cannot go on with
 FIXED = {"optim", "optim_args", "fp16", "fsdp", "fsdp_config", "deepspeed", "base_model", "changes", "tokenizer"}
+FIXED |= {"lora_rank", "lora_alpha", "scheme_schedule", "scheme_schedule_steps"}
 
 
 @dataclass
@@ -163,4 +165,4 @@ def _plain(value: Any) -> Any:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    return digest(sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id)[:24]
+    return digest(sorted(tokenizer.get_vocab().items()), document_end(tokenizer))[:24]

@@ -10,6 +10,7 @@ from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
+from .lora import num_plain_parameters
 from .recipe import Recipe
 from .run import TrainingRun
 
@@ -56,12 +57,13 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "data_seed": args.data_seed,
         "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
         "config": {name: getattr(config, name, None) for name in CONFIG_FIELDS},
-        "num_parameters": trainer.model.num_parameters(),
+        "num_parameters": num_plain_parameters(trainer.model),
         "num_steps": steps,
         "num_processes": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tokens_per_step": tokens_per_step,
         "num_tokens": steps * tokens_per_step,
+        "block_size": args.block_size,
         **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
         "recipe": numbers,
         "script": args.script,

@@ -22,7 +22,9 @@ from ..hub.repository import repository_files, write_files
 from ..model_corpus import UsedCorpus
 from ..model_loading import is_finite
 from ..results.training_record import TRAINING_RECORD
-from .checkpoints import RECIPE, newest_whole
+from .checkpoints import RECIPE, load_weights, newest_whole
+from .lora import has_lora, merged_weights, save_trained_weights
+from .plain_model import plain_model
 from .recipe import Recipe, apply_overrides, reseed
 
 
@@ -42,12 +44,14 @@ class RelPosTrainer(Trainer):
     saved.
 
     Attributes:
+        save_dtype: of the weights in the output folder; those of checkpoints are as they are trained.
         recipe: what each checkpoint says of its run, in recipe.json.
         changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
         corpus: what the model is trained on, which is noted beside it.
         make_record: → the record of the run so far, as `training.json` holds it, which a push in training takes along.
     """
 
+    save_dtype: torch.dtype | None = None
     recipe: Recipe | None = None
     changed: dict[str, Any] | None = None
     corpus: UsedCorpus | None = None
@@ -112,6 +116,36 @@ class RelPosTrainer(Trainer):
         # in a checkpoint the state comes last, so one that has it has the recipe
         if self.recipe and self.args.should_save and output_dir and Path(output_dir) != Path(self.args.output_dir):
             write_json(Path(output_dir) / RECIPE, self.recipe.to_dict())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes an ordinary model, with LoRA merged; a checkpoint also gets LoRA itself."""
+        trained, is_end = self.model, Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
+        plain = self.accelerator.unwrap_model(trained, keep_torch_compile=False)
+        dtype = self.save_dtype if is_end else None
+        if not self.args.should_save or not (has_lora(plain) or dtype not in (None, plain.dtype)):
+            super()._save(output_dir, state_dict)
+            return
+        if has_lora(plain):
+            state_dict = merged_weights(plain)
+        self.model = plain_model(plain, state_dict or plain.state_dict(), dtype)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
+        if has_lora(plain) and not is_end:
+            save_trained_weights(plain, output_dir)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if has_lora(model or self.model):
+            load_weights(model or self.model, checkpoint)
+        else:
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_lora(self.model):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = []
