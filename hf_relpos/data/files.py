@@ -219,3 +219,9 @@ def check_apart(first: FileList, second: FileList) -> None:
     for path in second.paths:
         if (path.stat().st_dev, path.stat().st_ino) in places:
             raise ValueError(f"`{second.flag}` must hold other files than `{first.flag}`, got {str(path)!r} in both.")
+
+
+def inside(path: Path, given: str) -> str:
+    """→ the path of a file as seen from the folder that was given, or the name of the file that was."""
+    inside = os.path.relpath(path, Path(given).expanduser())
+    return path.name if inside == os.curdir else Path(inside).as_posix()

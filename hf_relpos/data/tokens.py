@@ -60,7 +60,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
     if not corpus.fingerprint:
         return _train_tokenizer(corpus, vocab_size)
     parts = [corpus.fingerprint, vocab_size, SPECIAL_TOKENS, tokenizers.__version__]
-    folder, _ = cached("tokenizer", parts, lambda folder: _save(_train_tokenizer(corpus, vocab_size), folder))
+    folder, _ = cached("tokenizer", parts, lambda folder: _save(_train_tokenizer(corpus, vocab_size), folder), True)
     return AutoTokenizer.from_pretrained(folder)
 
 
