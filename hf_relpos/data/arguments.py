@@ -23,6 +23,7 @@ READING_DEFAULTS = {
 class TextArguments:
     """Which text, and how it becomes blocks; that of a saved model where none is named, else the built-in corpus."""
 
+    about: ClassVar[str] = "the text"
     # of a copy that was filled from the record of a model: the flags that were named
     given: ClassVar[dict[str, Any] | None] = None
 

@@ -16,6 +16,7 @@ from ..data.corpus import load_corpus
 from ..data.files import LEFT_OUT
 from ..data.tokens import evaluation_documents, train_tokenizer
 from ..environment import check_at_least_1
+from ..messages import time_text
 from ..model.attention_cpu import cpu_has_fast_bf16
 from ..model.configuration_relpos import RelPosConfig
 from ..model.scheme_registry import position_embedding_classes
@@ -26,7 +27,7 @@ from ..results.report import write_report
 from ..results.result_file import read_result
 from ..tasks.arguments import DataArguments
 from ..training.model_setup import ModelArguments, new_config
-from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan, time_text
+from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
 from .progress import FAILURE, live_table, status

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import command, parse_arguments
+from ..cli import command, parse_arguments, say_next
 from ..environment import write_bytes, write_text
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
@@ -18,6 +18,7 @@ from .report_page import Section, as_html, as_markdown
 from .report_tables import context_rows, perplexity_rows, score_rows, setup_rows
 from .result_file import (
     RESULTS,
+    best_result,
     corpus_note,
     escape_markdown,
     markdown_table,
@@ -199,6 +200,8 @@ def main() -> None:
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
     print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
+    best = best_result(results)
+    places = [Path(args.sweep) / "runs", *(path.parents[1] for path in map(Path, args.results) if path.parents[1:])]
 
 
 def _results_of_sweep(folder: Path) -> Path:

@@ -7,11 +7,29 @@ import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from ..environment import check_at_least_1
-from ..model.attention_cpu import cpu_has_fast_bf16
 from ..results.training_record import non_default_fields
 
 
 TOKENS_PER_STEP = 128 * 128
+# title → names of the flags that transformers has
+PURPOSES = {
+    "optimizer and schedule": "optim.*|adam.*|weight_decay|max_grad_norm|lr_.*|warmup.*|label_smoothing.*|neftune.*|seed",
+    "precision, memory and speed": "fp16.*|bf16.*|tf32|.*checkpointing.*|torch_.*|use_liger.*|liger_.*|use_cache|auto_find.*"
+    "|full_determinism|use_cpu|gradient_acc.*|average_tokens.*",
+    "logs and trackers": "log.*|disable_tqdm|report_to|run_name|project|trackio.*|include_num.*|skip_memory.*|debug",
+    "evaluation while training": "eval.*|do_.*|prediction_.*|include_for.*|batch_eval.*|.*best_model.*|greater_is.*",
+    "checkpoints": "save_.*|resume_.*|restore_.*|enable_jit.*|ignore_data_skip",
+    "the Hub": "hub_.*|push_.*",
+    "data loading": "dataloader.*|remove_unused.*|label_names|train_sampling.*|length_column.*|group_by.*",
+    "several processes": "ddp.*|fsdp.*|deepspeed|accelerator.*|parallelism.*|local_rank",
+}
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU has matrix units for bf16."""
+    from ..model.attention_cpu import cpu_has_fast_bf16 as has_units  # imports the models, which --help need not do
+
+    return has_units()
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
@@ -27,6 +45,8 @@ class RelPosTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
     16,384 tokens, with data in an order that does not depend on the model's seed."""
 
+    about: ClassVar[str] = "the training"
+    purposes: ClassVar[dict[str, str]] = PURPOSES
     script: ClassVar[str] = "train"
     default_steps: ClassVar[int] = 10_000
     fewest_steps: ClassVar[int] = 1
