@@ -114,6 +114,8 @@ def _pop_debug(argv: list[str]) -> bool:
 def main() -> None:
     """The program `hf-relpos`: runs the sub-command that the command line begins with."""
     sys.argv[0], words = PROGRAM, sys.argv[1:]
+    if not sys.stderr.isatty():  # the bars of other libraries: a file keeps every copy of them
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     if words[:1] in (["--help"], ["-h"]):
         print(_usage())
         return
@@ -174,6 +176,7 @@ def schemes_main() -> None:
     for name, scheme in POSITION_EMBEDDINGS.items():
         title = (scheme.__doc__ or scheme.__name__).strip().partition("\n\n")[0]
         print(f"{name:<{width}}  {scheme.kind:<8}  {' '.join(title.split())}")
+    say_next("train", pos_embedding_type="alibi", output_dir="output/alibi")
 
 
 def parse_arguments(
@@ -196,7 +199,7 @@ def parse_arguments(
             file of schemes that cannot be imported, or a model whose scheme lies in a file that was not given.
     """
     parser = _parser(types, description, usual, required)
-    parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of flags; those on the command line win.")
     parser.add_argument(f"--{IMPORT_FILE}", nargs="+", metavar="FILE", help=IMPORT_HELP)
     if positional:
         parser.add_argument("words", nargs="+", metavar=positional)
@@ -249,21 +252,20 @@ def import_schemes(files: Sequence[str]) -> None:
             import_scheme_file(path)
 
 
-def say_next(name: str, *words: object, file: Any = None, **flags: object) -> None:
+def say_next(name: str, *words: object, **flags: object) -> None:
     """The last line of a program: a whole command that goes on from what it has made, with the files of schemes that
     were imported here.
 
     Args:
         name: of the sub-command.
         words: what needs no flag.
-        file: stdout by default.
-        flags: name → value.
+        flags: name → value, or a list of values, of which an empty one is left out.
     """
     from .scheme_files import imported_files
 
-    given = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    files = imported_files()
-    say_command([PROGRAM, name, *words, *given, *([f"--{IMPORT_FILE}", *files] if files else [])], file)
+    flags = {flag: as_list(value) for flag, value in (flags | {IMPORT_FILE: imported_files()}).items()}
+    given = [word for flag, values in flags.items() if values for word in (f"--{flag}", *values)]
+    say_command([PROGRAM, name, *words, *given])
 
 
 def as_list(value: Any) -> list[Any]:

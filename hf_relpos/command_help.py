@@ -27,7 +27,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         if action.choices and metavar(action) == "NAME":
             text = f"{text.rstrip('. ')}{'. ' if text else ''}One of {', '.join(map(str, action.choices))}."
-        if action.default not in (None, False, "", argparse.SUPPRESS) and action.default != [] and "default" not in text:
+        if (
+            action.default not in (None, False, "", argparse.SUPPRESS)
+            and action.default != []
+            and "default" not in text
+        ):
             text = f"{text} (default: %(default)s)".strip()
         return text
 

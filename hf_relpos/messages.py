@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-from tqdm.auto import tqdm
-
 
 MEASURED = 3.0  # seconds after the first update before a time is told
 PER_LINE = 30.0  # seconds between two lines where there is no terminal
@@ -31,10 +29,11 @@ def time_text(seconds: float) -> str:
     return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def say_command(words: Iterable[object], file: Any = None) -> None:
-    """`next: ` and the command, as a shell takes it."""
+def say_command(words: Iterable[object]) -> None:
+    """`next: ` and the command, as a shell takes it, on stderr: it is advice, not output."""
     if is_first_process():
-        print(f"next: {shlex.join(map(str, words))}", file=file or sys.stdout, flush=True)
+        sys.stdout.flush()
+        print(f"next: {shlex.join(map(str, words))}", file=sys.stderr, flush=True)
 
 
 def this_command(without: str, *more: str) -> list[str]:
@@ -94,6 +93,8 @@ class Progress:
         self.estimated = False
         self.bar: Any = None
         if self.speaks and not only_time and (sys.stderr.isatty() or _is_notebook()):
+            from tqdm.auto import tqdm  # after the environment said how often a bar may be drawn
+
             unit = self.unit.removesuffix("s")
             self.bar = tqdm(total=total, initial=initial, desc=task, unit=unit, dynamic_ncols=True)
 

@@ -19,28 +19,30 @@ PACKAGE = ROOT / "hf_relpos"
 CONTRACT = {
     "model": "",
     "environment": "",
+    "messages": "",
+    "command_help": "",
     "processes": "",
     "special_tokens": "",
     "file_reading": "",
     "scheme_files": "model file_reading",
-    "cli": "model scheme_files file_reading environment",
+    "cli": "model scheme_files file_reading environment messages command_help",
     "__main__": "cli",
     "model_loading": "model file_reading",
     "pretrained": "model cli file_reading",
     "data": "model model_loading environment special_tokens",
-    "inference": "model model_loading cli special_tokens file_reading environment",
+    "inference": "model model_loading cli special_tokens file_reading environment messages",
     "tasks": "data special_tokens",
     "results": "environment cli file_reading",
     "model_corpus": "data tasks results environment file_reading",
     "scheme_docs": "model",
     "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
-    "model_corpus",
-    "hub": "model model_loading results scheme_docs environment cli file_reading",
+    "model_corpus messages",
+    "hub": "model model_loading results scheme_docs environment cli file_reading messages",
     "demo": "model model_loading evaluation inference results cli model_corpus",
     "training": "model model_loading pretrained data tasks results hub environment processes cli scheme_files "
-    "model_corpus file_reading",
+    "model_corpus file_reading messages",
     "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_files "
-    "file_reading",
+    "file_reading messages",
 }
 
 

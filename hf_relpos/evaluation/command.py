@@ -15,7 +15,15 @@ rows of a synthetic task (--task).
 
 hf-relpos evaluate --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
 """
-USUAL = ("model_name_or_path", "output_dir", "eval_lengths", "max_windows", "eval_split", "validation_file", "test_file")
+USUAL = (
+    "model_name_or_path",
+    "output_dir",
+    "eval_lengths",
+    "max_windows",
+    "eval_split",
+    "validation_file",
+    "test_file",
+)
 USUAL += ("stride", "dtype", "task")
 
 
@@ -30,8 +38,8 @@ class EvaluationArguments:
     eval_lengths: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Evaluation lengths in tokens; by default 128 to 1024 and up to twice the training length, or up to "
-            "8 times one below 128, as far as the documents and a learned table go."
+            "help": "Evaluation lengths in tokens; by default 128 to 1024 and up to twice the training length (of one "
+            "below 128 up to 8 times), as far as the documents and a learned table go."
         },
     )
     eval_split: str | None = field(

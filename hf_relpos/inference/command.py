@@ -1,7 +1,6 @@
 """`hf-relpos generate`: its flags, and what it prints. The rest is imported when the flags were read, so that `--help`
 does not wait for it."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -65,4 +64,4 @@ def main() -> None:
     config = Path(args.model_name_or_path) / "config.json"
     if config.is_file() and read_json(config).get("model_type") == "relpos":
         name = f"your-name/{config.resolve().parent.name}"
-        say_next("push", args.model_name_or_path, name, dry_run="true", file=sys.stderr)  # stdout is for the text alone
+        say_next("push", args.model_name_or_path, name, dry_run="true")

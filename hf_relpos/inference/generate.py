@@ -18,9 +18,9 @@ from transformers import (
     set_seed,
 )
 
-from ..messages import Progress
 from ..environment import write_text
 from ..file_reading import read_text_file
+from ..messages import Progress
 from ..model_loading import load_model, load_model_tokenizer
 from ..special_tokens import document_start
 from .command import GenerationArguments

@@ -200,8 +200,16 @@ def main() -> None:
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
     print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
-    best = best_result(results)
-    places = [Path(args.sweep) / "runs", *(path.parents[1] for path in map(Path, args.results) if path.parents[1:])]
+    if model := _best_model(args, results):
+        say_next("push", model, f"your-name/{model.resolve().name}", dry_run="true")
+
+
+def _best_model(args: ReportArguments, results: Sequence[dict[str, Any]]) -> Path | None:
+    """→ the folder of the model with the best result, if it lies where sweep.py or evaluate.py was told to put it."""
+    name = str(best_result(results).get("model"))
+    places = [Path(args.sweep) / "runs" / name] if args.sweep else []
+    places += [folder for path in args.results for folder in Path(path).parents[:2]]
+    return next((each for each in places if each.resolve().name == name and (each / "config.json").is_file()), None)
 
 
 def _results_of_sweep(folder: Path) -> Path:

@@ -53,8 +53,10 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_readable(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """→ the runs of all result files that can be read, and what is wrong with each of the others; a copy of a result, as
-    one in the folder of a dry run of a push, counts once."""
+    """→ the runs of all result files that can be read, and what is wrong with each of the others.
+
+    A copy of a result, such as one in the folder of a dry run of a push, counts once.
+    """
     results, errors, places = [], [], {}
     for path in paths:
         try:

@@ -13,9 +13,9 @@ from ..results.training_record import non_default_fields
 TOKENS_PER_STEP = 128 * 128
 # title → names of the flags that transformers has
 PURPOSES = {
-    "optimizer and schedule": "optim.*|adam.*|weight_decay|max_grad_norm|lr_.*|warmup.*|label_smoothing.*|neftune.*|seed",
-    "precision, memory and speed": "fp16.*|bf16.*|tf32|.*checkpointing.*|torch_.*|use_liger.*|liger_.*|use_cache|auto_find.*"
-    "|full_determinism|use_cpu|gradient_acc.*|average_tokens.*",
+    "optimizer and schedule": "optim.*|adam.*|weight_.*|max_grad_norm|lr_.*|warmup.*|label_smoothing.*|neftune.*|seed",
+    "precision, memory and speed": "fp16.*|bf16.*|tf32|.*checkpointing.*|torch_.*|use_liger.*|liger_.*|use_cache|"
+    "auto_find.*|full_determinism|use_cpu|gradient_acc.*|average_tokens.*",
     "logs and trackers": "log.*|disable_tqdm|report_to|run_name|project|trackio.*|include_num.*|skip_memory.*|debug",
     "evaluation while training": "eval.*|do_.*|prediction_.*|include_for.*|batch_eval.*|.*best_model.*|greater_is.*",
     "checkpoints": "save_.*|resume_.*|restore_.*|enable_jit.*|ignore_data_skip",
@@ -52,7 +52,10 @@ class RelPosTrainingArguments(TrainingArguments):
     fewest_steps: ClassVar[int] = 1
 
     block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
-    learning_rate: float = 2e-4
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the model, its record and its checkpoints; a new one."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Of the optimizer; the highest of the schedule."})
     lr_scheduler_type: str = field(default="constant", metadata={"choices": [each.value for each in SchedulerType]})
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": f"Blocks per device and step; {TOKENS_PER_STEP} tokens' worth by default."}
@@ -67,6 +70,7 @@ class RelPosTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Optimizer steps, unless --num_train_epochs is given; -1: that many epochs, 3 by default."},
     )
+    seed: int = field(default=42, metadata={"help": "Seed of the weights and of dropout."})
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
     eval_strategy: str = field(default="steps", metadata={"choices": [each.value for each in IntervalStrategy]})
     eval_steps: float | None = 1000
@@ -77,6 +81,10 @@ class RelPosTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = True
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "last: go on from the newest whole checkpoint of --output_dir; or the folder of one."},
+    )
     override_recipe: bool = field(
         default=False,
         metadata={"help": "Resume with a recipe that differs, as a larger --max_steps; the change is recorded."},

@@ -24,7 +24,14 @@ hf-relpos finetune --model_name_or_path output/alibi --block_size 512 --output_d
 """
 RUN_FLAGS = ("learning_rate", "per_device_train_batch_size", "seed", "resume_from_checkpoint")
 TRAIN_FLAGS = ("output_dir", "pos_embedding_type", "train_file", "model_size", "block_size", "max_steps")
-FINETUNE_FLAGS = ("model_name_or_path", "output_dir", "block_size", "pos_embedding_type", "rope_parameters", "max_steps")
+FINETUNE_FLAGS = (
+    "model_name_or_path",
+    "output_dir",
+    "block_size",
+    "pos_embedding_type",
+    "rope_parameters",
+    "max_steps",
+)
 
 
 @command

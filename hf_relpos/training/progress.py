@@ -85,17 +85,19 @@ def banner(run: TrainingRun, num_steps: int, first_step: int = 0) -> list[str]:
     batch = [f"{args.per_device_train_batch_size} × {args.block_size} tokens"]
     batch += [f"{devices} devices"] if devices > 1 else []
     batch += [f"{args.gradient_accumulation_steps} accumulated"] if args.gradient_accumulation_steps > 1 else []
-    verb = f"resumes after step {first_step:,}: " if first_step else ""
+    resumed = f"resumes after step {first_step:,}: " if first_step else ""
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    tokens = f"{count_text(num_steps * per_step)} tokens, {_passes_text(run, num_steps)}"
     lines = [
-        f"{verb}{config.pos_embedding_type}, {count_text(run.model.num_parameters())} parameters, trained at "
+        f"{resumed}{config.pos_embedding_type}, {count_text(run.model.num_parameters())} parameters, trained at "
         f"{args.block_size:,} tokens, seed {args.seed}",
-        f"{num_steps:,} steps of {' × '.join(batch)}: {count_text(num_steps * per_step)} tokens, {_passes_text(run, num_steps)}",
-        f"on {_device_text(args)}, in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}; output: {args.output_dir}",
+        f"{num_steps:,} steps of {' × '.join(batch)}: {tokens}",
+        f"on {_device_text(args)}, in {dtype}; output: {args.output_dir}",
     ]
     passes = _passes(run, num_steps)
     if passes is not None and passes > PASSES:
         steps = int(num_steps * PASSES / passes)
-        less = f"--max_steps {steps:,} reads it {PASSES} times" if steps else "it takes more text"
+        less = f"--max_steps {steps} reads it {PASSES} times" if steps else "it takes more text"
         lines.append(
             f"warning: {passes:.0f} passes over one corpus: after some {PASSES} a model learns it by heart; {less}"
         )
@@ -105,7 +107,9 @@ def banner(run: TrainingRun, num_steps: int, first_step: int = 0) -> list[str]:
 def _passes(run: TrainingRun, num_steps: int) -> float | None:
     """How often a run reads its corpus; `None` for a stream."""
     blocks = run.data.train
-    return num_steps * tokens_per_step(run.args) / (len(blocks) * run.args.block_size) if hasattr(blocks, "__len__") else None
+    if not hasattr(blocks, "__len__"):
+        return None
+    return num_steps * tokens_per_step(run.args) / (len(blocks) * run.args.block_size)
 
 
 def _passes_text(run: TrainingRun, num_steps: int) -> str:
@@ -125,8 +129,8 @@ def _device_text(args: Any) -> str:
 
 
 def count_text(number: int) -> str:
-    """A large number in three digits: "7.34M"."""
+    """A large number in about three digits: "7.34M"."""
     for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
-            return f"{number / size:.3g}{letter}"
+            return (f"{number / size:.0f}" if number >= 100 * size else f"{number / size:.3g}") + letter
     return str(number)
