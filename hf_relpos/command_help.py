@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 
 MOST_CHOICES = 60  # characters of them that a flag shows before its help
+VALUES = {"?": "[{}]", "*": "[{} ...]", "+": "{} [{} ...]"}  # by the number that a flag takes
 TYPES = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "true|false"}
 FOOT = """\
 A flag may be written with - for _. One that takes true or false means true alone. --debug shows the traceback
@@ -21,7 +22,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, metavar(action))}"
+        word = metavar(action)
+        return f"{action.option_strings[0]} {VALUES.get(action.nargs, '{}').format(word, word)}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -56,13 +58,15 @@ def help_page(
 
     Args:
         parser: with all flags.
-        types: the dataclasses that they come from. A class may have `about`, a title for its flags, and `purposes`, a
-            title → a pattern of names, for the flags that it inherits from transformers.
+        types: the dataclasses that they come from. A class may have `about`, a title for its flags, and `purposes`,
+            title → pattern of names, for those that stand in groups of their own, behind all others.
         usual: the names of the flags that stand first, in this order; all of the classes by default.
         required: those that stand in the usage; those without a default by default.
     """
     actions = {action.dest: action for action in reversed(parser._actions) if action.help != argparse.SUPPRESS}
     actions = dict(reversed(actions.items()))  # of a flag and its --no_ twin the first
+    for name, action in actions.items():
+        action.help = action.help or _inherited_help(name, types)
     words = [action for action in actions.values() if not action.option_strings]
     required = required or [action.dest for action in actions.values() if action.required and action.option_strings]
     named = [f"--{name} {metavar(actions[name])}" for name in required]
@@ -81,21 +85,22 @@ def flag_groups(names: Sequence[str], types: Sequence[type], usual: Sequence[str
     """Title → the names of its flags, each name once."""
     usual = usual or [name for cls in types for name in cls.__dataclass_fields__]
     groups: dict[str, list[str]] = {"usual flags": [name for name in usual if name in names]}
-    foreign: dict[str, list[str]] = {}
     for cls in types:
-        for title in getattr(cls, "purposes", {}):
-            foreign[title] = []
-        for name in names:
-            if name in usual or name not in cls.__dataclass_fields__ or name == "words":
-                continue
-            owner = next(each for each in cls.__mro__ if name in each.__dict__.get("__annotations__", {}))
-            if owner.__module__.partition(".")[0] == __package__:
-                groups.setdefault(getattr(cls, "about", "other flags"), []).append(name)
-            else:
-                purposes = getattr(cls, "purposes", {})
-                title = next((title for title, names in purposes.items() if re.fullmatch(names, name)), "other flags")
-                foreign.setdefault(title, []).append(name)
-    told = {name for group in (*groups.values(), *foreign.values()) for name in group}
-    rest = [name for name in names if name not in told and name != "words"]
-    groups |= foreign | {"of every sub-command": rest}
+        groups[getattr(cls, "about", "other flags")] = []
+    by_purpose: dict[str, list[str]] = {title: [] for cls in types for title in getattr(cls, "purposes", {})}
+    for name in names:
+        cls = next((cls for cls in types if name in cls.__dataclass_fields__), None)
+        if cls is not None and name not in usual:
+            purposes = getattr(cls, "purposes", {})
+            title = next((title for title, pattern in purposes.items() if re.fullmatch(pattern, name)), None)
+            (by_purpose[title] if title else groups[getattr(cls, "about", "other flags")]).append(name)
+    groups |= by_purpose
+    told = {"words", *(name for group in groups.values() for name in group)}
+    groups["of every sub-command"] = [name for name in names if name not in told]
     return {title: names for title, names in groups.items() if names}
+
+
+def _inherited_help(name: str, types: Sequence[type]) -> str | None:
+    """What a class of transformers says of a flag whose default alone is another here."""
+    fields = (base.__dict__.get("__dataclass_fields__", {}).get(name) for cls in types for base in cls.__mro__)
+    return next((each.metadata["help"] for each in fields if each is not None and "help" in each.metadata), None)
