@@ -11,7 +11,7 @@ from conftest import ROOT
 from hf_relpos import list_position_embeddings
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.report import write_report
-from hf_relpos.results.result_file import RESULTS, markdown_table, read_results
+from hf_relpos.results.result_file import RESULTS, read_results
 
 
 PACKAGE = ROOT / "hf_relpos"
@@ -19,28 +19,30 @@ PACKAGE = ROOT / "hf_relpos"
 CONTRACT = {
     "model": "",
     "environment": "",
+    "messages": "",
+    "command_help": "",
     "processes": "",
     "special_tokens": "",
     "file_reading": "",
     "scheme_files": "model file_reading",
-    "cli": "model scheme_files file_reading environment",
+    "cli": "model scheme_files file_reading environment messages command_help",
     "__main__": "cli",
     "model_loading": "model file_reading",
     "pretrained": "model cli file_reading",
     "data": "model model_loading environment special_tokens",
-    "inference": "model model_loading cli special_tokens file_reading environment",
+    "inference": "model model_loading cli special_tokens file_reading environment messages",
     "tasks": "data special_tokens",
     "results": "environment cli file_reading",
     "model_corpus": "data tasks results environment file_reading",
     "scheme_docs": "model",
     "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
-    "model_corpus",
-    "hub": "model model_loading results scheme_docs environment cli file_reading",
+    "model_corpus messages",
+    "hub": "model model_loading results scheme_docs environment cli file_reading messages",
     "demo": "model model_loading evaluation inference results cli model_corpus",
     "training": "model model_loading pretrained special_tokens data tasks results hub environment processes cli "
-    "scheme_files model_corpus file_reading",
+    "scheme_files model_corpus file_reading messages",
     "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_files "
-    "file_reading",
+    "file_reading messages",
 }
 
 
