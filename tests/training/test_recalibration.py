@@ -209,7 +209,7 @@ def test_merged_weights_compute_the_same():
 
 
 def test_lora_without_its_package_is_refused(rotary, data_flags, tmp_path, run_script, capsys, monkeypatch):
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr("hf_relpos.training.arguments.find_spec", lambda name: None)
     flags = finetuning_flags(data_flags, rotary, tmp_path / "x", lora_rank=2)
     assert "`lora_rank` needs the package peft: pip install 'hf_relpos[lora]'" in refusal(
         run_script, capsys, "finetune", flags
@@ -248,7 +248,8 @@ def test_lora_of_another_model_or_damaged_is_refused(rotary, data_flags, tmp_pat
     changed["model.norm.weight"] = changed["model.norm.weight"] + 1e-3
     save_file(changed, base / "model.safetensors", {"format": "pt"})
     named = [*flags, "--save_steps", 4, "--resume_from_checkpoint", run / "checkpoint-4"]
-    line = refusal(run_script, capsys, "finetune", named)
+    assert "--override_recipe true resumes with the new one" in refusal(run_script, capsys, "finetune", named)
+    line = refusal(run_script, capsys, "finetune", [*named, "--override_recipe", "true"])
     assert "lora.safetensors belongs to other weights than those of `model_name_or_path`" in line
     trained = load_file(run / "checkpoint-4" / "lora.safetensors")
     save_file({name: weight * math.nan for name, weight in trained.items()}, run / "checkpoint-4" / "lora.safetensors")
