@@ -248,9 +248,11 @@ def test_lora_of_another_model_or_damaged_is_refused(rotary, data_flags, tmp_pat
     changed["model.norm.weight"] = changed["model.norm.weight"] + 1e-3
     save_file(changed, base / "model.safetensors", {"format": "pt"})
     named = [*flags, "--save_steps", 4, "--resume_from_checkpoint", run / "checkpoint-4"]
-    assert "--override_recipe true resumes with the new one" in refusal(run_script, capsys, "finetune", named)
-    line = refusal(run_script, capsys, "finetune", [*named, "--override_recipe", "true"])
-    assert "lora.safetensors belongs to other weights than those of `model_name_or_path`" in line
+    assert "`base_model/model.safetensors` is" in refusal(run_script, capsys, "finetune", named)
+    other = RelPosForCausalLM.from_pretrained(base)
+    lora.add_lora(other, 2, 4.0, seed=0)
+    with pytest.raises(ValueError, match="lora.safetensors belongs to other weights than those of"):
+        lora.load_trained_weights(other, run / "checkpoint-4")
     trained = load_file(run / "checkpoint-4" / "lora.safetensors")
     save_file({name: weight * math.nan for name, weight in trained.items()}, run / "checkpoint-4" / "lora.safetensors")
     assert "lora.safetensors holds weights that are not finite" in damage(run / "checkpoint-4")
