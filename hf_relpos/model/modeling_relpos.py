@@ -83,7 +83,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
 
         Returns:
             "eager", "sdpa", "flex_attention", ..: the implementation of transformers of that name, without a bias;
-            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias:
+            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias, and without one where
+            a CPU trains in bf16:
             "distance_bias:triton", "distance_bias:native", "distance_bias:blocks", ..: `distance_bias_attention`, on a
             table of the distances, by the `TableKernel` of that name; "distance_bias:key_bias": the same for a fixed
             line in bf16, as a value per key, where a CPU is fast in bf16;

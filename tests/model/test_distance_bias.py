@@ -602,3 +602,27 @@ def test_a_long_sequence_needs_no_matrix_of_pairs():
 def test_curves_end_where_the_bias_is_no_curve():
     assert 20 < bias_curves(fire(), 200)["distances"][-1] <= 24
     assert bias_curves(make_model("alibi"), 200)["distances"][-1] > 150
+
+
+@pytest.mark.parametrize("scheme", ["none", "rotary", "sinusoidal", "rotary/none"])
+def test_bf16_without_a_bias_goes_by_a_table_of_zeros(scheme):
+    """On CPUs, where torch's own kernel is slow backward; what is not trained, and fp32, stay Llama's bit for bit."""
+    model, tokens = make_model(scheme), make_tokens(3, 40)
+    assert model.attention_path() == "sdpa"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.attention_path() == (table_path() if native_is_ready() else "sdpa")
+    assert model.to(torch.bfloat16).attention_path() == (table_path() if native_is_ready() else "sdpa")
+    with torch.no_grad():
+        assert model.attention_path() == "sdpa"
+    exact = make_model(scheme, attn_implementation="eager")
+    for inputs in ({}, {"attention_mask": pads(tokens)}):
+        labels = tokens.masked_fill(inputs.get("attention_mask", torch.ones_like(tokens)) == 0, -100)
+        losses = [each(tokens, labels=labels, **inputs).loss for each in (model, exact)]
+        assert_close(losses[0].float(), losses[1], rtol=0.02, atol=0.02)
+        for loss in losses:
+            loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters()):
+        error = (ours.grad.float() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 0.15, f"{name}: {error:.3f}"  # bf16 weights and activations all the way
+    steps = model.generate(tokens[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert steps.shape == (1, 44)
