@@ -37,7 +37,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_relpos", "hf_relpos.*"]),
-    package_data={"hf_relpos.hub": ["model_card_template.md"]},
+    package_data={"hf_relpos.hub": ["model_card_template.md"], "hf_relpos.native": ["*.cpp", "*.h"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

@@ -17,7 +17,8 @@ from hf_relpos.results.result_file import RESULTS, read_results
 PACKAGE = ROOT / "hf_relpos"
 # place → the places it may import; imports inside functions count. A place imports only those above it, so no circle
 CONTRACT = {
-    "model": "",
+    "native": "",
+    "model": "native",
     "environment": "",
     "messages": "",
     "command_help": "",
