@@ -36,7 +36,7 @@ class Taken(Exception):
 def asked(name: str) -> tuple[tuple[type, ...], str, str | None]:
     """→ dataclasses of flags, description and name of the words without a flag, of a sub-command."""
 
-    def take(types: Any, description: str, argv: Any = None, positional: str | None = None) -> None:
+    def take(types: Any, description: str, positional: str | None = None, **_: Any) -> None:
         raise Taken(tuple(types), description, positional)
 
     module, _, function = cli.COMMANDS[name][0].partition(":")

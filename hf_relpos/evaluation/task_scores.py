@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from ..messages import Progress
 from ..tasks.base import TEST, Task
 from .loss_by_length import evaluation_mode
 
@@ -43,10 +43,8 @@ def evaluate_task(
         ValueError: for a length that is too short for the task or that the model does not support.
     """
     found: dict[str, Any] = {}
-    with (
-        evaluation_mode(model),
-        tqdm(total=len(lengths) * len(task.kinds) * num_rows, desc=task.name, unit="row") as progress,
-    ):
+    progress = Progress(len(lengths) * len(task.kinds) * num_rows, f"rows of {task.name}", "evaluating")
+    with evaluation_mode(model), progress:
         for length in lengths:
             task.check_length("eval_lengths", length)
             by_kind = {}

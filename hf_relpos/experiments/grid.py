@@ -13,7 +13,8 @@ from typing import Any
 from ..cli import as_list, import_schemes, nearest, parse_values
 from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
 from ..environment import versions
-from ..evaluation.evaluate import EvaluationArguments
+from ..evaluation.command import EvaluationArguments
+from ..evaluation.evaluate import default_lengths
 from ..evaluation.loss_by_length import check_lengths
 from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
@@ -274,7 +275,8 @@ def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
             check_size(configs[run])
             flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
             tested, _ = parse_values(EVALUATE_TYPES, flags)
-            check_lengths(tested.eval_lengths, configs[run])
+            # runs with and without a learned table are read at the same lengths
+            check_lengths(tested.eval_lengths or default_lengths(args.block_size), configs[run])
             key = run.key
             run.result(Path())  # reads the texts that it names
         except (ValueError, OSError) as error:

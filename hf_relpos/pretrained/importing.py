@@ -16,7 +16,14 @@ from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.saved_code import AUTO_MAP, saved_code
 from .conversion import HEAD, Conversion, plan_conversion
 from .families import check_fields, family_of, represented_fields
-from .folders import GENERATION_CONFIG, copy_generation_config, new_folder, write_tokenizer, write_weights
+from .folders import (
+    GENERATION_CONFIG,
+    copy_generation_config,
+    new_folder,
+    say_generation,
+    write_tokenizer,
+    write_weights,
+)
 from .gguf_weights import GgufWeights
 from .sources import SafetensorsWeights, Source, find_source, read_config
 
@@ -52,6 +59,7 @@ def main() -> None:
     config = import_pretrained(name, folder, args.revision, args.base_model, args.license)
     print(describe_import(config, name))
     print(f"wrote {folder}")
+    say_generation(folder)
 
 
 def describe_import(config: RelPosConfig, name: str) -> str:

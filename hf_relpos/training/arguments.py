@@ -2,20 +2,44 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from ..environment import check_at_least_1
-from ..model.attention_cpu import cpu_has_fast_bf16
 from ..results.training_record import non_default_fields
-from .lora import check_peft
-from .plain_model import DTYPES
 
 
 TOKENS_PER_STEP = 128 * 128
 SCHEDULES = ("at_once", "by_layer")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of saved weights
+# title → names of the flags that transformers has
+PURPOSES = {
+    "optimizer and schedule": "optim.*|adam.*|weight_.*|max_grad_norm|lr_.*|warmup.*|label_smoothing.*|neftune.*|seed",
+    "precision, memory and speed": "fp16.*|bf16.*|tf32|.*checkpointing.*|torch_.*|use_liger.*|liger_.*|use_cache|"
+    "auto_find.*|full_determinism|use_cpu|gradient_acc.*|average_tokens.*",
+    "logs and trackers": "log.*|disable_tqdm|report_to|run_name|project|trackio.*|include_num.*|skip_memory.*|debug",
+    "evaluation while training": "eval.*|do_.*|prediction_.*|include_for.*|batch_eval.*|.*best_model.*|greater_is.*",
+    "checkpoints": "save_.*|resume_.*|restore_.*|enable_jit.*|ignore_data_skip",
+    "the Hub": "hub_.*|push_.*",
+    "data loading": "dataloader.*|remove_unused.*|label_names|train_sampling.*|length_column.*|group_by.*",
+    "several processes": "ddp.*|fsdp.*|deepspeed|accelerator.*|parallelism.*|local_rank",
+}
+
+
+def check_peft() -> None:
+    """Raises `ValueError` where PEFT is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError("`lora_rank` needs the package peft: pip install 'hf_relpos[lora]'.")
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU has matrix units for bf16."""
+    from ..model.attention_cpu import cpu_has_fast_bf16 as has_units  # imports the models, which --help need not do
+
+    return has_units()
 
 
 def has_fast_bf16(use_cpu: bool) -> bool:
@@ -31,12 +55,17 @@ class RelPosTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the recipe's defaults: Adam at 2e-4, constant, clipped at 1.0, for 10,000 steps of
     16,384 tokens, with data in an order that does not depend on the model's seed."""
 
+    about: ClassVar[str] = "the training"
+    purposes: ClassVar[dict[str, str]] = PURPOSES
     script: ClassVar[str] = "train"
     default_steps: ClassVar[int] = 10_000
     fewest_steps: ClassVar[int] = 1
 
     block_size: int = field(default=128, metadata={"help": "Training length in tokens."})
-    learning_rate: float = 2e-4
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the model, its record and its checkpoints; a new one."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Of the optimizer; the highest of the schedule."})
     lr_scheduler_type: str = field(default="constant", metadata={"choices": [each.value for each in SchedulerType]})
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": f"Blocks per device and step; {TOKENS_PER_STEP} tokens' worth by default."}
@@ -51,6 +80,7 @@ class RelPosTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Optimizer steps, unless --num_train_epochs is given; -1: that many epochs, 3 by default."},
     )
+    seed: int = field(default=42, metadata={"help": "Seed of the weights and of dropout."})
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
     eval_strategy: str = field(default="steps", metadata={"choices": [each.value for each in IntervalStrategy]})
     eval_steps: float | None = 1000
@@ -67,6 +97,10 @@ class RelPosTrainingArguments(TrainingArguments):
             "help": "Dtype of the weights that are saved at the end: float32, bfloat16 or float16; by default that of "
             "the saved model that is continued. Training and its checkpoints have fp32 weights."
         },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "last: go on from the newest whole checkpoint of --output_dir; or the folder of one."},
     )
     override_recipe: bool = field(
         default=False,

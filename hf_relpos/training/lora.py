@@ -1,7 +1,6 @@
 """LoRA through PEFT: few weights are trained beside those of the model, and merged into them wherever it is saved."""
 
 import hashlib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ from ..model.modeling_relpos import RelPosForCausalLM
 
 # in a checkpoint, beside the merged weights: what was trained, to go on with
 TRAINED_WEIGHTS = "lora.safetensors"
-
-
-def check_peft() -> None:
-    """Raises `ValueError` where PEFT is not installed."""
-    if find_spec("peft") is None:
-        raise ValueError("`lora_rank` needs the package peft: pip install 'hf_relpos[lora]'.")
 
 
 def add_lora(model: RelPosForCausalLM, rank: int, alpha: float, seed: int) -> None:

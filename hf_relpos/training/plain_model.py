@@ -8,9 +8,6 @@ import torch
 from ..model.modeling_relpos import RelPosForCausalLM
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def plain_model(
     model: RelPosForCausalLM, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
 ) -> RelPosForCausalLM:

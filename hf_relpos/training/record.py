@@ -10,6 +10,7 @@ from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
+from .arguments import RelPosTrainingArguments
 from .lora import num_plain_parameters
 from .recipe import Recipe
 from .run import TrainingRun
@@ -36,13 +37,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
     """
     args, config = run.args, trainer.model.config
     first_step, steps, last_step = run.first_step, saved_step(trainer), trainer.state.global_step
-    tokens_per_step = (
-        args.per_device_train_batch_size
-        * max(1, args.n_gpu)
-        * args.world_size
-        * args.gradient_accumulation_steps
-        * args.block_size
-    )
+    per_step = tokens_per_step(args)
     seconds -= sum(
         entry["eval_runtime"]
         for entry in trainer.state.log_history
@@ -61,8 +56,8 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "num_steps": steps,
         "num_processes": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
-        "tokens_per_step": tokens_per_step,
-        "num_tokens": steps * tokens_per_step,
+        "tokens_per_step": per_step,
+        "num_tokens": steps * per_step,
         "block_size": args.block_size,
         **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
         "recipe": numbers,
@@ -70,7 +65,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "flags": flags | ({} if args.fp16 else {"bf16": args.bf16}),
         "resumed_from_step": first_step,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(max(0, last_step - first_step) * tokens_per_step / max(seconds, 1e-9), 1),
+        "tokens_per_second": round(max(0, last_step - first_step) * per_step / max(seconds, 1e-9), 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "log": [
             {key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry}
@@ -83,6 +78,12 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def tokens_per_step(args: RelPosTrainingArguments) -> int:
+    """Of all processes and devices together."""
+    batch_size = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
+    return batch_size * args.gradient_accumulation_steps * args.block_size
 
 
 def saved_step(trainer: Trainer) -> int:

@@ -1,6 +1,5 @@
 """Another position scheme for a saved model: which weights are copied, which are reinitialized, and why."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,47 +11,12 @@ from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
 from ..pretrained.importing import is_foreign
 from ..tasks.arguments import DataArguments
-from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
+from .model_arguments import ChangeArguments, SavedModelArguments
+from .model_setup import load_saved, new_model, parse_json, repeat_layer_types
 
 
 # fields whose values are no changes of a model
 NO_CHANGES = ("_name_or_path", "dtype")
-
-
-@dataclass
-class ChangeArguments(SavedModelArguments):
-    """A saved model of the family to continue with, and what changes in its position scheme."""
-
-    pos_embedding_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Another position scheme than that of the saved model: its parameters are initialized, all others "
-            "are copied. 'none' for a rotary model is DroPE."
-        },
-    )
-    pos_embedding_kwargs: str | None = field(default=None, metadata={"help": "Options of the scheme as JSON."})
-    rope_parameters: str | None = field(
-        default=None,
-        metadata={
-            "help": 'Another rotation as JSON: \'{"rope_type": "yarn", "factor": 4}\'; linear is interpolation. '
-            "The original length is the training length, unless given."
-        },
-    )
-    start_at_zero: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Multiply what new schemes add by learned factors that start at 0, so that the model begins as it "
-            "was; by default for imported models that keep their schemes beside the new ones."
-        },
-    )
-    layer_types: str | None = field(
-        default=None,
-        metadata={"help": "Layers that see --sliding_window keys only, repeated: 'sliding/sliding/full'; or 'full'."},
-    )
-    sliding_window: int | None = field(default=None, metadata={"help": "Keys that a sliding layer sees."})
-    max_position_embeddings: int | None = field(
-        default=None, metadata={"help": "Range of --position_sampling: the length that PoSE prepares for."}
-    )
 
 
 def load_changed(

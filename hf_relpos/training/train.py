@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
 from ..environment import write_error, write_json
 from ..file_reading import reading
@@ -26,43 +25,20 @@ from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
 from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
-from .arguments import FinetuningArguments, RelPosTrainingArguments
+from .arguments import DTYPES, FinetuningArguments, RelPosTrainingArguments
 from .checkpoints import STATE, damage, find_checkpoint, load_weights
 from .interrupt import InterruptCallback
 from .lora import add_lora
-from .model_setup import ModelArguments, extend_learned_positions, load_saved, new_config, new_model
+from .model_arguments import ChangeArguments, ModelArguments
+from .model_setup import extend_learned_positions, load_saved, new_config, new_model
 from .output_stream import safe_output
-from .plain_model import DTYPES
+from .progress import RunProgress
 from .recipe import Recipe, check_recipe, differences, run_recipe
 from .record import base_facts, mean_loss, saved_step, training_record
 from .run import TrainingRun, load_training_data
-from .scheme_change import ChangeArguments, describe_changes, load_changed
+from .scheme_change import describe_changes, load_changed
 from .scheme_schedule import make_schedule
 from .trainer import RelPosTrainer
-
-
-TRAIN_DESCRIPTION = """\
-Trains a model of the family from scratch, or continues with a saved one at the same length.
-
-hf-relpos train --pos_embedding_type alibi --output_dir output/alibi
-"""
-FINETUNE_DESCRIPTION = """\
-Continues with a saved model of the family at another length or with another position scheme.
-
-hf-relpos finetune --model_name_or_path output/alibi --block_size 512 --output_dir output/512
-"""
-
-
-@command
-def train_main() -> None:
-    """The command line of scripts/train.py."""
-    train(*parse_arguments((ModelArguments, DataArguments, RelPosTrainingArguments), TRAIN_DESCRIPTION))
-
-
-@command
-def finetune_main() -> None:
-    """The command line of scripts/finetune.py."""
-    finetune(*parse_arguments((ChangeArguments, DataArguments, FinetuningArguments), FINETUNE_DESCRIPTION))
 
 
 def alone(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -180,6 +156,9 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     model.skip_logits = True
     interrupt = InterruptCallback()
     trainer = _make_trainer(run, [interrupt, *([schedule] if schedule else [])])
+    # the bar of transformers tells no loss, and leaves thousands of copies of itself in a file
+    is_replaced = trainer.pop_callback(ProgressCallback) is not None
+    trainer.add_callback(RunProgress(run, lambda: float(trainer.step_loss[1]), only_time=not is_replaced))
     trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
     trainer.save_dtype = save_dtype
     check_before_training(run, trainer, base)
@@ -196,7 +175,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
             if trainer.is_world_process_zero():
                 step = trainer.state.global_step
                 print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
         _save_model(trainer)
         if _last_evaluation(trainer) is None:
             trainer.evaluate()

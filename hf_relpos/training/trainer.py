@@ -49,6 +49,7 @@ class RelPosTrainer(Trainer):
         changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
         corpus: what the model is trained on, which is noted beside it.
         make_record: → the record of the run so far, as `training.json` holds it, which a push in training takes along.
+        step_loss: the last step, and its loss in this process as far as it was computed.
     """
 
     save_dtype: torch.dtype | None = None
@@ -56,12 +57,15 @@ class RelPosTrainer(Trainer):
     changed: dict[str, Any] | None = None
     corpus: UsedCorpus | None = None
     make_record: Callable[[], dict[str, Any]] | None = None
+    step_loss: tuple[int, torch.Tensor | float] = (-1, 0.0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._told_by_step("training"):
             loss = super().training_step(*args, **kwargs)
         if not self._everywhere(torch.isfinite(loss).all()):
             self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        step, before = self.step_loss
+        self.step_loss = self.state.global_step, loss.detach() + (before if step == self.state.global_step else 0.0)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
