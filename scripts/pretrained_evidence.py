@@ -32,7 +32,7 @@ from hf_relpos.environment import check_at_least_1, hardware, peak_memory_mib, v
 from hf_relpos.evaluation.loss_by_length import evaluate_lengths
 from hf_relpos.evaluation.task_scores import evaluate_task
 from hf_relpos.pretrained.importing import import_pretrained
-from hf_relpos.results.plots import new_figure, save_figure
+from hf_relpos.results.figure_style import figure_style, finish_axes, log2_axis, new_figure, save_figure
 from hf_relpos.results.result_file import smooth_by_position
 from hf_relpos.tasks.arguments import DataArguments
 from hf_relpos.tasks.base import make_task
@@ -145,10 +145,10 @@ def main() -> None:
                 progress.set_postfix_str(f"{variant}: {item.measure} {item.lengths[-1]}")
                 write_json(item.file(folder), measure(item, model, tokenizer, data_args))
                 progress.update(round(item.cost))
-                summarize(items, folder, args)
+                summarize(folder, args)
             del model
             gc.collect()
-    summarize(items, folder, args)
+    summarize(folder, args)
 
 
 def all_items(args: EvidenceArguments, variants: list[str]) -> Iterator[Item]:
@@ -252,10 +252,10 @@ def measure(item: Item, model: Any, tokenizer: Any, data_args: DataArguments) ->
     return {**result, **seconds, "peak_memory_mib": round(peak_memory_mib())}
 
 
-def summarize(items: list[Item], folder: Path, args: EvidenceArguments) -> None:
-    """Writes what was measured so far: `evidence.json`, its figure, and the tables of a page."""
+def summarize(folder: Path, args: EvidenceArguments) -> None:
+    """Writes what was measured so far, of all variants: `evidence.json`, its figure, and the tables of a page."""
     variants: dict[str, dict[str, Any]] = {}
-    for item in items:
+    for item in all_items(args, [*VARIANTS]):
         if item.file(folder).is_file():
             found = json.loads(item.file(folder).read_text(encoding="utf-8"))
             name = item.measure if item.measure == TEXT else f"{item.measure} {item.lengths[0]}"
@@ -278,35 +278,42 @@ def summarize(items: list[Item], folder: Path, args: EvidenceArguments) -> None:
 
 def tables(variants: dict[str, dict[str, Any]]) -> str:
     """→ what was measured, as tables of Markdown."""
-    names = list(dict.fromkeys(name for found in variants.values() for name in found if name != TEXT))
-    lengths = list(
-        dict.fromkeys(length for found in variants.values() for length in found.get(TEXT, {}).get("loss", ()))
+    texts = {variant: found[TEXT] for variant, found in variants.items() if TEXT in found}
+    lengths = list(dict.fromkeys(length for found in texts.values() for length in found["loss"]))
+    positions = (
+        [round(each) for each in next(iter(texts.values()))["loss_by_position"][0] if each > 512] if texts else []
     )
     lines = _table(
-        ["perplexity", *(f"@{length}" for length in lengths), "seconds"],
+        [
+            "loss",
+            *(f"near {position}" for position in positions[::2]),
+            *(f"perplexity @{length}" for length in lengths),
+        ],
         {
-            name: [
-                *(f"{math.exp(min(found[TEXT]['loss'][length], 99)):.1f}" for length in lengths),
-                _seconds(found[TEXT]),
+            variant: [
+                *(f"{loss:.2f}" for loss in found["loss_by_position"][1][-len(positions) :][::2]),
+                *(f"{math.exp(min(found['loss'][length], 99)):.1f}" for length in lengths),
             ]
-            for name, found in variants.items()
-            if TEXT in found
+            for variant, found in texts.items()
         },
     )
-    for task in (PASSKEY, *NEEDLES):
-        columns = [name for name in names if name.split()[0] == task]
-        rows = {
-            variant: [_score(found[name]) if name in found else "" for name in columns]
+    names = list(dict.fromkeys(name for found in variants.values() for name in found if name != TEXT))
+    head = ["score (loss of the answers)", *(name.replace(" ", " @") for name in names)]
+    lines += _table(
+        head,
+        {
+            variant: [_score(found[name]) if name in found else "" for name in names]
             for variant, found in variants.items()
-            if any(name in found for name in columns)
-        }
-        lines += _table([f"{task}: score (loss)", *(f"@{name.split()[1]}" for name in columns)], rows) if rows else []
-    return "\n".join(lines)
+        },
+    )
+    items = {name: found[name] for found in variants.values() for name in found}
+    costs = {name: [_seconds(each), f"{each['peak_memory_mib'] / 1024:.1f} GiB"] for name, each in items.items()}
+    return "\n".join(lines + _table(["cost of one item", "seconds", "peak memory so far"], costs))
 
 
 def _table(head: list[str], rows: dict[str, list[str]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    return [*lines, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()), "", ""]
+    return [*lines, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()), ""]
 
 
 def _score(found: dict[str, Any]) -> str:
@@ -319,46 +326,42 @@ def _seconds(found: dict[str, Any]) -> str:
 
 def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws the loss by position, and which passkeys are found, by depth and length."""
-    figure = new_figure(9, 7)
-    upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
-    for index, (name, found) in enumerate(variants.items()):
-        if TEXT in found:
-            pairs = [pair for pair in zip(*found[TEXT]["loss_by_position"]) if pair[0] >= 64]
-            upper.plot(*zip(*pairs), label=name, linestyle=["-", "--", ":"][index % 3])
-    ticks = [2**octave for octave in range(6, 15)]
-    upper.set(xscale="log", xlabel="position (tokens of context)", ylabel="loss (nats per token)", ylim=(None, 8))
-    upper.set_xticks(ticks, [str(tick) for tick in ticks])
-    upper.minorticks_off()
-    upper.legend(fontsize=7, ncols=2)
-    upper.grid(alpha=0.3)
-    draw_passkeys(variants, lower)
-    save_figure(figure, path, 48)
+    figure = new_figure(9, 8)
+    with figure_style():
+        upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
+        for name, found in variants.items():
+            if TEXT in found:
+                upper.plot(*zip(*(pair for pair in zip(*found[TEXT]["loss_by_position"]) if pair[0] >= 64)), label=name)
+        log2_axis(upper, [2**octave for octave in range(6, 15)])
+        upper.set_ylim(None, min(upper.get_ylim()[1], 8))
+        finish_axes(upper, xlabel="tokens of context", ylabel="loss (nats per token)")
+        draw_passkeys(variants, lower)
+    save_figure(figure, path, 64)
 
 
 def draw_passkeys(variants: dict[str, dict[str, Any]], axes: Any) -> None:
-    """A row for each variant, a column for each length and depth."""
-    found = [
-        (name.split()[1], kind)
-        for row in variants.values()
-        for name in row
+    """A row for each variant, a column for each length and depth; a cell is the loss of the passkey."""
+    cells = {
+        (variant, int(name.split()[1]), float(kind.split()[1])): pair
+        for variant, found in variants.items()
+        for name in found
         if name.split()[0] == PASSKEY
-        for kind in row[name]["kinds"]
-    ]
-    columns = sorted({*found}, key=lambda column: (int(column[0]), float(column[1].split()[1])))
+        for kind, pair in found[name]["kinds"].items()
+    }
+    columns = sorted({key[1:] for key in cells})
     if not columns:
         return
-    rows = [
-        [row.get(f"{PASSKEY} {length}", {"kinds": {}})["kinds"].get(depth, [math.nan])[0] for length, depth in columns]
-        for row in variants.values()
-    ]
-    axes.imshow(rows, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    axes.set_yticks(range(len(variants)), [*variants], fontsize=7)
-    axes.set_xticks(range(len(columns)), [depth.split()[1] for _, depth in columns], fontsize=7)
-    for length in dict.fromkeys(length for length, _ in columns):
-        places = [index for index, column in enumerate(columns) if column[0] == length]
-        axes.axvline(places[0] - 0.5, color="white", linewidth=3)
-        axes.text(sum(places) / len(places), -0.7, f"{length} tokens", ha="center", fontsize=8)
-    axes.set(xlabel="depth of the passkey; green: found")
+    losses = [[cells.get((name, *column), (0, math.nan))[1] for column in columns] for name in variants]
+    axes.imshow(losses, cmap="cividis_r", vmin=0, vmax=6, aspect="auto")
+    for row, name in enumerate(variants):
+        for index, column in enumerate(columns):
+            score, loss = cells.get((name, *column), (None, None))
+            if score is not None:
+                text, color = f"{loss:.1f}, {score:.0%} found", "white" if loss > 3 else "black"
+                axes.text(index, row, text, ha="center", va="center", fontsize=7, color=color)
+    axes.set_yticks(range(len(variants)), [*variants])
+    axes.set_xticks(range(len(columns)), [f"{depth:g}\nof {length}" for length, depth in columns])
+    axes.set(xlabel="depth of the passkey; loss of its digits (nats per token)")
 
 
 if __name__ == "__main__":
