@@ -26,7 +26,7 @@ CONTRACT = {
     "cli": "model scheme_files file_reading environment",
     "__main__": "cli",
     "model_loading": "model file_reading",
-    "pretrained": "model cli file_reading",
+    "pretrained": "model cli file_reading environment",
     "data": "model model_loading environment special_tokens",
     "inference": "model model_loading cli special_tokens file_reading environment",
     "tasks": "data special_tokens",
