@@ -29,7 +29,7 @@ CONTRACT = {
     "cli": "model scheme_files file_reading environment messages command_help",
     "__main__": "cli",
     "model_loading": "model file_reading",
-    "pretrained": "model cli file_reading",
+    "pretrained": "model cli file_reading environment",
     "data": "model model_loading environment special_tokens",
     "inference": "model model_loading cli special_tokens file_reading environment messages",
     "tasks": "data special_tokens",

@@ -8,12 +8,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..environment import write_error
+from ..environment import writing
 
 
 CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
@@ -69,9 +69,9 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any], is_read_who
                 return target, _checked_facts(target, is_read_whole)
             except (OSError, ValueError) as error:
                 say(f"damaged cache, made anew: {target}: {error}")
-                with _writing(target):
+                with writing("the cache", target.parent):
                     _discard(target)
-        with _writing(target):
+        with writing("the cache", target.parent):
             _make(target, make)
     return target, _checked_facts(target, is_read_whole)
 
@@ -90,17 +90,6 @@ def _make(target: Path, make: Callable[[Path], Any]) -> None:
         except OSError:  # another process was first
             if not target.is_dir():
                 raise
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """What cannot be written in the body becomes an `OSError` that names the cache."""
-    try:
-        yield
-    except Exception as error:
-        if cause := write_error(error):
-            raise OSError(f"the cache {str(target.parent)!r} cannot be written: {cause}") from error
-        raise
 
 
 def _discard(target: Path) -> None:

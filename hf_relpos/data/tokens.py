@@ -25,6 +25,18 @@ from .corpus import Corpus
 LONG_WORD = 1000  # characters
 
 
+class PoorTextError(ValueError):
+    """A text has too few different words for a vocabulary.
+
+    Attributes:
+        most: entries that it gives.
+    """
+
+    def __init__(self, message: str, most: int) -> None:
+        super().__init__(message)
+        self.most = most
+
+
 def load_tokenizer(args: TextArguments, corpus: Corpus, vocab_size: int | None) -> PreTrainedTokenizerFast:
     """The tokenizer that is named, or a byte-level BPE trained on the training split and cached.
 
@@ -87,9 +99,11 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast
     train = corpus.splits["train"]
     train = train.take(100_000) if isinstance(train, IterableDataset) else train
     backend.train_from_iterator((map(_cut_words, batch["text"]) for batch in train.iter(batch_size=100)), trainer)
-    if backend.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"`vocab_size` {vocab_size} is more than this corpus gives: {backend.get_vocab_size()} entries."
+    if (most := backend.get_vocab_size()) != vocab_size:
+        raise PoorTextError(
+            f"`vocab_size` {vocab_size} is more than this corpus gives: the words of {corpus.name!r} make {most} "
+            f"entries; more text helps, or --vocab_size {most}.",
+            most,
         )
     start = (START, backend.token_to_id(START))
     backend.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])

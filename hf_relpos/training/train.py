@@ -4,8 +4,6 @@ import functools
 import json
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,7 +14,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.blocks import BlockCollator
-from ..environment import write_error, write_json
+from ..environment import check_room, write_json, writing
 from ..file_reading import reading
 from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
@@ -170,23 +168,20 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
 
     trainer.make_record = lambda: make_record(mean_loss(trainer, trainer.state.global_step))
     try:
-        training_loss = _train(run, trainer)
-        if interrupt.stopped:
-            if trainer.is_world_process_zero():
-                step = trainer.state.global_step
-                print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
-            raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
-        _save_model(trainer)
-        if _last_evaluation(trainer) is None:
-            trainer.evaluate()
-        record = make_record(training_loss)
-        _save_record(trainer, record)
+        with writing("`output_dir`", args.output_dir):
+            training_loss = _train(run, trainer)
+            if interrupt.stopped:
+                if trainer.is_world_process_zero():
+                    step = trainer.state.global_step
+                    print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
+                raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
+            _save_model(trainer)
+            if _last_evaluation(trainer) is None:
+                trainer.evaluate()
+            record = make_record(training_loss)
+            _save_record(trainer, record)
         if args.process_index == 0:
             print(_closing_line(record, args.output_dir))
-    except Exception as error:
-        if cause := write_error(error):
-            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {cause}") from error
-        raise
     finally:
         interrupt.restore()
     return record
@@ -325,17 +320,8 @@ def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[s
     json.dumps({**training_record(run, trainer, 1.0, trainer.recipe), **base}, allow_nan=False)
     if not run.args.should_save:
         return
-    folder = Path(run.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
     num_bytes = sum(weight.nbytes for weight in run.model.parameters()) * (1 if run.args.max_steps == 0 else 3)
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise ValueError(
-            f"`output_dir` {run.args.output_dir!r} has room for {free / 2**20:.1f} MiB, a checkpoint takes "
-            f"{num_bytes / 2**20:.1f}."
-        )
+    check_room("output_dir", run.args.output_dir, num_bytes, "a checkpoint")
 
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:

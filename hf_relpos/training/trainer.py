@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.utils import PushInProgress
 
-from ..environment import write_json
+from ..environment import CannotWriteError, write_bytes, write_json, writing
 from ..file_reading import reading
 from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
@@ -107,11 +107,16 @@ class RelPosTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:  # what a damaged one of the same step left would look whole when this one is cut off
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        try:
+            with writing("the checkpoint", folder):
+                super()._save_checkpoint(model, trial)
+        except CannotWriteError:  # half of one takes the room of a whole one
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -214,7 +219,7 @@ class RelPosTrainer(Trainer):
             logger.warning(f"No card was written: {error}")
         else:
             if isinstance(card, bytes):
-                (folder / CARD).write_bytes(card)
+                write_bytes(folder / CARD, card)  # half of one would pass for one that was edited
 
     def push_to_hub(
         self,
