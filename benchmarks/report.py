@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_relpos.results.plots import new_figure, save_figure
+from hf_relpos.results.figure_style import new_figure, save_figure
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ trusted or not. Here the class is put there first; server and options are those 
 """
 
 import inspect
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..cli import command
 from ..file_reading import read_json, reading
+from ..messages import say_command
 from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite
-from .serving_limits import FollowClient, follow_clients, limit_handler, pop_cap, start_empty_prompts
+from .serving_limits import FollowClient, follow_clients, limit_handler, pin_model, pop_cap, start_empty_prompts
 
 
 USAGE = (
@@ -79,6 +81,7 @@ def adapt_server(name: str, cap: int) -> None:
         for handler in given.values():
             if hasattr(handler, "_build_generation_config"):
                 limit_handler(handler, cap)
+        pin_model(given["model_manager"])
         start_empty_prompts(given["completion_handler"])
         follow_clients(given["generation_state"])
         app = build_server(*args, **kwargs)
@@ -93,6 +96,15 @@ def adapt_server(name: str, cap: int) -> None:
     # otherwise it lists the Hub cache, whose models this server does not have
     model_manager.ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [listed])
     server.build_server = build
+
+
+def request_command(arguments: Sequence[str]) -> list[str]:
+    """→ the command that asks the server for a text."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    options = {"--host": "localhost", "--port": "8000"} | dict(zip(words, words[1:]))
+    body = {"model": arguments[1], "prompt": "Once upon a time", "max_tokens": 50}
+    address = f"http://{options['--host']}:{options['--port']}/v1/completions"
+    return ["curl", address, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
 
 
 @command
@@ -111,6 +123,7 @@ def main() -> None:
         cap = pop_cap(arguments)
         config = check_model(arguments[1], arguments[2:])
         adapt_server(arguments[1], cap or config.max_position_embeddings)
+        say_command(request_command(arguments))
     app(arguments)
 
 
