@@ -8,13 +8,17 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 
+FULL = 2**20  # bytes: with less, what a library could not write had no room
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # of torch, and of libraries in Rust
 WRITE_SIGNS = ("PytorchStreamWriter", "inline_container", "file write", "basic_ios")
@@ -106,6 +110,62 @@ def write_error(error: BaseException) -> BaseException | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+class CannotWriteError(OSError):
+    """A file could not be written, and the message says which, or where."""
+
+
+@contextmanager
+def writing(what: str, place: str | Path) -> Iterator[None]:
+    """What cannot be written in the body becomes a `CannotWriteError` that names the place, and says so if the disk is
+    full.
+
+    Args:
+        what: what to call the place, such as "`output_dir`".
+        place: a file or a folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CannotWriteError) or (cause := write_error(error)) is None:
+            raise
+        place = Path(place)
+        reason = str(cause).strip().partition("\n")[0][:300] or type(cause).__name__
+        is_full = "No space left" in reason or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or disk_usage(place).free < FULL:
+            reason = f"the disk is full ({reason})"
+        raise CannotWriteError(f"{what} {str(place)!r} cannot be written: {reason}") from error
+
+
+def disk_usage(place: str | Path) -> Any:
+    """`shutil.disk_usage` of where a file or folder lies or would lie."""
+    place = Path(place).absolute()
+    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists()))
+
+
+def check_room(name: str, folder: str | Path, num_bytes: int, what: str) -> None:
+    """Looks whether a folder, which need not exist, can take files, before the work that they are the result of.
+
+    Args:
+        name: what to call the folder.
+        folder: the folder.
+        num_bytes: how much is going to be written.
+        what: what that is.
+
+    Raises:
+        ValueError: if there is less room.
+        OSError: if nothing can be written there.
+    """
+    place = Path(folder).absolute()
+    place = next(each for each in (place, *place.parents) if each.exists())
+    free = disk_usage(place).free
+    if free < num_bytes:
+        raise ValueError(
+            f"`{name}` {str(folder)!r} has room for {free / 2**20:.1f} MiB, {what} takes {num_bytes / 2**20:.1f}."
+        )
+    with writing(f"`{name}`", folder), tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def check_at_least_1(name: str, value: float | None) -> None:

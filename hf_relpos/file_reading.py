@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ MAX_BYTES = 2**29  # of a file: the largest tokenizers have some 2^25
 MAX_DEPTH = 100  # dictionaries and lists in one another
 MAX_DIGITS = 300  # of a number: a float holds no more
 MAX_VALUES = 100_000  # of a YAML file, with each alias written out
+ODD = re.compile(r"[-+]?0+[_0]*[1-7][\d_]*\d$|.*:")  # numbers that YAML reads as 8 for 010, as 90 for 1:30
 MAX_REASON = 300  # characters of a library's message
 # what a folder of a model may hold besides weights and code, each a dictionary
 MODEL_FILES = (
@@ -170,6 +172,9 @@ def parse_yaml(text: str, where: str) -> Any:
                 raise ValueError("it is nested too deeply")
             node = super().compose_node(parent, index)
             self.depth -= 1
+            if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ODD.match(node.value):
+                line = node.start_mark.line + 1
+                raise ValueError(f"{node.value!r} in line {line} would be read as octal or in sixties: write a decimal")
             return node
 
         def compose_mapping_node(self, anchor: Any) -> Any:

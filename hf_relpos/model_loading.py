@@ -3,6 +3,8 @@
 Nothing here imports the data libraries: loading a model needs torch and transformers only.
 """
 
+import hashlib
+import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from .file_reading import MODEL_FILES, read_json, reading
 from .model.configuration_relpos import RelPosConfig
@@ -18,6 +21,8 @@ from .model.modeling_relpos import RelPosForCausalLM
 
 
 NOT_FINITE = "holds NaN or infinity"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+VERSION = "transformers_version"  # of config.json: of the library that wrote it
 # a config.json of a few bytes can ask for any number
 MAX_LAYERS = 4096
 
@@ -69,6 +74,26 @@ def not_finite(path: str | Path) -> str | None:
     file that is none."""
     with safe_open(path, "pt") as tensors:  # one at a time: the file may be larger than the memory
         return next((key for key in tensors.keys() if not is_finite(tensors.get_tensor(key))), None)
+
+
+def model_hashes(name: str) -> dict[str, str]:
+    """What a model is: file → hash, of its configuration, whatever version wrote it, and of its weights.
+
+    Args:
+        name: a folder, a file of weights, or a name on the Hub whose model was loaded before.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        folder = Path(cached_file(name, "config.json")).parent
+    files = [folder] if folder.is_file() else sorted(path for each in WEIGHT_FILES for path in folder.glob(each))
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if (folder / "config.json").is_file():
+        config = {key: value for key, value in read_json(folder / "config.json").items() if key != VERSION}
+        found["config.json"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return found
 
 
 def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:

@@ -1,4 +1,4 @@
-"""A scheme in a file of the user's: the README's example runs, trains, and travels in the folders that are saved."""
+"""A scheme in a file of the user's: the guide's example runs, trains, and travels in the folders that are saved."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from hf_relpos.hub.repository import repository_files
 from hf_relpos.model.saved_code import code_files, foreign_schemes, saved_code
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.scheme_files import import_scheme_file, imported_files
+from hf_relpos.training.recipe import _hashes
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-(EXAMPLE,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class LogDecay" in code)
+GUIDE = (ROOT / "docs" / "own_scheme.md").read_text(encoding="utf-8")
+(EXAMPLE,) = (code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "class LogDecay" in code)
 LOAD = """
 import torch, transformers
 folder, tokens, logits = sys.argv[1:]
@@ -53,7 +55,7 @@ def registry():
 
 @pytest.fixture
 def example(tmp_path):
-    """→ my_scheme.py, as the README has it."""
+    """→ my_scheme.py, as the guide has it."""
     path = tmp_path / "my_scheme.py"
     path.write_text(EXAMPLE, encoding="utf-8")
     return path
@@ -90,7 +92,7 @@ def test_the_example_runs_as_it_stands(example):
 
 
 def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files, tmp_path):
-    """With the command of the README; the folder loads without the package, and from its own file with it."""
+    """With the command of the guide; the folder loads without the package, and from its own file with it."""
     common = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
     flags = training_flags(data_flags(corpus_files), "trained", pos_embedding_type="log_decay", **common)
     hf_relpos("train", "--import_file", "my_scheme.py", *flags, cwd=tmp_path)
@@ -118,6 +120,27 @@ def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files
     card = files["README.md"].decode()
     assert "A bias that falls with the logarithm of the distance" in card and "b[h, d] = −s_h · ln(1 + d)" in card
     assert "--import_file my_scheme.py" in card and 'import_scheme_file("my_scheme.py")' in card
+
+
+def test_a_recipe_tells_the_content_of_the_file(example, tmp_path):
+    """So that a run does not go on with another scheme of the same name; the copy in its folder is the same."""
+
+    def hashes(path):
+        module = import_scheme_file(path)
+        config = SimpleNamespace(pos_embedding_type="log_decay")
+        run = SimpleNamespace(model=SimpleNamespace(config=config), data=SimpleNamespace(tokenizer=None))
+        run.model_args = SimpleNamespace(model_name_or_path=None)
+        try:
+            return _hashes(run), saved_code("log_decay")["my_scheme.py"]
+        finally:
+            del POSITION_EMBEDDINGS["log_decay"], sys.modules[module.__name__]
+
+    first, code = hashes(example)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "my_scheme.py").write_bytes(code)
+    assert first == hashes(tmp_path / "run" / "my_scheme.py")[0] and list(first) == ["import_file/my_scheme.py"]
+    example.write_text(EXAMPLE.replace("torch.log1p(", "2 * torch.log1p("), encoding="utf-8")
+    assert hashes(example)[0] != first
 
 
 def test_a_sweep_passes_the_file_to_its_workers(example, corpus_files, tmp_path):

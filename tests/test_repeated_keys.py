@@ -1,4 +1,4 @@
-"""A key that is given twice has no right value: refused in YAML, in JSON and in `config_overrides`."""
+"""A key that is given twice has no right value, nor has 010: refused in YAML, in JSON and in `config_overrides`."""
 
 import pytest
 import yaml
@@ -17,6 +17,8 @@ from hf_relpos.training.model_setup import ModelArguments, new_config
         ("{a: 1, a: 2}", "'a' stands there twice"),
         ("x: [{a: {b: 1, c: 2, b: 3}}]", "'b' stands there twice"),
         ("1: a\n1: b", "'1' stands there twice"),
+        ("seed: 1\nmax_steps: 010", "'010' in line 2 would be read as octal"),
+        ("grid: {max_steps: [1:30]}", "'1:30' in line 1 would be read as octal or in sixties"),
     ],
 )
 def test_yaml(text, place, tmp_path):

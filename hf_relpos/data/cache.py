@@ -6,19 +6,20 @@ Each folder holds `entry.txt`: checksums of its files, by which a damaged one is
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..environment import write_error
+from ..environment import writing
 
 
 CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
 CONTENT_VERSION = 2  # raise it when data/ changes what it makes and keeps
 ENTRY = "entry.txt"
+MAKING = "making-"  # begins the names of folders that are not whole
 
 
 def say(line: str) -> None:
@@ -46,36 +47,41 @@ def cache_root() -> Path:
     return root
 
 
-def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Path, Any]:
+def cached(kind: str, parts: list[Any], make: Callable[[Path], Any], is_read_whole: bool = False) -> tuple[Path, Any]:
     """An entry of the cache, made if it is missing or damaged.
 
     Args:
         kind: "documents", "tokens", "blocks" or "tokenizer".
         parts: JSON values, all that the entry depends on.
         make: puts files into a folder and returns facts, a JSON value. Other processes may make the same at once.
+        is_read_whole: whether who reads the folder takes any file that lies there, so that a strange one is damage.
 
     Returns:
         the folder, and the facts.
+
+    Raises:
+        OSError: if the cache cannot be written, naming it; nothing is left there then.
     """
     target = cache_root() / f"{kind}-{digest(CONTENT_VERSION, kind, *parts)[:24]}"
-    if target.exists():
-        try:
-            return target, _checked_facts(target)
-        except (OSError, ValueError) as error:
-            say(f"damaged cache, made anew: {target}: {error}")
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink()
-    with tempfile.TemporaryDirectory(dir=cache_root(), prefix="making-") as name:
+    for _ in range(3):  # another process that found it damaged may have taken away what this one wrote
+        if os.path.lexists(target):
+            try:
+                return target, _checked_facts(target, is_read_whole)
+            except (OSError, ValueError) as error:
+                say(f"damaged cache, made anew: {target}: {error}")
+                with writing("the cache", target.parent):
+                    _discard(target)
+        with writing("the cache", target.parent):
+            _make(target, make)
+    return target, _checked_facts(target, is_read_whole)
+
+
+def _make(target: Path, make: Callable[[Path], Any]) -> None:
+    """Makes an entry in a folder of its own and puts it into its place, whole."""
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix=MAKING) as name:
         folder = Path(name) / "entry"
         folder.mkdir()
-        try:
-            facts = make(folder)
-        except Exception as error:
-            if cause := write_error(error):
-                raise OSError(f"the cache {str(target.parent)!r} cannot be written: {cause}") from error
-            raise
+        facts = make(folder)
         checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
         content = json.dumps({"checksums": checksums, "facts": facts})
         (folder / ENTRY).write_text(f"{digest(content)}\n{content}", encoding="utf-8")
@@ -84,7 +90,13 @@ def cached(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Pa
         except OSError:  # another process was first
             if not target.is_dir():
                 raise
-    return target, _checked_facts(target)
+
+
+def _discard(target: Path) -> None:
+    """Takes a damaged entry away, whatever it has become; another process may do the same at once."""
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix=MAKING, ignore_cleanup_errors=True) as aside:
+        with suppress(FileNotFoundError):
+            target.rename(Path(aside) / "damaged")  # a link itself, not what it leads to
 
 
 def cached_rows(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tuple[Any, Any]:
@@ -98,17 +110,22 @@ def cached_rows(kind: str, parts: list[Any], make: Callable[[Path], Any]) -> tup
     return rows, facts
 
 
-def _checked_facts(folder: Path) -> Any:
+def _checked_facts(folder: Path, is_read_whole: bool = False) -> Any:
     """→ the facts; raises `ValueError` for a file that is not as it was written, or `OSError`."""
     entry = _read_entry(folder)
     for name, checksum in entry["checksums"].items():
         if _checksum(folder / name) != checksum:
             raise ValueError(f"{name} is not as it was written")
+    if is_read_whole:
+        strange = sorted({path.name for path in folder.iterdir()} - {ENTRY, *entry["checksums"]})
+        if strange:
+            raise ValueError(f"{strange[0]} was not written there")
     return entry["facts"]
 
 
 def _read_entry(folder: Path) -> dict[str, Any]:
     """→ checksums and facts, whose own checksum is the first line."""
+    _check_is_file(folder / ENTRY)
     checksum, _, content = (folder / ENTRY).read_text(encoding="utf-8", errors="replace").partition("\n")
     if digest(content) != checksum:
         raise ValueError(f"{ENTRY} is not as it was written")
@@ -118,8 +135,15 @@ def _read_entry(folder: Path) -> dict[str, Any]:
 def _checksum(path: Path) -> str:
     import xxhash  # which datasets needs; as fast as the file is read
 
+    _check_is_file(path)
     total = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(2**22):
             total.update(chunk)
     return total.hexdigest()
+
+
+def _check_is_file(path: Path) -> None:
+    """Raises `ValueError` for a folder, and for a pipe, which would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is no file")

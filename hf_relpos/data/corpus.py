@@ -4,27 +4,24 @@ import csv
 import hashlib
 import importlib.util
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow
-from datasets import Dataset, Features, IterableDataset, Value
-from datasets.packaged_modules.csv.csv import Csv
+from datasets import Dataset, IterableDataset
 
 from .arguments import BUILT_IN, FILE_FLAGS, TextArguments
-from .cache import cache_root, cached_rows, digest, say
-from .documents import Tally, check_column, check_text_type, pieces, read_documents, split_text
-from .files import FileList, check_apart, content_hash, file_type, list_files
+from .cache import digest, say
+from .documents import Tally, read_documents
+from .documents_on_disk import DOCUMENTS, keep_documents
+from .files import FileList, check_apart, content_hash, inside, list_files
+from .named import read_named
 
 
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer document is cut at line ends
-DOCUMENTS = Features({"text": Value("string")})
 
 
 @dataclass
@@ -161,7 +158,7 @@ def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> C
     splits, read, contents, named = {}, ReadRecord(), {}, {}
     for split, files in lists.items():
         read.add_files(files)
-        named.setdefault(files.flag, {}).update({_inside(path, files.given): hashes[path] for path in files.paths})
+        named.setdefault(files.flag, {}).update({inside(path, files.given): hashes[path] for path in files.paths})
         contents[split] = [hashes[path] for path in files.paths]
         if args.streaming:
             shards = {"paths": files.paths, "files": files, "how": how}
@@ -169,18 +166,17 @@ def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> C
         else:
             key = ["files", files.kind, contents[split], *how]
             num_bytes = sum(path.stat().st_size for path in files.paths)
-            splits[split] = _keep(key, lambda tally: read_documents(files, *how, tally), read, num_bytes)  # noqa: B023
+            splits[split], tally = keep_documents(
+                key,
+                lambda tally: _unchanged(read_documents(files, *how, tally), files, hashes),  # noqa: B023
+                num_bytes,
+            )
+            read.add(tally)
     if args.streaming:
         fingerprint, each = digest(contents, *how), {split: digest(text, *how) for split, text in contents.items()}
     else:
         fingerprint, each = _hash_documents(splits)
     return Corpus(name, splits, fingerprint, read, each, named)
-
-
-def _inside(path: Path, given: str) -> str:
-    """→ the path of a file as seen from the folder that was given, or the name of the file that was."""
-    inside = os.path.relpath(path, Path(given).expanduser())
-    return path.name if inside == os.curdir else Path(inside).as_posix()
 
 
 def _stream(paths: list[Path], files: FileList, how: tuple[str, str, int]) -> Iterator[dict[str, str]]:
@@ -189,125 +185,23 @@ def _stream(paths: list[Path], files: FileList, how: tuple[str, str, int]) -> It
     return ({"text": text} for text in read_documents(files, *how, Tally()))
 
 
-def _keep(key: list[Any], read: Callable[[Tally], Iterator[str]], record: ReadRecord, num_bytes: int = 0) -> Dataset:
-    """Documents → a data set on disk, cached by `key`; what was dropped is added to the record."""
-
-    def make(folder: Path) -> dict[str, int]:
-        tally = Tally()
-        schema = DOCUMENTS.arrow_schema
-        bar = datasets.utils.tqdm(desc="Reading", unit=" documents", disable=num_bytes < 2**26)
-        with pyarrow.OSFile(str(folder / "documents.arrow"), "wb") as file, bar:
-            with pyarrow.ipc.new_stream(file, schema) as writer:
-                for texts in _batches(read(tally)):
-                    writer.write_table(pyarrow.table({"text": texts}, schema=schema))
-                    bar.update(len(texts))
-        return asdict(tally)
-
-    rows, facts = cached_rows("documents", key, make)
-    record.add(Tally(**facts))
-    return rows
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Lists of some 1000 documents, fewer where they are long."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == 1000 or size > 2**26:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-# --- data sets by name
+def _unchanged(documents: Iterator[str], files: FileList, hashes: dict[Path, str]) -> Iterator[str]:
+    """The documents; raises `ValueError` at their end if a file has not the content any more that it is known by."""
+    yield from documents
+    for path in files.paths:
+        if content_hash(path) != hashes[path]:
+            raise ValueError(f"`{files.flag}` {str(path)!r} was written to while it was read: wait until it is whole.")
 
 
 def _load_named(args: TextArguments) -> Corpus:
-    name = "/".join(filter(None, (Path(args.dataset_name).name, args.dataset_config_name)))
-    try:
-        builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name)
-        lists = _local_files(args.dataset_name, builder)
-        if lists is None:
-            files = _folder_hashes(args.dataset_name)
-            content = digest(list(files.items())) if files else ""
-            options = {"keep_default_na": False, "na_filter": False} if isinstance(builder, Csv) else {}
-            if content:  # `datasets` tells files by their names and times
-                options["cache_dir"] = str(cache_root() / f"loaded-{digest(content)[:24]}")
-            loaded = datasets.load_dataset(
-                args.dataset_name, args.dataset_config_name, streaming=args.streaming, **options
-            )
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise ValueError(f"`dataset_name` {args.dataset_name!r} cannot be loaded: {error}") from error
-    splits = {
-        split: (lists or loaded)[split] for split in ("train", "validation", "test") if split in (lists or loaded)
-    }
-    if not splits:
-        raise ValueError(f"`dataset_name` {args.dataset_name!r} has neither a train nor a validation split.")
-    if lists:
-        return _read_lists(name, splits, args)
-    how, read, documents = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS), ReadRecord(), {}
-    for split, rows in splits.items():
-        _check_rows(rows, args.text_column)
-        if args.streaming:
-            documents[split] = rows.map(
-                _split_rows,
-                batched=True,
-                batch_size=32,
-                remove_columns=list(next(iter(rows), {})),
-                features=DOCUMENTS,
-                fn_kwargs={"how": how},
-            )
-        else:
-            key = ["named", content, rows._fingerprint, *how]
-            documents[split] = _keep(key, lambda tally: _split_column(rows, how, tally), read)  # noqa: B023
-    named = {"dataset_name": files} if files else {}
-    if args.streaming:
-        return Corpus(name, documents, "", read, files=named)
-    fingerprint, each = _hash_documents(documents)
-    return Corpus(name, documents, fingerprint, read, each, named)
-
-
-def _local_files(name: str, builder: Any) -> dict[str, FileList] | None:
-    """→ the files by split, if the data set is a folder here of files that this package reads itself."""
-    found = {}
-    for split, paths in (builder.config.data_files or {}).items():
-        kinds = {file_type(Path(path))[0] for path in paths}
-        if not Path(name).is_dir() or kinds - {"json", "csv", "parquet"} or len(kinds) != 1:
-            return None
-        found[str(split)] = FileList("dataset_name", name, kinds.pop(), [Path(path) for path in paths])
-    return found or None
-
-
-def _folder_hashes(name: str) -> dict[str, str]:
-    """→ file → hash of its bytes, for all files in a folder here; empty if there is none of that name."""
-    paths = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
-    return {_inside(path, name): content_hash(path) for path in paths}
-
-
-def _check_rows(rows: Dataset | IterableDataset, column: str) -> None:
-    """Raises `ValueError` if rows have no such column, or no text in it."""
-    check_column(column, rows.column_names or list(next(iter(rows), {column: None})))
-    if rows.features:
-        check_text_type(column, rows.features.arrow_schema.field(column).type)
-
-
-def _split_rows(batch: dict[str, list[Any]], how: tuple[str, str, int]) -> dict[str, list[str]]:
-    return {"text": list(_split_texts(batch[how[0]], how, Tally()))}
-
-
-def _split_column(rows: Dataset, how: tuple[str, str, int], tally: Tally) -> Iterator[str]:
-    for batch in rows.select_columns([how[0]]).iter(batch_size=32):
-        yield from _split_texts(batch[how[0]], how, tally)
-
-
-def _split_texts(texts: list[Any], how: tuple[str, str, int], tally: Tally) -> Iterator[str]:
-    column, separator, limit = how
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"`text_column` must hold text, got {column!r} of type {type(text).__name__}.")
-        yield from split_text(pieces(text or ""), separator, limit, tally)
+    found = read_named(args, (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS))
+    if found.lists:
+        return _read_lists(found.name, found.lists, args)
+    read, files = ReadRecord(), {"dataset_name": found.files} if found.files else {}
+    for tally in found.tallies:
+        read.add(tally)
+    fingerprint, each = ("", {}) if args.streaming else _hash_documents(found.splits)
+    return Corpus(found.name, found.splits, fingerprint, read, each, files)
 
 
 # --- splits

@@ -67,7 +67,10 @@ def list_files(flag: str, given: str) -> FileList:
             skipped.append(f"{file.relative_to(path) if path.is_dir() else file.name} (empty)")
         else:
             _check_compression(flag, file, kind, compression)
-            found.append((file, kind))
+            if first := _unpacked_beside(file, [each for each, _ in found]):
+                skipped.append(f"{file.relative_to(path)} (the same as {first.name})")
+            else:
+                found.append((file, kind))
     if not found:
         left_out = f"; left out: {', '.join(skipped[:5])}" if skipped else ""
         if len(skipped) == len(files) and skipped and all(name.endswith(" (empty)") for name in skipped):
@@ -90,10 +93,30 @@ def _walk(folder: Path, flag: str) -> tuple[list[Path], list[str]]:
         kept = [name for name in folders if not LEFT_OUT.search(name) and not os.path.islink(Path(place, name))]
         skipped += [f"{Path(place, name).relative_to(folder)}/" for name in sorted({*folders} - {*kept})]
         folders[:] = kept
-        hidden = [name for name in names if name.startswith(".")]
+        hidden = [name for name in names if name.startswith((".", "~$"))]  # "~$" begins what an open file leaves
         skipped += [str(Path(place, name).relative_to(folder)) for name in sorted(hidden)]
         files += [Path(place, name) for name in names if name not in hidden]
     return sorted(files), skipped
+
+
+def _unpacked_beside(file: Path, others: list[Path]) -> Path | None:
+    """The one of other files that holds the same text and has the same name but for the compression."""
+    for other in others:
+        if other.parent == file.parent and _unpacked_name(other) == _unpacked_name(file):
+            if _unpacked_hash(other) == _unpacked_hash(file):
+                return other
+    return None
+
+
+def _unpacked_name(path: Path) -> str:
+    return path.stem if file_type(path)[1] else path.name
+
+
+def _unpacked_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in read_bytes(path):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def file_type(path: Path) -> tuple[str | None, str | None]:
@@ -219,3 +242,9 @@ def check_apart(first: FileList, second: FileList) -> None:
     for path in second.paths:
         if (path.stat().st_dev, path.stat().st_ino) in places:
             raise ValueError(f"`{second.flag}` must hold other files than `{first.flag}`, got {str(path)!r} in both.")
+
+
+def inside(path: Path, given: str) -> str:
+    """→ the path of a file as seen from the folder that was given, or the name of the file that was."""
+    inside = os.path.relpath(path, Path(given).expanduser())
+    return path.name if inside == os.curdir else Path(inside).as_posix()

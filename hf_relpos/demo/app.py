@@ -15,7 +15,21 @@ from ..cli import command, parse_arguments
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus
 from ..model_loading import load_model, load_model_tokenizer
-from .views import CARDS, COLORS, CSS, PageModel, bias_page, generate_cards, losses_page, render
+from .views import (
+    CARDS,
+    COLORS,
+    CSS,
+    MAX_DISTANCES,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    SCALES,
+    PageModel,
+    bias_page,
+    generate_cards,
+    losses_page,
+    render,
+)
 
 
 DESCRIPTION = """\
@@ -132,10 +146,10 @@ def _text_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
     prompt = gradio.Textbox(example, label="Prompt", lines=2, elem_id="prompt")
     with gradio.Row():
         options = [
-            gradio.Slider(1, 1024, 100, step=1, label="max_new_tokens", elem_id="max_new_tokens"),
-            gradio.Slider(0, 2, 0.8, step=0.05, label="temperature"),
+            gradio.Slider(1, MAX_NEW_TOKENS, 100, step=1, label="max_new_tokens", elem_id="max_new_tokens"),
+            gradio.Slider(0, MAX_TEMPERATURE, 0.8, step=0.05, label="temperature"),
             gradio.Slider(0.05, 1, 0.95, step=0.05, label="top_p"),
-            gradio.Number(42, precision=0, minimum=0, maximum=2**32 - 1, label="seed"),
+            gradio.Number(42, precision=0, minimum=0, maximum=MAX_SEED, label="seed"),
         ]
     with gradio.Row():
         start = gradio.Button("Generate", variant="primary", scale=3, elem_id="generate")
@@ -157,13 +171,13 @@ def _text_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
 def _bias_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
     configs = [entry.model.config for entry in entries]
     curved = [config for config in configs if config.has_distance_table]
-    first = 0, min(8192, max(256, *(4 * (config.train_length or 0) for config in configs))), "linear"
+    first = 0, min(MAX_DISTANCES, max(256, *(4 * (config.train_length or 0) for config in configs))), "linear"
     with gradio.Row(visible=bool(curved)):
         layers = range(max((config.num_hidden_layers for config in curved), default=1))
         inputs = [
             gradio.Dropdown([(f"layer {layer}", layer) for layer in layers], value=0, label="Layer", elem_id="layer"),
-            gradio.Slider(16, 8192, first[1], step=16, label="Length (distances)"),
-            gradio.Radio(["linear", "logarithmic"], value="linear", label="Axis of distances"),
+            gradio.Slider(16, MAX_DISTANCES, first[1], step=16, label="Length (distances)"),
+            gradio.Radio([*SCALES], value="linear", label="Axis of distances"),
         ]
     biases = gradio.HTML(bias_page(entries, *first), elem_id="biases", apply_default_css=False)
     for control, event in zip(inputs, ("change", "release", "change")):
@@ -189,6 +203,7 @@ def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:
             footer_links=[],
             run_history=False,
             ssr_mode=False,
+            max_file_size="1kb",  # the page takes none
         )
     except OSError as error:
         raise ValueError(f"`port` {port} of `host` {host!r} is taken, or not free to use.") from error

@@ -14,12 +14,15 @@ from ..evaluation.evaluate import bias_curve_limit
 from ..evaluation.loss_by_length import evaluation_mode, token_losses
 from ..evaluation.loss_sums import RunningLoss
 from ..inference.generate import sample
+from ..inference.request_checks import MAX_PROMPT_TOKENS, check_characters
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..results.result_file import smooth_by_position
 
 
-MAX_TOKENS = 8192  # of a pasted text: its logits are in memory at once
-MAX_CHARACTERS = 32 * MAX_TOKENS  # of a text that is cut into tokens at all, which takes long and much memory
+MAX_TOKENS = MAX_PROMPT_TOKENS  # of a pasted text: its logits are in memory at once
+# the controls' limits, which a request that does not come from the page need not keep
+MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_SEED, MAX_DISTANCES = 1024, 2, 2**32 - 1, 8192
+SCALES = ("linear", "logarithmic")
 MAX_POINTS = 400  # of a drawn curve
 COLORS = ("#2f7ed8", "#e0662f", "#159a6c", "#a55fd6", "#d6455d", "#1295a6", "#a8702a", "#7d7f86")  # on white and black
 LINES = ("-", "--", ":", "-.")
@@ -116,9 +119,16 @@ def generate_cards(
     entries: Sequence[PageModel], prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> Iterator[str]:
     """→ the page's columns after each round of one token per model; an error of a model is shown in its column."""
-    options = int(max_new_tokens), float(temperature), float(top_p), int(seed)
     try:
-        check_characters("prompt", prompt)
+        _check_text("prompt", prompt)
+        for name, value, least, most in (
+            ("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS),
+            ("temperature", temperature, 0, MAX_TEMPERATURE),
+            ("top_p", top_p, 0.01, 1),
+            ("seed", seed, 0, MAX_SEED),
+        ):
+            _check_number(name, value, least, most)
+        options = int(max_new_tokens), _temperature(temperature), float(top_p), int(seed)
     except ValueError as error:
         yield render(CARDS, rows=[[entry, "", "", "", str(error)] for entry in entries])
         return
@@ -147,10 +157,22 @@ def _sample(entry: PageModel, prompt: str, *options: Any) -> Iterator[tuple[list
     yield from sample(entry.model, entry.tokenizer, prompt, *options)
 
 
-def check_characters(name: str, text: str) -> None:
-    """Raises `ValueError` for a text that is too long to be cut into tokens here."""
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"The {name} has {len(text)} characters: this page reads at most {MAX_CHARACTERS}.")
+def _check_text(name: str, text: Any) -> None:
+    """Raises `ValueError` for what is no text, or too long to be cut into tokens here."""
+    if not isinstance(text, str):
+        raise ValueError(f"The {name} must be text, got {type(text).__name__}.")
+    check_characters(f"The {name}", len(text), "this page")
+    text.encode()  # half of a surrogate pair is no text
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ValueError(f"`{name}` must be a number of {least} to {most}, got {str(value)[:40]!r}.")
+
+
+def _temperature(value: float) -> float:
+    """A temperature that divides logits by next to nothing takes the likeliest token, as 0 does."""
+    return 0.0 if value < 0.01 else float(value)
 
 
 def _counted(count: int) -> str:
@@ -169,7 +191,7 @@ def losses_by_position(entry: PageModel, text: str) -> np.ndarray:
     Raises:
         ValueError: if the text is too short for a loss, or too long for the model or this page.
     """
-    check_characters("text", text)
+    _check_text("text", text)
     tokens = entry.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     count, limit = tokens.shape[1], entry.model.config.max_positions
     if count < 2:
@@ -229,7 +251,14 @@ def _draw_losses(axes: Any, curves: Sequence[tuple[PageModel, np.ndarray]]) -> N
 
 def bias_page(entries: Sequence[PageModel], layer: int, length: int, scale: str) -> str:
     """→ a plot per model with a line per head: what its attention adds to the scores by distance, in one layer."""
-    rows = []
+    try:
+        _check_number("layer", layer, 0, 10**6)
+        _check_number("length", length, 2, MAX_DISTANCES)
+        if scale not in SCALES:
+            raise ValueError(f"The axis must be one of {SCALES}, got {str(scale)[:40]!r}.")
+    except ValueError as error:
+        return render(BIASES, rows=[(entry, "", str(error)) for entry in entries])
+    rows, layer, length = [], int(layer), int(length)
     for entry in entries:
         num_layers = entry.model.config.num_hidden_layers
         plot, note = "", ""

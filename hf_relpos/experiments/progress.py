@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ..environment import write_json
+from ..environment import write_json, write_text
+from ..file_reading import MAX_REASON
 from ..results.training_record import TRAINING_RECORD
 from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
 from .grid import Run
@@ -46,7 +47,8 @@ class ProgressCallback(TrainerCallback):
         left = (now - self.begun) / max(done, 1) * (state.max_steps - state.global_step)
         progress = {"step": state.global_step, "steps": state.max_steps, "loss": self.loss, "seconds_left": left}
         progress |= {"first_step": self.first_step, "pid": os.getpid()}
-        write_json(self.path, progress)
+        with suppress(OSError):  # a full disk stops a run where it saves, not where it is watched
+            write_json(self.path, progress)
         self.written = now
 
 
@@ -83,6 +85,20 @@ def _written_since(path: Path, since: float) -> bool:
         return path.stat().st_mtime >= since
     except OSError:
         return False
+
+
+def write_failure(run: Run, root: Path, text: str) -> None:
+    """Keeps why a run failed, whole or not at all; raises `OSError` where nothing can be written."""
+    write_text(run.folder(root) / FAILURE, text)
+
+
+def failure_of(run: Run, root: Path) -> str:
+    """Why a run failed, in a few words, and where the traceback is; empty where nothing could be written."""
+    path = run.folder(root) / FAILURE
+    if not path.is_file():
+        return ""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1].strip()[:MAX_REASON] if lines else 'stopped'}; see {path}"
 
 
 @contextmanager

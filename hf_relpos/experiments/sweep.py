@@ -20,9 +20,10 @@ from ..results.result_file import RESULTS, read_readable, split_name, write_resu
 from ..results.training_record import TRAINING_RECORD
 from ..training.checkpoints import damage
 from ..training.interrupt import SIGNALS
+from ..training.output_stream import SafeStream
 from ..training.train import finetune, train
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
-from .progress import FAILURE, PROGRESS, ProgressCallback, live_table, status
+from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
 from .workers import run_here, run_in_processes, run_on_ray
 
 
@@ -48,7 +49,7 @@ def run_one(run: Run, root: Path) -> None:
     folder = run.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILURE).unlink(missing_ok=True)
-    with (folder / LOG).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with open_log(folder / LOG) as log, redirect_stdout(log), redirect_stderr(log):
         try:
             import_schemes(run.import_files)
             if not (folder / TRAINING_RECORD).is_file():
@@ -63,8 +64,20 @@ def run_one(run: Run, root: Path) -> None:
                 }
                 evaluate_model(*parse_values(EVALUATE_TYPES, values))
         except Exception:
-            (folder / FAILURE).write_text(traceback.format_exc(), encoding="utf-8")
+            with suppress(OSError):  # a full disk: whoever called says why
+                write_failure(run, root, traceback.format_exc())
             raise
+
+
+@contextmanager
+def open_log(path: Path) -> Iterator[SafeStream]:
+    """A file to print to; what does not fit on the disk is lost, which is no reason to stop."""
+    with path.open("a", encoding="utf-8") as file:
+        log = SafeStream(file)
+        try:
+            yield log
+        finally:
+            log.flush()
 
 
 def _train(run: Run, root: Path) -> None:
@@ -180,7 +193,7 @@ def main() -> None:
             print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
         raise
     for run in failed:
-        print(f"failed: {run.label}, see {run.folder(root)}/{FAILURE}", file=sys.stderr)
+        print(f"failed: {run.label}: {failure_of(run, root) or 'see above'}", file=sys.stderr)
     results = collect_results(runs, root)
     texts = "; ".join(dict.fromkeys(map(split_name, results)))
     print(f"{len(results)} of {len(runs)} results, in {root / RESULTS}" + (f": {texts}" if texts else ""))

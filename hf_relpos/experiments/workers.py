@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ..cli import describe
 from ..processes import InUseError, end_with_parent, is_held, only_owner
 from ..training.interrupt import SIGNALS
 from .grid import Run
-from .progress import FAILURE
+from .progress import FAILURE, write_failure
 
 
 MAX_RETRIES = 3  # of a run whose worker died
@@ -60,8 +61,10 @@ def schedule(
             places.append(place)
             if isinstance(future.exception(), InUseError):
                 waiting.append(run)
-            elif future.exception() is not None:
+            elif (error := future.exception()) is not None:
                 failed.append(run)
+                if not (run.folder(root) / FAILURE).is_file() and not isinstance(error, WorkerError):
+                    print(f"{run.label}: {describe(error)}", file=sys.__stderr__)
     return failed
 
 
@@ -126,6 +129,10 @@ def run_in_processes(runs: Sequence[Run], root: Path, work: Work, num_processes:
             raise
 
 
+class WorkerError(RuntimeError):
+    """A run failed in a process that has said why, in failure.txt or on stderr."""
+
+
 class Processes:
     """A process for each run: a GPU is chosen before torch has seen one, memory goes back when a run is done, and one
     that is killed takes no other with it."""
@@ -139,7 +146,8 @@ class Processes:
 
         Raises:
             InUseError: if another call does the run.
-            RuntimeError: if it failed, or died too often.
+            WorkerError: if it failed.
+            RuntimeError: if it died too often.
         """
         for _ in range(MAX_RETRIES + 1):
             code = self._run_once(task, device, num_threads)
@@ -150,10 +158,11 @@ class Processes:
             if code == IN_USE:
                 raise InUseError("another call does the run")
             if code > 0 and code != INTERRUPTED:
-                raise RuntimeError(f"the run failed with exit code {code}")
+                raise WorkerError(f"the run failed with exit code {code}")
         _, run, root, _ = task.args
-        reason = f"its process was stopped {MAX_RETRIES + 1} times, at last with exit code {code} (below 0: a signal)\n"
-        (run.folder(root) / FAILURE).write_text(reason, encoding="utf-8")
+        reason = f"its process was stopped {MAX_RETRIES + 1} times, at last with exit code {code} (below 0: a signal)"
+        with suppress(OSError):
+            write_failure(run, root, f"{reason}\n")
         raise RuntimeError(reason)
 
     def _run_once(self, task: Task, device: str | None, num_threads: int) -> int:
@@ -191,10 +200,10 @@ def _work(task: Task, device: str | None, num_threads: int, parent: int) -> None
         sys.exit(IN_USE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except Exception:
+    except Exception as error:
         _, run, root, _ = task.args
         if not (run.folder(root) / FAILURE).is_file():
-            raise
+            print(f"{run.label}: {describe(error)}", file=sys.__stderr__)
         sys.exit(1)
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.utils import validate_repo_id
 
 from ..cli import command, parse_arguments, say_next
+from ..environment import writing
 from ..file_reading import parse_json, read_json, read_text_file
 from ..messages import say_command, this_command
 from ..results.training_record import TRAINING_RECORD
@@ -237,7 +238,8 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
     source = Path(model.name_or_path or "/nowhere")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        with writing("the folder", folder):
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
         for name in set(FILES) - {TRAINING_RECORD, INDEX}:
             if (source / name).is_file() and not (folder / name).exists():
                 check_inside(source / name, source)

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
+from ..environment import writing
 from ..file_reading import read_json
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import (
@@ -254,7 +255,8 @@ def write_files(files: dict[str, Path | bytes], folder: str | Path) -> None:
     if folder.exists():
         raise ValueError(f"`output_dir` {str(folder)!r} exists: choose another.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+    where = writing("`output_dir`", folder)
+    with where, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
         part = Path(parent) / folder.name
         for name, content in files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite
-from .serving_limits import FollowClient, follow_clients, limit_handler, pop_cap, start_empty_prompts
+from .serving_limits import FollowClient, follow_clients, limit_handler, pin_model, pop_cap, start_empty_prompts
 
 
 USAGE = (
@@ -81,6 +81,7 @@ def adapt_server(name: str, cap: int) -> None:
         for handler in given.values():
             if hasattr(handler, "_build_generation_config"):
                 limit_handler(handler, cap)
+        pin_model(given["model_manager"])
         start_empty_prompts(given["completion_handler"])
         follow_clients(given["generation_state"])
         app = build_server(*args, **kwargs)

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import functools
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..special_tokens import document_start
+from .request_checks import MAX_BODY, MAX_PROMPT_TOKENS, TOKEN_FIELDS, check_body, check_first
 
 
-TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 CAP_FLAGS = ("--max_new_tokens", "--max-new-tokens")
 
 
@@ -54,7 +55,8 @@ CLIENT: contextvars.ContextVar[Client] = contextvars.ContextVar("client")
 
 
 class FollowClient:
-    """ASGI middleware: reads the whole request, then watches for the end of the connection."""
+    """ASGI middleware: reads the whole request, if it is no longer than `MAX_BODY`, then watches for the end of the
+    connection."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -66,6 +68,9 @@ class FollowClient:
         messages, client, gone = [await receive()], Client(), asyncio.Event()
         while messages[-1].get("more_body"):
             messages.append(await receive())
+            if sum(len(message.get("body", b"")) for message in messages) > MAX_BODY:
+                await _refuse_size(send)
+                return
         client.when_gone(gone.set)
 
         async def watch() -> None:
@@ -87,6 +92,14 @@ class FollowClient:
             watcher.cancel()
 
 
+async def _refuse_size(send: Callable) -> None:
+    reason = f"the request has more than {MAX_BODY} bytes."
+    content = json.dumps({"error": {"message": reason, "type": "invalid_request_error"}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
 class ClientHasGone(StoppingCriteria):
     """Ends a generation at the next token once its client has gone."""
 
@@ -99,33 +112,19 @@ class ClientHasGone(StoppingCriteria):
 
 
 def limit_handler(handler: Any, cap: int) -> None:
-    """Makes a handler of the server refuse requests for more than `cap` new tokens."""
+    """Makes a handler of the server refuse requests for more than `cap` new tokens, or whose cost has no limit."""
+    check_first(handler, lambda body: check_body(body, cap))
     build = handler._build_generation_config
 
     @functools.wraps(build)
     def capped(body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        for name in TOKEN_FIELDS:
-            if body.get(name) is not None:
-                _check_tokens(name, body[name], cap)
-        seed = body.get("seed")
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
         config = build(body, *args, **kwargs)
-        if body.get("generation_config") is not None:  # whatever fields it may have
-            for name in ("max_new_tokens", "max_length"):
-                if getattr(config, name, None) is not None:
-                    _check_tokens(f"generation_config.{name}", getattr(config, name), cap)
-        else:  # a number that was not asked for, but for those checked above
+        if body.get("generation_config") is None:  # a number that was not asked for, but for those that were checked
             config.max_new_tokens = min(config.max_new_tokens or cap, cap)
             CLIENT.get().named_tokens = any(body.get(name) is not None for name in TOKEN_FIELDS)
         return config
 
     handler._build_generation_config = capped
-
-
-def _check_tokens(name: str, value: Any, cap: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= cap:
-        raise ValueError(f"`{name}` must be a number of 1 to {cap} (--max_new_tokens of the server), got {value!r}.")
 
 
 def start_empty_prompts(handler: Any) -> None:
@@ -157,8 +156,23 @@ def follow_clients(generation_state: Any) -> None:
     generation_state.get_manager = get
 
 
+def pin_model(manager: Any) -> None:
+    """Makes the manager of models load the one that is served and no other, by whatever way it is asked for."""
+    find = manager.process_model_name
+
+    @functools.wraps(find)
+    def find_pinned(name: Any) -> str:
+        if manager.force_model is not None and name != manager.force_model:
+            raise ValueError(f"`model`: the server is pinned to {manager.force_model!r}, got {str(name)[:200]!r}.")
+        return find(name)
+
+    manager.process_model_name = find_pinned
+
+
 def _follow(manager: Any) -> None:
     stream, generate = manager.generate_streaming, manager.generate_non_streaming
+    if hasattr(manager, "async_submit"):
+        manager.async_submit = _skip_gone(manager.async_submit)
 
     def generate_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, *args)
@@ -186,11 +200,31 @@ def _follow(manager: Any) -> None:
     manager.follows_clients = True
 
 
+def _skip_gone(submit: Callable[..., Any]) -> Callable[..., Any]:
+    """Of requests that wait for their turn, those whose client has gone meanwhile cost nothing."""
+
+    def submit_unless_gone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        client = CLIENT.get()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if client.gone.is_set() and "input_ids" in kwargs:
+                return kwargs["input_ids"]
+            return function(*args, **kwargs)
+
+        return submit(run, *args, **kwargs)
+
+    return submit_unless_gone
+
+
 def _fit(model: Any, inputs: Any, generation_config: Any) -> None:
-    """Refuses a request without a token; one that named no number of them gets those that a learned table has left."""
+    """Refuses a request without a token or with too many; one that named no number of them gets those that a learned
+    table has left."""
     tokens, limit = inputs["input_ids"], getattr(model.config, "max_positions", None)
     count = len(tokens) if isinstance(tokens, list) else tokens.shape[-1]
     if not count:
         raise ValueError("the prompt must have at least one token, got an empty one.")
+    most = max(MAX_PROMPT_TOKENS, getattr(model.config, "max_position_embeddings", 0))
+    if count > most:
+        raise ValueError(f"the prompt has {count} tokens: the server reads at most {most}.")
     if limit is not None and count < limit and not CLIENT.get().named_tokens:
         generation_config.max_new_tokens = min(generation_config.max_new_tokens, limit - count)

@@ -107,7 +107,7 @@ def join_rope_keywords(pos_embedding_type: str, rope_parameters: dict | None, gi
         for name, value in part.items():
             name = "rope_type" if name == "type" else name  # its name in older files
             other, earlier = joined.setdefault(name, (field, value))
-            if earlier != value:
+            if earlier is not value and earlier != value:  # NaN differs from itself, and is refused below
                 raise ValueError(f"`{other}` and `{field}` disagree about {name!r}: {earlier!r} and {value!r}.")
     return {name: value for name, (_, value) in joined.items()} if joined or rope_parameters is not None else None
 

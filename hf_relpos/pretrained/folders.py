@@ -12,6 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoTokenizer
 
 from ..cli import say_next
+from ..environment import writing
 from ..file_reading import reading
 from .sources import INDEX, TOKENIZER_FILES, Source
 
@@ -31,7 +32,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"{str(folder)!r} exists: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+    where = writing("the folder", folder)
+    with where, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
         part = Path(parent) / folder.name
         part.mkdir()
         yield part

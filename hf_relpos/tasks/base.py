@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..data.cache import digest
-from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_start
+from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_end, document_start
 
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Task:
 
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = self.make_tokenizer() if tokenizer is None else tokenizer
-        self.start, self.end = document_start(self.tokenizer), self.tokenizer.eos_token_id
+        self.start, self.end = document_start(self.tokenizer), document_end(self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         missing = [word for word in self.words if word not in vocabulary]
         if missing:

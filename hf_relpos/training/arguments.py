@@ -1,6 +1,8 @@
 """The recipe: training arguments and their defaults."""
 
+import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +13,8 @@ from ..results.training_record import non_default_fields
 
 
 TOKENS_PER_STEP = 128 * 128
+SCHEDULES = ("at_once", "by_layer")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of saved weights
 # title → names of the flags that transformers has
 PURPOSES = {
     "optimizer and schedule": "optim.*|adam.*|weight_.*|max_grad_norm|lr_.*|warmup.*|label_smoothing.*|neftune.*|seed",
@@ -23,6 +27,12 @@ PURPOSES = {
     "data loading": "dataloader.*|remove_unused.*|label_names|train_sampling.*|length_column.*|group_by.*",
     "several processes": "ddp.*|fsdp.*|deepspeed|accelerator.*|parallelism.*|local_rank",
 }
+
+
+def check_peft() -> None:
+    """Raises `ValueError` where PEFT is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError("`lora_rank` needs the package peft: pip install 'hf_relpos[lora]'.")
 
 
 def cpu_has_fast_bf16() -> bool:
@@ -81,6 +91,13 @@ class RelPosTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = True
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 21600
+    save_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the weights that are saved at the end: float32, bfloat16 or float16; by default that of "
+            "the saved model that is continued. Training and its checkpoints have fp32 weights."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "last: go on from the newest whole checkpoint of --output_dir; or the folder of one."},
@@ -112,6 +129,8 @@ class RelPosTrainingArguments(TrainingArguments):
                 "`use_liger_kernel` must be false: Liger has no kernels for these models, which compute their loss "
                 "without logits as they are; got true."
             )
+        if self.save_dtype not in (None, *DTYPES):
+            raise ValueError(f"`save_dtype` must be one of {[*DTYPES]}, got {self.save_dtype!r}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             check_at_least_1(name, getattr(self, name))
         check_at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
@@ -148,3 +167,49 @@ class FinetuningArguments(RelPosTrainingArguments):
             "help": "Lengthen a learned table to --block_size: the new rows repeat the old ones from the first on."
         },
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA of this rank beside the matrices of attention and MLP, and the parameters of the "
+            "position scheme, instead of all weights; it is merged where the model is saved. Needs the package peft."
+        },
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA is multiplied by alpha / rank; twice the rank by default."}
+    )
+    scheme_schedule: str = field(
+        default="at_once",
+        metadata={
+            "choices": [*SCHEDULES],
+            "help": "How another --pos_embedding_type comes: at_once, before the first step, or by_layer, from the "
+            "last layer to the first over --scheme_schedule_steps. Needs --max_steps.",
+        },
+    )
+    scheme_schedule_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps until a scheme that comes by_layer is in all layers; half of all by default."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise ValueError(f"`lora_alpha` needs `lora_rank`, got {self.lora_alpha} alone.")
+        if self.scheme_schedule not in SCHEDULES:
+            raise ValueError(f"`scheme_schedule` must be one of {[*SCHEDULES]}, got {self.scheme_schedule!r}.")
+        if self.scheme_schedule == "at_once" and self.scheme_schedule_steps is not None:
+            raise ValueError(
+                f"`scheme_schedule_steps` is for 'by_layer', got {self.scheme_schedule_steps} with 'at_once'."
+            )
+        check_at_least_1("scheme_schedule_steps", self.scheme_schedule_steps)
+        if self.lora_rank is not None:
+            check_at_least_1("lora_rank", self.lora_rank)
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        self.lora_alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"`lora_alpha` must be a number above 0, got {self.lora_alpha}.")
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name):
+                raise ValueError(f"`lora_rank` must be None with `{name}`, got {self.lora_rank}.")
+        check_peft()

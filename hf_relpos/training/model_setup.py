@@ -14,6 +14,7 @@ from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_loading import check_size, check_vocab_size, load_model, load_model_tokenizer
 from ..pretrained.importing import describe_import, import_model, is_foreign
+from ..special_tokens import document_end
 from ..tasks.arguments import DataArguments
 from .model_arguments import ModelArguments, SavedModelArguments
 
@@ -134,6 +135,10 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         check_vocab_size(tokenizer, model.config.vocab_size)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to separate documents.")
+    end = document_end(tokenizer)
+    if end != tokenizer.eos_token_id and os.environ.get("RANK", "0") == "0":
+        end, turn_end = tokenizer.convert_ids_to_tokens(end), tokenizer.eos_token
+        print(f"documents end in {end!r}, as in pretraining; {turn_end!r} ends the turns of chats")
     return model, tokenizer
 
 

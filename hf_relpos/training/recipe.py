@@ -10,7 +10,11 @@ from transformers import set_seed
 
 from ..data.cache import digest
 from ..file_reading import read_json
+from ..model.saved_code import saved_code
+from ..model_loading import model_hashes
 from ..results.training_record import UNRECORDED_FLAGS
+from ..scheme_files import imported_files
+from ..special_tokens import document_end
 from .checkpoints import RECIPE
 from .run import TrainingRun
 
@@ -26,6 +30,7 @@ NEUTRAL_STARTS = ("hub_", "trackio_")
 DATA_FIELDS = ("streaming", "cross_document_attention", "validation_split_percentage", "max_eval_samples")
 # what a checkpoint cannot go on with
 FIXED = {"optim", "optim_args", "fp16", "fsdp", "fsdp_config", "deepspeed", "base_model", "changes", "tokenizer"}
+FIXED |= {"lora_rank", "lora_alpha", "scheme_schedule", "scheme_schedule_steps"}
 
 
 @dataclass
@@ -65,14 +70,29 @@ def run_recipe(run: TrainingRun) -> Recipe:
     values["num_processes"] = run.args.world_size * max(1, run.args.n_gpu)
     name = run.model_args.model_name_or_path
     values |= {"base_model": Path(name).name if name else None, "changes": _plain(run.changes) or None}
-    return Recipe(values, run.args.world_size)
+    return Recipe(values | _hashes(run), run.args.world_size)
+
+
+def _hashes(run: TrainingRun) -> dict[str, str]:
+    """What a run is made of besides its text, "what/file" → hash: a name says nothing of what lies under it."""
+    name, tokenizer = run.model_args.model_name_or_path, run.data.tokenizer
+    found = {f"base_model/{file}": value for file, value in model_hashes(name).items()} if name else {}
+    if schemes := imported_files(run.model.config.pos_embedding_type):
+        code = saved_code(run.model.config.pos_embedding_type)  # a file and its copy in a saved folder are one
+        found |= {f"import_file/{file.name}": digest(code[file.name].decode()) for file in schemes}
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        found["tokenizer/tokenizer.json"] = digest(backend.to_str())
+    return {name: value[:16] for name, value in found.items()}
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any], run: TrainingRun) -> dict[str, list[Any]]:
-    """Name → the values of two recipes, where they differ; what one does not name has the default."""
+    """Name → the values of two recipes, where they differ; what one does not name has the default.
+
+    A hash that the other recipe, of an earlier version, does not have tells nothing.
+    """
     defaults = {each.name: _default(each) for each in fields(run.args)}
     found = {}
-    for name in sorted({*theirs, *ours}):
+    for name in sorted(name for name in {*theirs, *ours} if name in theirs or "/" not in name):
         pair = [recipe.get(name, defaults.get(name)) for recipe in (theirs, ours)]
         if pair[0] != pair[1]:
             found[name] = pair
@@ -106,9 +126,9 @@ def check_recipe(run: TrainingRun, recipe: Recipe) -> dict[str, list[Any]]:
     if not found:
         return {}
     listed = "; ".join(f"`{name}` is {theirs!r}, got {ours!r}" for name, (theirs, ours) in found.items())
-    fixed = sorted(FIXED & found.keys())
+    fixed = next((name for name in sorted(found) if name.partition("/")[0] in FIXED), None)
     if allowed and fixed:
-        raise ValueError(f"the checkpoint {run.checkpoint!r} cannot go on with another `{fixed[0]}`: {listed}.")
+        raise ValueError(f"the checkpoint {run.checkpoint!r} cannot go on with another `{fixed}`: {listed}.")
     if not allowed:
         raise ValueError(
             f"the recipe of the checkpoint {run.checkpoint!r} is another: {listed}; --override_recipe true resumes "
@@ -163,4 +183,4 @@ def _plain(value: Any) -> Any:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    return digest(sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id)[:24]
+    return digest(sorted(tokenizer.get_vocab().items()), document_end(tokenizer))[:24]

@@ -11,6 +11,7 @@ from ..model_corpus import ModelCorpus
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
 from .arguments import RelPosTrainingArguments
+from .lora import num_plain_parameters
 from .recipe import Recipe
 from .run import TrainingRun
 
@@ -51,12 +52,13 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "data_seed": args.data_seed,
         "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
         "config": {name: getattr(config, name, None) for name in CONFIG_FIELDS},
-        "num_parameters": trainer.model.num_parameters(),
+        "num_parameters": num_plain_parameters(trainer.model),
         "num_steps": steps,
         "num_processes": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tokens_per_step": per_step,
         "num_tokens": steps * per_step,
+        "block_size": args.block_size,
         **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
         "recipe": numbers,
         "script": args.script,

@@ -4,28 +4,29 @@ import functools
 import json
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.blocks import BlockCollator
-from ..environment import write_error, write_json
+from ..environment import check_room, write_json, writing
 from ..file_reading import reading
 from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
+from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
 from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
-from .arguments import FinetuningArguments, RelPosTrainingArguments
+from .arguments import DTYPES, FinetuningArguments, RelPosTrainingArguments
 from .checkpoints import STATE, damage, find_checkpoint, load_weights
 from .interrupt import InterruptCallback
+from .lora import add_lora
 from .model_arguments import ChangeArguments, ModelArguments
 from .model_setup import extend_learned_positions, load_saved, new_config, new_model
 from .output_stream import safe_output
@@ -34,6 +35,7 @@ from .recipe import Recipe, check_recipe, differences, run_recipe
 from .record import base_facts, mean_loss, saved_step, training_record
 from .run import TrainingRun, load_training_data
 from .scheme_change import describe_changes, load_changed
+from .scheme_schedule import make_schedule
 from .trainer import RelPosTrainer
 
 
@@ -135,6 +137,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
     _set_lengths(model.config, args)
+    save_dtype, schedule = _prepare_weights(model, args), make_schedule(run)
     run.data.tokenizer.model_max_length = model.config.max_position_embeddings
     recipe, changed = run_recipe(run), {}
     finished = _finished(run, recipe)
@@ -143,16 +146,19 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
             trained = f"the model after step {finished['num_steps']} on {finished['corpus']['name']}"
             print(f"finished: {args.output_dir!r} holds {trained}; nothing to do")
         return finished
+    if schedule:
+        schedule.apply(run.first_step)
     if run.checkpoint:
         _check_checkpoint(run.checkpoint, model.config)
         changed = check_recipe(run, recipe)
     model.skip_logits = True
     interrupt = InterruptCallback()
-    trainer = _make_trainer(run, interrupt)
+    trainer = _make_trainer(run, [interrupt, *([schedule] if schedule else [])])
     # the bar of transformers tells no loss, and leaves thousands of copies of itself in a file
     is_replaced = trainer.pop_callback(ProgressCallback) is not None
     trainer.add_callback(RunProgress(run, lambda: float(trainer.step_loss[1]), only_time=not is_replaced))
     trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
+    trainer.save_dtype = save_dtype
     check_before_training(run, trainer, base)
     start = time.perf_counter()
 
@@ -162,23 +168,20 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
 
     trainer.make_record = lambda: make_record(mean_loss(trainer, trainer.state.global_step))
     try:
-        training_loss = _train(run, trainer)
-        if interrupt.stopped:
-            if trainer.is_world_process_zero():
-                step = trainer.state.global_step
-                print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
-            raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
-        _save_model(trainer)
-        if _last_evaluation(trainer) is None:
-            trainer.evaluate()
-        record = make_record(training_loss)
-        _save_record(trainer, record)
+        with writing("`output_dir`", args.output_dir):
+            training_loss = _train(run, trainer)
+            if interrupt.stopped:
+                if trainer.is_world_process_zero():
+                    step = trainer.state.global_step
+                    print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
+                raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
+            _save_model(trainer)
+            if _last_evaluation(trainer) is None:
+                trainer.evaluate()
+            record = make_record(training_loss)
+            _save_record(trainer, record)
         if args.process_index == 0:
             print(_closing_line(record, args.output_dir))
-    except Exception as error:
-        if cause := write_error(error):
-            raise OSError(f"`output_dir` {args.output_dir!r} cannot be written: {cause}") from error
-        raise
     finally:
         interrupt.restore()
     return record
@@ -243,13 +246,24 @@ def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
 
 def _set_lengths(config: RelPosConfig, args: RelPosTrainingArguments) -> None:
     """Puts the lengths of a run into the configuration of its model, in place, and validates it."""
-    if args.max_steps != 0:
-        config.train_length = args.block_size
+    if args.max_steps != 0:  # shorter blocks recalibrate, they do not make a model forget its length
+        config.train_length = max(args.block_size, config.train_length or 0)
     config.max_position_embeddings = max(config.max_position_embeddings, args.block_size)
     RelPosConfig.from_dict(config.to_dict())  # fields are checked when a configuration is made, not when they are set
 
 
-def _make_trainer(run: TrainingRun, interrupt: InterruptCallback) -> RelPosTrainer:
+def _prepare_weights(model: RelPosForCausalLM, args: RelPosTrainingArguments) -> torch.dtype:
+    """Makes the weights fp32, in place, and adds LoRA where it is asked for; → the dtype to save them in."""
+    dtype = DTYPES[args.save_dtype] if args.save_dtype else model.dtype
+    if model.dtype in (torch.bfloat16, torch.float16):
+        model.float()
+        model.config.dtype = model.dtype
+    if getattr(args, "lora_rank", None):
+        add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+    return dtype
+
+
+def _make_trainer(run: TrainingRun, callbacks: list[TrainerCallback]) -> RelPosTrainer:
     try:
         return RelPosTrainer(
             model=run.model,
@@ -258,7 +272,7 @@ def _make_trainer(run: TrainingRun, interrupt: InterruptCallback) -> RelPosTrain
             eval_dataset=run.data.validation,
             processing_class=run.data.tokenizer,
             data_collator=BlockCollator(),
-            callbacks=[interrupt, *run.callbacks],
+            callbacks=[*callbacks, *run.callbacks],
         )
     except RuntimeError as error:
         if "requires" in str(error):  # a tracker that is not installed
@@ -306,17 +320,8 @@ def check_before_training(run: TrainingRun, trainer: RelPosTrainer, base: dict[s
     json.dumps({**training_record(run, trainer, 1.0, trainer.recipe), **base}, allow_nan=False)
     if not run.args.should_save:
         return
-    folder = Path(run.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
     num_bytes = sum(weight.nbytes for weight in run.model.parameters()) * (1 if run.args.max_steps == 0 else 3)
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise ValueError(
-            f"`output_dir` {run.args.output_dir!r} has room for {free / 2**20:.1f} MiB, a checkpoint takes "
-            f"{num_bytes / 2**20:.1f}."
-        )
+    check_room("output_dir", run.args.output_dir, num_bytes, "a checkpoint")
 
 
 def _check_checkpoint(checkpoint: str, config: RelPosConfig) -> None:

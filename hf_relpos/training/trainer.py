@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.utils import PushInProgress
 
-from ..environment import write_json
+from ..environment import CannotWriteError, write_bytes, write_json, writing
 from ..file_reading import reading
 from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
@@ -22,7 +22,9 @@ from ..hub.repository import repository_files, write_files
 from ..model_corpus import UsedCorpus
 from ..model_loading import is_finite
 from ..results.training_record import TRAINING_RECORD
-from .checkpoints import RECIPE, newest_whole
+from .checkpoints import RECIPE, load_weights, newest_whole
+from .lora import has_lora, merged_weights, save_trained_weights
+from .plain_model import plain_model
 from .recipe import Recipe, apply_overrides, reseed
 
 
@@ -42,6 +44,7 @@ class RelPosTrainer(Trainer):
     saved.
 
     Attributes:
+        save_dtype: of the weights in the output folder; those of checkpoints are as they are trained.
         recipe: what each checkpoint says of its run, in recipe.json.
         changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
         corpus: what the model is trained on, which is noted beside it.
@@ -49,6 +52,7 @@ class RelPosTrainer(Trainer):
         step_loss: the last step, and its loss in this process as far as it was computed.
     """
 
+    save_dtype: torch.dtype | None = None
     recipe: Recipe | None = None
     changed: dict[str, Any] | None = None
     corpus: UsedCorpus | None = None
@@ -103,11 +107,16 @@ class RelPosTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:  # what a damaged one of the same step left would look whole when this one is cut off
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        try:
+            with writing("the checkpoint", folder):
+                super()._save_checkpoint(model, trial)
+        except CannotWriteError:  # half of one takes the room of a whole one
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -116,6 +125,36 @@ class RelPosTrainer(Trainer):
         # in a checkpoint the state comes last, so one that has it has the recipe
         if self.recipe and self.args.should_save and output_dir and Path(output_dir) != Path(self.args.output_dir):
             write_json(Path(output_dir) / RECIPE, self.recipe.to_dict())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes an ordinary model, with LoRA merged; a checkpoint also gets LoRA itself."""
+        trained, is_end = self.model, Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
+        plain = self.accelerator.unwrap_model(trained, keep_torch_compile=False)
+        dtype = self.save_dtype if is_end else None
+        if not self.args.should_save or not (has_lora(plain) or dtype not in (None, plain.dtype)):
+            super()._save(output_dir, state_dict)
+            return
+        if has_lora(plain):
+            state_dict = merged_weights(plain)
+        self.model = plain_model(plain, state_dict or plain.state_dict(), dtype)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
+        if has_lora(plain) and not is_end:
+            save_trained_weights(plain, output_dir)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if has_lora(model or self.model):
+            load_weights(model or self.model, checkpoint)
+        else:
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_lora(self.model):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = []
@@ -180,7 +219,7 @@ class RelPosTrainer(Trainer):
             logger.warning(f"No card was written: {error}")
         else:
             if isinstance(card, bytes):
-                (folder / CARD).write_bytes(card)
+                write_bytes(folder / CARD, card)  # half of one would pass for one that was edited
 
     def push_to_hub(
         self,

@@ -94,6 +94,21 @@ def test_a_folder_without_what_is_hidden_and_checkpoints(tmp_path, capsys):
     assert load(tmp_path / ".git").splits["validation"]["text"], "what is named itself is read"
 
 
+def test_a_file_that_lies_beside_its_archive_is_read_once(tmp_path):
+    rows = "".join(json.dumps({"text": f"text {index}"}) + "\n" for index in range(3))
+    (tmp_path / "a.jsonl").write_text(rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(rows.encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "~$a.jsonl").write_text("what an editor leaves")
+    corpus = load(tmp_path)
+    assert corpus.splits["validation"]["text"] == [f"text {index}" for index in range(3)] * 2
+    left_out = ["~$a.jsonl", "a.jsonl.gz (the same as a.jsonl)", "a.jsonl.xz (the same as a.jsonl)"]
+    assert sorted(corpus.read.skipped) == sorted(left_out)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "another"}'))
+    assert "another" in load(tmp_path).splits["validation"]["text"]
+
+
 def test_a_folder_with_nothing_but_hidden_files_is_refused(tmp_path):
     (tmp_path / ".a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"must be a file or folder of .*left out: .a.txt"):

@@ -98,6 +98,54 @@ def test_the_size_of_a_text_is_checked_before_it_is_cut_into_tokens(entries):
         assert f"The prompt has {length} characters" in page and len(page) < 1000
 
 
+NAN, INFINITY = float("nan"), float("inf")
+BAD_TEXTS = {
+    "nothing": None,
+    "a number": 5,
+    "a list": ["a"] * 10**6,
+    "a dictionary": {"a": 1},
+    "half a pair": "a\ud800",
+}
+BAD_OPTIONS = {
+    0: (0, -1, 1025, 10**9, NAN, INFINITY, "x", None, True),
+    1: (-1, NAN, INFINITY, 3, "hot", None),
+    2: (0, -1, 2, NAN, "x", None),
+    3: (-1, 2**32, 2**70, NAN, 1e300, "x", None),
+}
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_what_is_no_text_is_said(text, entries):
+    def fail(*args, **kwargs):
+        raise AssertionError("it was cut into tokens")
+
+    entry = PageModel("m", entries[0].model, fail, "#000000")
+    for page in (losses_page([entry], text), *generate_cards([entry], text, 5, 0, 1, 42)):
+        assert page.count('class="note"') == 1 and "<svg" not in page and len(page) < 1000
+
+
+@pytest.mark.parametrize("place", BAD_OPTIONS)
+def test_numbers_that_no_control_gives_are_said(place, entries):
+    """A request need not come from the page: one of 10^9 tokens would hold up all others."""
+    for value in BAD_OPTIONS[place]:
+        options = [5, 1.0, 0.9, 42]
+        options[place] = value
+        (page,) = generate_cards(entries[:1], PROMPT, *options)
+        name = ("max_new_tokens", "temperature", "top_p", "seed")[place]
+        assert f"`{name}` must be a number of" in page and len(page) < 1000, value
+    *_, page = generate_cards(entries[:1], PROMPT, 3, 1e-320, 0.01, 2**32 - 1)
+    assert ">3 tokens<" in page
+
+
+def test_biases_of_any_size_are_not_drawn(entries):
+    for layer in (-1, NAN, "x", None, [0]):
+        assert "`layer` must be a number of" in bias_page(entries[:1], layer, 64, "linear")
+    for length in (10**9, 0, 1, -5, NAN, "x", None):
+        assert "`length` must be a number of 2 to 8192" in bias_page(entries[:1], 0, length, "linear")
+    assert "The axis must be one of" in bias_page(entries[:1], 0, 64, "<b>")
+    assert "<svg" in bias_page(entries[:1], 0, 64.0, "linear")
+
+
 @pytest.mark.parametrize("temperature, top_p", [(0, 1), (1, 1), (0.7, 0.8)], ids=["greedy", "all", "sharper"])
 def test_sampling_in_turns_gives_the_tokens_of_generate(entries, temperature, top_p):
     streams = [sample(entry.model, entry.tokenizer, PROMPT, 12, temperature, top_p, seed=5) for entry in entries]

@@ -57,9 +57,16 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     assert all(0.08 < sizes[split] / sum(sizes.values()) < 0.15 for split in ("validation", "test"))
     assert len(rows["test"]) > 3  # an interval needs several documents
     assert prepare_text(str(folder), tmp_path / "text", 64) == paths
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text(path.read_text()[:-9])):
+        damage(paths["test"])
+        assert prepare_text(str(folder), tmp_path / "text", 64) == paths
+        assert [json.loads(line)["text"] for line in paths["test"].read_text().splitlines()] == rows["test"]
     (folder / "0.txt").write_text("other\n" * 999)
     assert "other" in prepare_text(str(folder), tmp_path / "text", 64)["train"].read_text()
     (tmp_path / "runs").mkdir()
+    (tmp_path / "text" / "test.jsonl").write_text("")
+    with pytest.raises(ValueError, match="test.jsonl' is not as it was written"):
+        prepare_text(str(folder), tmp_path / "text", 64)
     (folder / "0.txt").write_text("another\n" * 999)
     with pytest.raises(ValueError, match="holds the text of another comparison"):
         prepare_text(str(folder), tmp_path / "text", 64)
@@ -77,6 +84,8 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
         ({"budget": "soon"}, "`budget` must be a time"),
         ({"run_length": 4096}, r"`run_length` 4096: the test part .* the longest that it serves is \d+"),
         ({"budget": "1s"}, "`budget` of 1 s affords no comparison"),
+        ({"vocab_size": None}, r"`text` '.*train' has few different words: they make .* helps, or --vocab_size \d+"),
+        ({"vocab_size": 5000}, r"`vocab_size` 5000 is more than this corpus gives: .* or --vocab_size \d+"),
     ],
 )
 def test_what_is_refused_before_any_training(options, message, tmp_path, corpus_files):

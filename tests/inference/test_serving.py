@@ -151,6 +151,28 @@ def test_what_a_request_may_ask_for(served):
             client.post(path, body={"model": name, **body}, cast_to=dict)
 
 
+def test_what_would_hold_up_others_is_refused(served):
+    """A prompt without end, a template of the request's own, a body that is no request, another model."""
+    client, name, _ = served
+    template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    chat = {"model": name, "messages": MESSAGES, "max_tokens": 2}
+    for path, body, code, message in (
+        ("/completions", {"model": name, "prompt": "the state " * 9000}, 400, "tokens: the server reads at most 8192"),
+        ("/completions", {"model": name, "prompt": "a" * 300_000}, 400, "reads at most 262144"),
+        ("/completions", {"model": name, "prompt": "a" * 3_000_000}, 413, "more than 2097152 bytes"),
+        ("/chat/completions", {**chat, "chat_template_kwargs": {"chat_template": template}}, 400, "chat_template"),
+        ("/responses", {"model": name, "input": "the state " * 9000, "stream": True}, 400, "reads at most 8192"),
+        ("/../load_model", {"model": "/etc"}, 400, "the server is pinned to"),
+    ):
+        begun = time.monotonic()
+        with pytest.raises(openai.APIStatusError) as error:
+            client.post(path, body=body, cast_to=dict)
+        assert error.value.status_code == code and message in error.value.message
+        assert time.monotonic() - begun < 20
+    answer = client.chat.completions.create(**chat, extra_body={"chat_template_kwargs": None})
+    assert answer.usage.completion_tokens == 2
+
+
 @pytest.mark.parametrize(
     "path, text", [("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": MESSAGES})]
 )

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import refusal, same_weights, training_flags
+from helpers import finetuning_flags, refusal, same_weights, training_flags
 from safetensors.torch import load_file, save_file
 
 from hf_relpos.results.training_record import given_flags
+from hf_relpos.training.arguments import RelPosTrainingArguments
 from hf_relpos.training.checkpoints import damage
 from hf_relpos.training.model_setup import ModelArguments
+from hf_relpos.training.recipe import differences
 from hf_relpos.training.trainer import RelPosTrainer
 
 
@@ -94,6 +97,63 @@ def test_another_corpus_is_refused(corpus_files, tmp_path, copy, run_script, cap
     data_flags = ["--train_file", train, "--validation_file", corpus_files / "valid.txt"]
     line = refusal(run_script, capsys, "train", resume_flags(data_flags, copy))
     assert "`corpus_fingerprint` is" in line
+
+
+def other_weights(base):
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, path, {"format": "pt"})
+    return "base_model/model.safetensors"
+
+
+def other_dropout(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+    return "attention_dropout"  # which the model that is trained has too
+
+
+def other_imports(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name": "another"}))
+    return "base_model/config.json"
+
+
+def other_tokenizer(base):
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}  # which gives this text the same tokens
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return "tokenizer/tokenizer.json"
+
+
+def written_again(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99.0"}, indent=7))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_dropout, other_imports, other_tokenizer])
+@pytest.mark.parametrize("override", ["false", "true"])
+def test_another_base_model_of_the_same_name_is_refused(
+    change, override, data_flags, trained, tmp_path, run_script, capsys
+):
+    base, run = shutil.copytree(trained / "rotary", tmp_path / "base"), tmp_path / "run"
+    run_script("finetune", *finetuning_flags(data_flags, base, run, max_steps=3))
+    moved = shutil.copytree(base, tmp_path / "elsewhere" / "base")
+    written_again(moved)
+    flags = dict(max_steps=3, resume_from_checkpoint="last", override_recipe=override)
+    run_script("finetune", *finetuning_flags(data_flags, moved, run, **flags))
+    assert "nothing to do" in capsys.readouterr().out, "it is the same model"
+    (run / "training.json").unlink()
+    name, before = change(moved), contents(run)
+    line = refusal(run_script, capsys, "finetune", finetuning_flags(data_flags, moved, run, **flags))
+    assert f"`{name}` " in line and "got " in line and contents(run) == before
+
+
+def test_what_an_earlier_version_did_not_note_is_not_compared(finished):
+    values = json.loads((finished / "checkpoint-6" / "recipe.json").read_text())["values"]
+    run = SimpleNamespace(args=RelPosTrainingArguments(output_dir="x"))
+    assert not differences({}, {"base_model/config.json": "0"}, run)
+    assert differences({"base_model/a.safetensors": "0"}, {}, run) == {"base_model/a.safetensors": ["0", None]}
+    assert "tokenizer/tokenizer.json" in values and not any(name.startswith("base_model/") for name in values)
 
 
 def test_an_overridden_recipe_runs_and_is_recorded(data_flags, copy, run_script, monkeypatch):
