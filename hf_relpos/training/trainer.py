@@ -118,6 +118,10 @@ class RelPosTrainer(Trainer):
         if self.recipe and self.args.should_save and output_dir and Path(output_dir) != Path(self.args.output_dir):
             write_json(Path(output_dir) / RECIPE, self.recipe.to_dict())
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with reading(f"`resume_from_checkpoint` {resume_from_checkpoint!r}: its weights are not those of this model"):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = []
         if checkpoint and self.changed:
@@ -146,7 +150,8 @@ class RelPosTrainer(Trainer):
                     raise ValueError(f"`{name}` is not finite")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with reading(f"`resume_from_checkpoint` {checkpoint!r}: its random numbers cannot be read"):
+            super()._load_rng_state(checkpoint)
         if checkpoint and self.changed:
             reseed(self.changed, self.args.seed)
 
