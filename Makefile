@@ -5,6 +5,7 @@
 #   installs, then the matrix of clients beside Llama, into docs/clients.md; the page is tested where there is a Chromium.
 #   VLLM_PYTHON names the Python of scripts/check_vllm.py
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
+# make docs: the guides as a site, in the folder site, and the notebooks
 # All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
 # supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
@@ -14,7 +15,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo sweep-demo test test-clients test-hf
+.PHONY: demo sweep-demo test test-clients test-hf docs
 
 demo: $(VENV)/installed-sample
 	rm -rf demo
@@ -46,6 +47,11 @@ test-clients: $(VENV)/installed-test $(VENV)/installed-clients
 test-hf: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel parameterized
 	$(BIN)/python tests/hf_suite/run.py $(if $(TRANSFORMERS_REPO),--transformers_repo $(TRANSFORMERS_REPO))
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python scripts/notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "wrote site/index.html"
 
 # a marker per extra, older than what it was made from after a pull that changes the requirements
 $(VENV)/installed-%: setup.py pyproject.toml $(CONSTRAINTS)

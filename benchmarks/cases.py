@@ -5,6 +5,7 @@ Shape letters: B batch, H heads, N tokens of a row, D head size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, Llama
 from hf_relpos.evaluation.loss_by_length import evaluation_mode, token_losses
 from hf_relpos.model.attention_distance_bias import distance_bias_attention
 from hf_relpos.model.attention_kernel import TableCall
+from hf_relpos.model.attention_torch import BlockKernel
 from hf_relpos.model.attention_triton import TritonKernel, triton_backward, triton_forward
 from hf_relpos.model.configuration_relpos import RelPosConfig
 from hf_relpos.model.modeling_relpos import RelPosForCausalLM
@@ -101,20 +103,39 @@ def distance_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, t
     return distance_bias_attention(query, key, value, table)
 
 
-class _FastTriton(torch.autograd.Function):
-    """The kernels for GPUs with the table's gradient by atomic additions."""
+class _Kernel(torch.autograd.Function):
+    """Two functions in the form of `TableKernel.forward` and `backward`."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> Any:
-        out, lse = triton_forward(query, key, value, table, TableCall(query.shape[3] ** -0.5))
+    def forward(
+        ctx: Any,
+        forward: Callable,
+        backward: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        table: torch.Tensor,
+    ) -> Any:
+        ctx.run_backward, ctx.call = backward, TableCall(query.shape[3] ** -0.5)
+        out, lse = forward(query, key, value, table, ctx.call)
         ctx.save_for_backward(query, key, value, out, lse, table)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
-        *tensors, table = ctx.saved_tensors
-        call = TableCall(tensors[0].shape[3] ** -0.5)
-        return triton_backward(grad_out, *tensors, table, call, is_deterministic=False)
+        return None, None, *ctx.run_backward(grad_out, *ctx.saved_tensors, ctx.call)
+
+
+def distance_bias_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """Without the kernels in C++ or Triton: in operations of torch."""
+    return _Kernel.apply(BlockKernel.forward, BlockKernel.backward, query, key, value, table)
+
+
+def zero_table(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """What attention without a bias costs by the kernel for tables."""
+    return distance_bias(query, key, value, torch.zeros_like(table))
 
 
 def distance_bias_fast(
@@ -122,7 +143,8 @@ def distance_bias_fast(
 ) -> torch.Tensor:
     if not TritonKernel.supports(query, key, table, TableCall(1.0)):
         raise Unsupported("needs a GPU and Triton")
-    return _FastTriton.apply(query, key, value, table)
+    backward = partial(triton_backward, is_deterministic=False)  # the table's gradient by atomic additions
+    return _Kernel.apply(triton_forward, backward, query, key, value, table)
 
 
 def alibi_key_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -164,7 +186,9 @@ KERNELS: dict[str, tuple[Callable, str | None]] = {
     "sdpa_causal": (sdpa_causal, None),
     "rotary_sdpa": (rotary_sdpa, None),
     "distance_bias": (distance_bias, "learned"),
+    "distance_bias_blocks": (distance_bias_blocks, "learned"),
     "distance_bias_fast": (distance_bias_fast, "learned"),
+    "zero_table": (zero_table, None),
     "distance_bias_alibi": (distance_bias, "alibi"),
     "alibi_key_mask": (alibi_key_mask, "alibi"),
     "sdpa_dense_bias": (sdpa_dense_bias, "learned"),

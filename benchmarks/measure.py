@@ -17,6 +17,8 @@ from benchmarks.cases import HEAD_DIM, NUM_HEADS, Case, Unsupported
 PEAK_SIZE = 2048
 # steps of a decoder in one sample: one alone is too short for the clock
 DECODE_STEPS = 5
+# "cpu" counts what the threads of this process compute, whatever else the machine does
+CLOCKS: dict[str, Callable[[], float]] = {"wall": lambda: time.perf_counter(), "cpu": lambda: time.process_time()}
 
 
 def summarize(samples: Sequence[float]) -> dict[str, float]:
@@ -30,18 +32,18 @@ def summarize(samples: Sequence[float]) -> dict[str, float]:
 
 
 def time_together(
-    runs: dict[Any, Callable[[], None]], repeats: int, device: str, progress: tqdm | None = None
+    runs: dict[Any, Callable[[], None]], repeats: int, device: str, progress: tqdm | None = None, clock: str = "wall"
 ) -> dict[Any, list[float]]:
     """Runs all in turn, `repeats` times after one round that does not count; each round begins with another.
 
     Returns:
-        key → wall seconds of each round, in the order of the rounds.
+        key → seconds of each round on the clock, one of `CLOCKS`, in the order of the rounds.
     """
     samples: dict[Any, list[float]] = {key: [] for key in runs}
     order = list(runs)
     for round_index in range(repeats + 1):
         for key in order:
-            seconds = _time(runs[key], device)
+            seconds = _time(runs[key], device, clock)
             if round_index:
                 samples[key].append(seconds)
             if progress is not None:
@@ -50,17 +52,20 @@ def time_together(
     return samples
 
 
-def _time(run: Callable[[], None], device: str) -> float:
+def _time(run: Callable[[], None], device: str, clock: str = "wall") -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = CLOCKS[clock]
+    start = now()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def time_cases(cases: Sequence[Case], base: str, repeats: int, skipped: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def time_cases(
+    cases: Sequence[Case], base: str, repeats: int, skipped: list[dict[str, Any]], clock: str = "wall"
+) -> list[dict[str, Any]]:
     """Times cases that differ in their name alone against each other.
 
     Args:
@@ -68,6 +73,7 @@ def time_cases(cases: Sequence[Case], base: str, repeats: int, skipped: list[dic
         base: the name whose time the ratios are to.
         repeats: number of rounds.
         skipped: gets the cases that cannot run here, with their reasons.
+        clock: one of `CLOCKS`.
 
     Returns:
         a record for each case that ran: its fields, seconds, and `ratio`, the median over the rounds of its time
@@ -87,7 +93,7 @@ def time_cases(cases: Sequence[Case], base: str, repeats: int, skipped: list[dic
         runs[peak_key] = _matrix_product(first)
     description = " ".join(str(x) for x in (first.part, first.mode, first.batch_size, "x", first.length) if x)
     with tqdm(total=len(runs) * (repeats + 1), desc=description, leave=False) as progress:
-        samples = time_together(runs, repeats, device, progress)
+        samples = time_together(runs, repeats, device, progress, clock)
     peak = 2 * PEAK_SIZE**3 / statistics.median(samples.pop(peak_key)) if peak_key in samples else None
     records = []
     for case in cases:

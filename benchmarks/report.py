@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_relpos.results.plots import new_figure, save_figure
+from hf_relpos.results.figure_style import new_figure, save_figure
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -13,7 +13,8 @@ def tables(result: dict[str, Any]) -> str:
     where = hardware.get("gpu") if arguments["device"] == "cuda" else hardware["cpu"]
     lines = [
         f"{where}, {arguments['num_threads']} threads, {arguments['dtype']}, torch {result['versions']['torch']}; "
-        f"medians of {arguments['repeats']} interleaved rounds. A ratio is to the row of the same column that has 1.00."
+        f"{'CPU seconds, ' if arguments.get('clock') == 'cpu' else ''}medians of {arguments['repeats']} interleaved "
+        "rounds. A ratio is to the row of the same column that has 1.00."
     ]
     for title, records in _sections(result):
         lines += ["", f"**{title}**", "", *_table(records)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import KERNELS, Case, model_names
-from benchmarks.measure import measure_memory, profile_case, time_cases
+from benchmarks.measure import CLOCKS, measure_memory, profile_case, time_cases
 from benchmarks.report import plot_benchmark, tables
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.environment import hardware, versions, write_json
@@ -53,6 +53,10 @@ class BenchmarkArguments:
     num_threads: int = field(default_factory=torch.get_num_threads, metadata={"help": "Threads of torch on a CPU."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+    clock: str = field(
+        default="wall",
+        metadata={"help": "wall, or cpu: the seconds that this process computes, for one thread on a busy machine."},
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in (("parts", PARTS), ("kernels", KERNELS), ("models", model_names())):
@@ -67,6 +71,8 @@ class BenchmarkArguments:
                 raise ValueError(f"`{name}` must be numbers of at least 1, got {getattr(self, name)}.")
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             raise ValueError(f"`device` must be cpu or, where torch has a GPU, cuda; got {self.device!r}.")
+        if self.clock not in CLOCKS or (self.clock == "cpu" and self.device != "cpu"):
+            raise ValueError(f"`clock` must be wall or, for the device cpu, cpu; got {self.clock!r}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {self.dtype!r}.")
 
@@ -93,7 +99,7 @@ def measure(args: BenchmarkArguments, skipped: list[dict[str, Any]]) -> Iterator
     groups = make_groups(args)
     for group in groups:
         if group[0].part in args.parts:
-            yield "times", time_cases(group, BASES[group[0].part], args.repeats, skipped)
+            yield "times", time_cases(group, BASES[group[0].part], args.repeats, skipped, args.clock)
     if "memory" in args.parts:
         for group in groups:
             if group[0].part in ("attention", "step") and group[0].mode != "forward":

@@ -9,7 +9,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -17,30 +18,33 @@ from typing import Any
 
 from .environment import write_error
 from .file_reading import read_yaml, reason
+from .messages import say_command
 
 
 PROGRAM = "hf-relpos"
-# sub-command → the function that it runs and what it does; each module is imported when its sub-command is called
+# sub-command → the function that it runs and what it does, in the order in which one uses them; each module is imported
+# when its sub-command is called
 COMMANDS = {
-    "train": ("hf_relpos.training.train:train_main", "train a model with a position scheme"),
+    "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
+    "compare": ("hf_relpos.experiments.compare:main", "train several schemes on a text and say which is best"),
+    "train": ("hf_relpos.training.commands:train_main", "train a model with a position scheme"),
+    "import": ("hf_relpos.pretrained.importing:main", "make a pretrained model of another family one of this"),
     "finetune": (
-        "hf_relpos.training.train:finetune_main",
+        "hf_relpos.training.commands:finetune_main",
         "continue training at another length or with another scheme",
     ),
-    "evaluate": ("hf_relpos.evaluation.evaluate:main", "measure the loss by length and by position, or score a task"),
-    "import": ("hf_relpos.pretrained.importing:main", "make a pretrained model of another family one of this"),
-    "export": ("hf_relpos.pretrained.exporting:main", "write a model with rotary positions as a Llama"),
-    "generate": ("hf_relpos.inference.generate:main", "generate text from a prompt or a file of prompts"),
+    "evaluate": ("hf_relpos.evaluation.command:main", "measure the loss by length and by position, or score a task"),
+    "generate": ("hf_relpos.inference.command:main", "generate text from a prompt or a file of prompts"),
+    "demo": ("hf_relpos.demo.app:main", "show saved models side by side in the browser"),
     "sweep": ("hf_relpos.experiments.sweep:main", "run the grid of trainings that a YAML file states"),
-    "compare": ("hf_relpos.experiments.compare:main", "train several schemes on a text and say which is best"),
     "report": ("hf_relpos.results.report:main", "make tables, plots and statistics of results"),
     "push": ("hf_relpos.hub.push:main", "publish a saved model on the Hub, with its card"),
     "serve": ("hf_relpos.inference.serve:main", "answer requests as OpenAI's API does"),
-    "demo": ("hf_relpos.demo.app:main", "show saved models side by side in the browser"),
-    "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
+    "export": ("hf_relpos.pretrained.exporting:main", "write a model with rotary positions as a Llama"),
 }
 IMPORT_FILE = "import_file"
 DEBUG = "HF_RELPOS_DEBUG"
+OPTIONAL = ("peft", "torchao", "sklearn", "pandas")
 MAX_LINE = 1500  # characters of an error: a value may be of any length
 IMPORT_HELP = "Python files that register position schemes."
 
@@ -110,6 +114,8 @@ def _pop_debug(argv: list[str]) -> bool:
 def main() -> None:
     """The program `hf-relpos`: runs the sub-command that the command line begins with."""
     sys.argv[0], words = PROGRAM, sys.argv[1:]
+    if not sys.stderr.isatty():  # the bars of other libraries: a file keeps every copy of them
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     if words[:1] in (["--help"], ["-h"]):
         print(_usage())
         return
@@ -128,7 +134,20 @@ def main() -> None:
     else:
         sys.argv = [f"{PROGRAM} {name}", *flags]
     module, _, function = COMMANDS[name][0].partition(":")
-    getattr(import_module(module), function)()
+    with _without(OPTIONAL if {"--help", "-h"} & {*flags} else ()):
+        getattr(import_module(module), function)()
+
+
+@contextmanager
+def _without(packages: Iterable[str]) -> Iterator[None]:
+    """As if packages were not installed: transformers imports some that are, for which `--help` would wait."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
 
 
 def _usage() -> str:
@@ -157,23 +176,30 @@ def schemes_main() -> None:
     for name, scheme in POSITION_EMBEDDINGS.items():
         title = (scheme.__doc__ or scheme.__name__).strip().partition("\n\n")[0]
         print(f"{name:<{width}}  {scheme.kind:<8}  {' '.join(title.split())}")
+    say_next("train", pos_embedding_type="alibi", output_dir="output/alibi")
 
 
 def parse_arguments(
-    types: Sequence[type], description: str, argv: Sequence[str] | None = None, positional: str | None = None
+    types: Sequence[type],
+    description: str,
+    argv: Sequence[str] | None = None,
+    positional: str | None = None,
+    usual: Sequence[str] = (),
+    required: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Command line → one instance of each dataclass, and after them the list of `positional`, if it is given.
 
     `--config FILE` reads flags from a YAML file first (`learning_rate: 1e-3`, lists and dictionaries as YAML has them);
     flags on the command line win. `--import_file FILE`, in either, registers the schemes of a Python file before the
-    flags are read. `positional` names words that need no flag and of which at least one is required.
+    flags are read. `positional` names words that need no flag and of which at least one is required. `--help` shows the
+    flags `usual` first, by default all of the dataclasses in their order, and `required` in the usage.
 
     Raises:
         ValueError: for an unknown flag, a value of the wrong type, a file that is missing or no YAML dictionary, a
             file of schemes that cannot be imported, or a model whose scheme lies in a file that was not given.
     """
-    parser = _parser(types, description)
-    parser.add_argument("--config", help="A YAML file of flags; those on the command line win.")
+    parser = _parser(types, description, usual, required)
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of flags; those on the command line win.")
     parser.add_argument(f"--{IMPORT_FILE}", nargs="+", metavar="FILE", help=IMPORT_HELP)
     if positional:
         parser.add_argument("words", nargs="+", metavar=positional)
@@ -226,6 +252,22 @@ def import_schemes(files: Sequence[str]) -> None:
             import_scheme_file(path)
 
 
+def say_next(name: str, *words: object, **flags: object) -> None:
+    """The last line of a program: a whole command that goes on from what it has made, with the files of schemes that
+    were imported here.
+
+    Args:
+        name: of the sub-command.
+        words: what needs no flag.
+        flags: name → value, or a list of values, of which an empty one is left out.
+    """
+    from .scheme_files import imported_files
+
+    flags = {flag: as_list(value) for flag, value in (flags | {IMPORT_FILE: imported_files()}).items()}
+    given = [word for flag, values in flags.items() if values for word in (f"--{flag}", *values)]
+    say_command([PROGRAM, name, *words, *given])
+
+
 def as_list(value: Any) -> list[Any]:
     """A YAML value that may be a list or a single item → a list; empty for `None`."""
     return value if isinstance(value, list) else [] if value is None else [value]
@@ -239,8 +281,15 @@ def _check_schemes_are_imported(folder: str | None) -> None:
         check_schemes_are_imported(Path(folder))
 
 
-def _parser(types: Sequence[type], description: str | None = None) -> Any:
+def _parser(
+    types: Sequence[type],
+    description: str | None = None,
+    usual: Sequence[str] = (),
+    required: Sequence[str] = (),
+) -> Any:
     from transformers import HfArgumentParser
+
+    from .command_help import HelpFormatter, help_page
 
     class ArgumentParser(HfArgumentParser):
         """Its errors are one line."""
@@ -248,7 +297,10 @@ def _parser(types: Sequence[type], description: str | None = None) -> Any:
         def error(self, message: str) -> None:
             raise ValueError(message)
 
-    return ArgumentParser(types, description=description, allow_abbrev=False)
+        def format_help(self) -> str:
+            return help_page(self, types, usual, required)
+
+    return ArgumentParser(types, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
 
 def _check_numbers(parsed: Iterable[Any]) -> None:

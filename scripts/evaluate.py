@@ -5,7 +5,7 @@ rows of a synthetic task (--task).
 python scripts/evaluate.py --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
 """
 
-from hf_relpos.evaluation.evaluate import main
+from hf_relpos.evaluation.command import main
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 python scripts/finetune.py --model_name_or_path output/alibi --block_size 512 --output_dir output/512
 """
 
-from hf_relpos.training.train import finetune_main as main
+from hf_relpos.training.commands import finetune_main as main
 
 
 if __name__ == "__main__":

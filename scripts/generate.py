@@ -4,7 +4,7 @@
 python scripts/generate.py --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
 """
 
-from hf_relpos.inference.generate import main
+from hf_relpos.inference.command import main
 
 
 if __name__ == "__main__":

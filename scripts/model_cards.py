@@ -60,21 +60,14 @@ def write_card(experiment: str, name: str, group: Group, folder: Path) -> str:
         record,
         [first],
         [f"{name}.png"],
-        repo_id=f"output/{name}" if experiment == "sotu" else f"output/{experiment}-{name}-{first['seed']}",
-        commands=readme_commands(name) if experiment == "sotu" else commands(experiment, name, group),
+        repo_id=f"output/{experiment}-{name}-{first['seed']}",
+        commands=commands(experiment, name, group),
         other_seeds=others,
     )
     write_text(folder / experiment / f"{name}.md", f"{str(card).rstrip()}\n")
     (folder / experiment / f"{name}.png").write_bytes(draw_group(group)[1])
     seeds = f"{len(group.by_seed)} seed{'s' * (len(group.by_seed) > 1)}"
     return f"- [{escape_markdown(group.label)}]({experiment}/{name}.md), {seeds}"
-
-
-def readme_commands(scheme: str) -> list[str]:
-    """The commands of the README's comparison, for one scheme."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"^for scheme in .*?; do\n(.*?)^done$", text, flags=re.DOTALL | re.MULTILINE)
-    return [line.removeprefix("  ") for line in loop.replace("$scheme", scheme).splitlines()]
 
 
 def commands(experiment: str, name: str, group: Group) -> list[str]:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Writes docs/schemes.md with its pictures, and the README's table of schemes, from the registered schemes.
+"""Writes docs/schemes.md with its pictures from the registered schemes.
 
 python scripts/schemes.py
 
-Both are made from docstrings and class attributes; the page also from models as they start.
+It is made from docstrings, class attributes and models as they start.
 """
 
 import math
@@ -18,14 +18,13 @@ from hf_relpos.environment import write_text
 from hf_relpos.model.attention_mask import check_implementation
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, Positions
 from hf_relpos.model.scheme_registry import PositionEmbeddings, build_position_embeddings
-from hf_relpos.results.plots import FEW_COLORS, new_figure, save_figure
+from hf_relpos.results.figure_style import FEW_COLORS, new_figure, save_figure
 from hf_relpos.scheme_docs import link_papers, read_scheme
 
 
 ROOT = Path(__file__).parent.parent
 # of the pictures: the training length, the largest distance, and where a bias is cut
 TRAIN_LENGTH, LONGEST, LARGEST = 128, 1024, 12.0
-BEGIN, END = "<!-- schemes: made by scripts/schemes.py -->\n", "<!-- end -->"
 IMPLEMENTATIONS = {
     "eager": "`eager`",
     "sdpa": "`sdpa`",
@@ -66,28 +65,6 @@ def schemes_page() -> str:
         rows.append(f"| {' | '.join(cells)} |")
         sections.append(_section(name, cls, model))
     return "\n".join((INTRODUCTION, *rows, "", "\n".join(sections)))
-
-
-def readme_table() -> str:
-    """The README's table: a row for each scheme."""
-    columns = ("`pos_embedding_type`", "kind", "what it is", "past the training length", "paper")
-    rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for name, cls in POSITION_EMBEDDINGS.items():
-        read = read_scheme(cls)
-        paper = re.search(r"arXiv \d{4}\.\d{5}", read.get("Paper", read.get("Source", "")))
-        what = _first_sentence(read["title"]) + " (experimental: O(L²) memory)" * ("score_bias" in cls.hooks)
-        cells = (f"`{name}`", cls.kind, what, past_training_length(cls), link_papers(paper[0]) if paper else "")
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
-
-
-def readme_with_table(text: str) -> str:
-    """→ the README's text with its table as `readme_table` makes it; raises `ValueError` without the two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md must hold the marks {BEGIN.strip()!r} and {END!r}.")
-    return f"{before}{begin}\n{readme_table()}\n{end}{after}"
 
 
 def past_training_length(cls: type[PositionEmbedding]) -> str:
@@ -263,9 +240,6 @@ def main() -> None:
     parse_arguments((), __doc__)
     for path in write_schemes_page(ROOT / "docs"):
         print(f"wrote {path}")
-    readme = ROOT / "README.md"
-    write_text(readme, readme_with_table(readme.read_text(encoding="utf-8")))
-    print(f"wrote the table of {readme}")
 
 
 if __name__ == "__main__":

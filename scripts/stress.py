@@ -91,7 +91,7 @@ def load_scripts(cache: Path) -> dict[str, Callable[[], None]]:
     os.environ |= {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from hf_relpos.experiments.sweep import main as sweep_main
-    from hf_relpos.training.train import finetune_main, train_main
+    from hf_relpos.training.commands import finetune_main, train_main
 
     return {"train": train_main, "finetune": finetune_main, "sweep": sweep_main}
 

@@ -4,7 +4,7 @@
 python scripts/train.py --pos_embedding_type alibi --output_dir output/alibi
 """
 
-from hf_relpos.training.train import train_main as main
+from hf_relpos.training.commands import train_main as main
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which the models do
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM, list_position_embeddings  # noqa: E402
+from hf_relpos.model import attention_native  # noqa: E402
 
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: tests send it to processes that they start
@@ -73,6 +74,27 @@ def make_model(pos_embedding_type: str, **overrides) -> RelPosForCausalLM:
 def make_tokens(*shape: int, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:
     """Random token ids other than the special ones."""
     return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def table_path() -> str:
+    """What `attention_path` says of a table of the distances here: the native kernel needs a compiler."""
+    return "distance_bias:native" if attention_native.native_is_ready() else "distance_bias:blocks"
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """As where there is no compiler, or not the package: in this process alone."""
+    monkeypatch.setattr(attention_native, "native_is_ready", lambda: False)
+
+
+@pytest.fixture(params=["native", "blocks"])
+def cpu_kernel(request):
+    """Each kernel for a table of the distances on CPUs, in turn."""
+    if request.param == "blocks":
+        request.getfixturevalue("without_native")
+    elif not attention_native.native_is_ready():
+        pytest.skip("no native kernel here")
+    return request.param
 
 
 def load_script(name: str):

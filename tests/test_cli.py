@@ -59,7 +59,10 @@ def test_help_and_version(monkeypatch, capsys):
     assert "show this help message" in run("report", "--help").stdout
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["report", "--help"], ["trian"]])
+LIGHT = [["--help"], ["--version"], ["trian"], *([name, "--help"] for name in ("report", "evaluate", "generate"))]
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=" ".join)
 def test_help_does_not_wait_for_torch(words):
     """As the installed program, whose path is the first word, and as a module."""
     installed = f"import sys; sys.argv = ['/bin/hf-relpos', *{words!r}]; from hf_relpos.cli import main; main()"
@@ -67,6 +70,22 @@ def test_help_does_not_wait_for_torch(words):
         done = run(program=("-X", "importtime", *program))
         loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         assert "hf_relpos.cli" in loaded and not {"torch", "scipy", "matplotlib", "hf_relpos.model"} & loaded
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_help_of_training_imports_no_more_than_its_flags_need(name):
+    """`TrainingArguments` needs torch; the models, and what transformers imports where it is installed, take longer."""
+    done = run(name, "--help", program=("-X", "importtime", "-m", "hf_relpos"))
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    heavy = {"peft", "torchao", "transformers.modeling_utils", "transformers.trainer", "datasets", "hf_relpos.model"}
+    assert done.returncode == 0 and "--max_steps" in done.stdout and not heavy & loaded
+
+
+def test_help_hides_no_package_from_what_follows(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        output(monkeypatch, capsys, "report", "--help")
+    assert "pandas" not in sys.modules
 
 
 def test_importing_registers_the_family_unless_it_is_the_program():
@@ -102,7 +121,7 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "hf-relpos: error: a sub-command is needed, one of train, finetune"),
+        ([], "hf-relpos: error: a sub-command is needed, one of schemes, compare, train"),
         (["trian"], "hf-relpos: error: unknown sub-command: 'trian' (did you mean 'train'?)"),
         (["xyz"], "hf-relpos: error: unknown sub-command: 'xyz'; --help lists"),
         (["--verson"], "hf-relpos: error: unknown sub-command: '--verson'"),

@@ -1,4 +1,4 @@
-"""A scheme in a file of the user's: the README's example runs, trains, and travels in the folders that are saved."""
+"""A scheme in a file of the user's: the guide's example runs, trains, and travels in the folders that are saved."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from hf_relpos.scheme_files import import_scheme_file, imported_files
 from hf_relpos.training.recipe import _hashes
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-(EXAMPLE,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class LogDecay" in code)
+GUIDE = (ROOT / "docs" / "own_scheme.md").read_text(encoding="utf-8")
+(EXAMPLE,) = (code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "class LogDecay" in code)
 LOAD = """
 import torch, transformers
 folder, tokens, logits = sys.argv[1:]
@@ -55,7 +55,7 @@ def registry():
 
 @pytest.fixture
 def example(tmp_path):
-    """→ my_scheme.py, as the README has it."""
+    """→ my_scheme.py, as the guide has it."""
     path = tmp_path / "my_scheme.py"
     path.write_text(EXAMPLE, encoding="utf-8")
     return path
@@ -92,7 +92,7 @@ def test_the_example_runs_as_it_stands(example):
 
 
 def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files, tmp_path):
-    """With the command of the README; the folder loads without the package, and from its own file with it."""
+    """With the command of the guide; the folder loads without the package, and from its own file with it."""
     common = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
     flags = training_flags(data_flags(corpus_files), "trained", pos_embedding_type="log_decay", **common)
     hf_relpos("train", "--import_file", "my_scheme.py", *flags, cwd=tmp_path)

@@ -23,6 +23,7 @@ READING_DEFAULTS = {
 class TextArguments:
     """Which text, and how it becomes blocks; that of a saved model where none is named, else the built-in corpus."""
 
+    about: ClassVar[str] = "the text"
     # of a copy that was filled from the record of a model: the flags that were named
     given: ClassVar[dict[str, Any] | None] = None
 
@@ -36,9 +37,11 @@ class TextArguments:
             "help": "A txt, jsonl, parquet or csv file to train on, also as gz, bz2, xz, zst, or a folder of one kind."
         },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on while training."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text to evaluate on while training, as --train_file takes it."}
+    )
     test_file: str | None = field(
-        default=None, metadata={"help": "The same, which evaluation reads instead if it is given."}
+        default=None, metadata={"help": "Text that evaluation reads instead, if it is given."}
     )
     text_column: str | None = field(default=None, metadata={"help": "The column that holds the text; text by default."})
     document_separator: str | None = field(

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..model_loading import check_vocab_size, load_tokenizer_of
-from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_start
+from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_end, document_start
 from .arguments import TextArguments
 from .cache import cached, cached_rows, digest, say
 from .corpus import Corpus
@@ -113,7 +113,7 @@ def _train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast
 def tokenize(
     documents: Dataset | IterableDataset, tokenizer: Any, fingerprint: str = "", num_workers: int | None = None
 ) -> Dataset | IterableDataset:
-    """Documents → one row of `input_ids` each, from `document_start` to the end-of-sequence token, if there is one.
+    """Documents → one row of `input_ids` each, from `document_start` to `document_end`, if there is one.
 
     Control tokens that stand in a document are encoded as the text that they are; a line says that there are some.
 
@@ -150,7 +150,7 @@ class _Encoder:
     """Documents → tokens, for `map`.
 
     Args:
-        tokenizer: its special tokens begin and end every document.
+        tokenizer: `document_start` and `document_end` say which tokens of it begin and end every document.
 
     Attributes:
         says: whether a line is due when the first control token is met.
@@ -159,7 +159,8 @@ class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.says = tokenizer, False
         self.start = document_start(tokenizer)
-        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        end = document_end(tokenizer)
+        self.end = [] if end is None else [end]
         names = sorted(map(str, getattr(tokenizer, "all_special_tokens", [])), key=len, reverse=True)
         names = [name for name in names if name]
         self.control = re.compile("|".join(map(re.escape, names))) if names else None
@@ -248,10 +249,10 @@ def evaluation_documents(
     if split not in corpus.splits:
         raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
     rows = tokenize_split(corpus, split, tokenizer, args)
-    return split, TokenizedDocuments(rows, args.cross_document_attention, tokenizer.eos_token_id)
+    return split, TokenizedDocuments(rows, args.cross_document_attention, document_end(tokenizer))
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return digest(content, tokenizer.eos_token_id)
+    return digest(content, document_end(tokenizer))

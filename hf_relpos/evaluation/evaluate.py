@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,77 +10,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..cli import command, parse_arguments
 from ..environment import check_at_least_1, check_room, hardware, peak_memory_mib, versions, write_json
 from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import load_model, load_model_tokenizer
 from ..pretrained.families import pretraining_length
 from ..results.plots import plot_results, plot_scores
-from ..results.result_file import corpus_note, markdown_table, split_name
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task
+from .command import EvaluationArguments
 from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
 from .task_scores import evaluate_task
 
 
-DESCRIPTION = """\
-Evaluates any causal language model of transformers by length and by position, over the same target tokens; or by the
-rows of a synthetic task (--task).
-
-hf-relpos evaluate --model_name_or_path output/alibi --eval_lengths 128 512 2048 --output_dir output/eval
-"""
-
-
+DEFAULT_LENGTHS = (128, 256, 512, 1024)
+MOST_DEFAULT = 8192  # tokens: a longer window is for the user to ask for
 RESULT_BYTES = 2**19  # about what results.json and two pictures take
-
-
-@dataclass
-class EvaluationArguments:
-    """What to evaluate, and how."""
-
-    model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
-    output_dir: str = field(metadata={"help": "Folder for results.json and the plots."})
-    eval_lengths: list[int] = field(
-        default_factory=lambda: [128, 256, 512, 1024], metadata={"help": "Evaluation lengths in tokens."}
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; by default test if there is one, else validation."}
-    )
-    stride: int | None = field(
-        default=None,
-        metadata={
-            "help": "Also compute the sliding-window perplexity of the whole split, at each length above this stride."
-        },
-    )
-    train_length: int | None = field(
-        default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
-    )
-    tokens_per_batch: int = field(default=8192, metadata={"help": "Tokens of one forward."})
-    max_windows: int | None = field(
-        default=None,
-        metadata={
-            "help": "Windows of the longest length to read, spread evenly; all by default. Of a task, rows of each "
-            "length and kind; 100 by default."
-        },
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or another of the model's."})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
-
-
-@command
-def main() -> None:
-    """The command line of scripts/evaluate.py."""
-    args, data_args = parse_arguments((EvaluationArguments, DataArguments), DESCRIPTION)
-    result = evaluate_model(args, data_args)
-    print(markdown_table([result]))
-    print(corpus_note([result]))
-    for length, row in result.get("sliding_window", {}).items():
-        tokens = row["num_tokens"]
-        print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")
-    for path in (*sorted(Path(args.output_dir).glob("*_by_*.png")), Path(args.output_dir) / "results.json"):
-        print(f"wrote {path}: {split_name(result)}")
 
 
 def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
@@ -98,9 +44,8 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         raise ValueError(f"`output_dir` {args.output_dir!r} already holds a result, or is a file: choose another.")
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
-    longest = check_lengths(args.eval_lengths)[-1]
-    if args.stride is not None:
-        check_stride(args.stride, longest)
+    if args.eval_lengths is not None:
+        _check_stride(args, check_lengths(args.eval_lengths))
     for name in ("max_windows", "tokens_per_batch", "train_length"):
         check_at_least_1(name, getattr(args, name))
     check_room("output_dir", folder, RESULT_BYTES, "a result")
@@ -110,12 +55,14 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     own = ModelCorpus.read(args.model_name_or_path)
     data_args = own.fill(data_args)
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
-    check_lengths(args.eval_lengths, model)
     record = read_record(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
+    lengths = check_lengths(args.eval_lengths or default_lengths(train_length, model.config), model)
     train_length = train_length or pretraining_length(model.config)
     measure = _measure_text if data_args.task is None else _measure_task
-    measured = measure(model, tokenizer, args, data_args, train_length, own)
+    measured = measure(model, tokenizer, args, lengths, data_args, train_length, own)
+    lengths = sorted(map(int, measured["lengths"]))
+    args = replace(args, eval_lengths=args.eval_lengths or lengths)
     result = {
         "model": Path(args.model_name_or_path).name,
         "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
@@ -123,7 +70,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         "train_length": train_length,
         **measured,
         "flags": import_flags(getattr(model.config, "pos_embedding_type", None)) | given_flags(args, data_args),
-        "distance_bias": bias_curves(model, longest),
+        "distance_bias": bias_curves(model, lengths[-1]),
         "attn_implementation": model.config._attn_implementation,
         "dtype": args.dtype,
         "training": {key: value for key, value in record.items() if key not in ("versions", "hardware")} or None,
@@ -136,10 +83,34 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     return result
 
 
+def _check_stride(args: EvaluationArguments, lengths: list[int]) -> None:
+    if args.stride is not None:
+        check_stride(args.stride, lengths[-1])
+
+
+def default_lengths(train_length: int | None, config: Any = None) -> list[int]:
+    """The lengths that a model is read at where none are named: 128 to 1024 and up to twice the training length, or up
+    to 8 times one that is shorter than that; of these the ones that its learned table has.
+
+    Args:
+        train_length: `None` if it is not known.
+        config: of the model.
+    """
+    if train_length is None or 2 * train_length > MOST_DEFAULT:
+        found = {*DEFAULT_LENGTHS}
+    elif train_length < DEFAULT_LENGTHS[0]:
+        found = {train_length * factor for factor in (1, 2, 4, 8)}
+    else:
+        found = {*DEFAULT_LENGTHS, train_length, 2 * train_length}
+    limit = getattr(config, "max_positions", None)
+    return sorted(length for length in found if limit is None or length <= limit) or [limit]
+
+
 def _measure_text(
     model: Any,
     tokenizer: Any,
     args: EvaluationArguments,
+    lengths: list[int],
     data_args: DataArguments,
     train_length: int | None,
     own: ModelCorpus,
@@ -149,12 +120,16 @@ def _measure_text(
 
     corpus, used = own.load(data_args)
     split, documents = evaluation_documents(corpus, data_args, tokenizer, args.eval_split)
-    found = evaluate_lengths(model, documents, args.eval_lengths, train_length, args.tokens_per_batch, args.max_windows)
+    if args.eval_lengths is None:
+        longest = max(map(len, documents), default=0)
+        lengths = [length for length in lengths if length <= longest] or lengths
+        _check_stride(args, lengths)
+    found = evaluate_lengths(model, documents, lengths, train_length, args.tokens_per_batch, args.max_windows)
     numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
     if args.stride is not None:
         found["sliding_window"] = {
             str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)
-            for length in sorted(set(args.eval_lengths))
+            for length in lengths
             if length > args.stride
         }
     return {**found, "corpus": _corpus_facts(own, used, split, numbers)}
@@ -164,6 +139,7 @@ def _measure_task(
     model: Any,
     tokenizer: Any,
     args: EvaluationArguments,
+    lengths: list[int],
     data_args: DataArguments,
     train_length: int | None,
     own: ModelCorpus,
@@ -174,7 +150,7 @@ def _measure_task(
     task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
     used = UsedCorpus.of_task(task.name, task.fingerprint)
     own.check(used, data_args)
-    scores = evaluate_task(model, task, check_lengths(args.eval_lengths), num_rows, args.tokens_per_batch)
+    scores = evaluate_task(model, task, lengths, num_rows, args.tokens_per_batch)
     return {
         "task": task.name,
         "score_name": task.score_name,

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
+from ..messages import Progress
 from .loss_sums import ClusteredMean, DocumentLosses, RunningLoss
 
 
 LOSSES_AT_A_TIME = 2048
+LONG = 120  # seconds from which a shorter evaluation is offered
 IN_CONTEXT_BASE = 50
 IN_CONTEXT_TOKENS = (250, 500, 1000)
 
@@ -120,7 +121,10 @@ def evaluate_lengths(
 
     available = _count_windows(documents, longest)
     total = min(available, max_windows or available)
-    with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="window") as progress:
+    several = f" at {len(lengths)} lengths" if len(lengths) > 1 else ""
+    what = f"windows of {longest:,} tokens{several}"
+    progress = Progress(total, what, "evaluating", "--max_windows {}".format, long=LONG)
+    with evaluation_mode(model), progress:
         every = document_windows(documents, longest)
         windows = (
             window
@@ -284,14 +288,17 @@ def evaluate_sliding(
     (length,) = check_lengths([length], model)
     check_stride(stride, length)
     losses = RunningLoss()
-    with evaluation_mode(model):
-        for document in tqdm(documents, desc=f"Sliding over {length} by {stride}", unit="document"):
+    total = sum(1 + max(0, math.ceil((len(each) - length) / stride)) for each in documents if len(each) > 1)
+    progress = Progress(total, f"windows of {length:,} tokens by {stride:,}", "sliding")
+    with evaluation_mode(model), progress:
+        for document in documents:
             if len(document) < 2:
                 continue
             for group in _grouped(_sliding_windows(document, length, stride), max(1, tokens_per_batch // length)):
                 scored = token_losses(model, torch.tensor(np.stack([tokens for tokens, _ in group]))).numpy()
                 for row, (_, first) in zip(scored, group):
                     losses.add(row[first:])
+                progress.update(len(group))
     if not losses.count:
         raise ValueError("the corpus is too short: no document has two tokens.")
     return {"stride": stride, **losses.summary()}

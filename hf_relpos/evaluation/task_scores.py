@@ -4,14 +4,15 @@ An answer counts as right where the greedy choice at each of its tokens is the r
 greedy generation gives, at the price of one forward pass.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from ..messages import Progress
 from ..tasks.base import TEST, Task
 from .loss_by_length import evaluation_mode
 
@@ -42,10 +43,8 @@ def evaluate_task(
         ValueError: for a length that is too short for the task or that the model does not support.
     """
     found: dict[str, Any] = {}
-    with (
-        evaluation_mode(model),
-        tqdm(total=len(lengths) * len(task.kinds) * num_rows, desc=task.name, unit="row") as progress,
-    ):
+    progress = Progress(len(lengths) * len(task.kinds) * num_rows, f"rows of {task.name}", "evaluating")
+    with evaluation_mode(model), progress:
         for length in lengths:
             task.check_length("eval_lengths", length)
             by_kind = {}
@@ -71,11 +70,15 @@ def _score(model: Any, task: Task, rows: Sequence[tuple[list[int], list[bool]]])
         ids[index, : len(tokens)] = torch.tensor(tokens)
         mask[index, : len(tokens)] = 1
         answers[index, : len(tokens)] = torch.tensor(is_answer)
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # none of what comes before the answers
+        given["logits_to_keep"] = width - int(answers.argmax(dim=1).min()) + 1
+    logits = model(**given).logits
+    offset = width - logits.shape[1]
     scored = []
     for index in range(len(rows)):
         places = answers[index].nonzero()[:, 0]
-        scores, targets = logits[index, places - 1].float().cpu(), ids[index, places]
+        scores, targets = logits[index, places - 1 - offset].float().cpu(), ids[index, places]
         if not scores.isfinite().all():
             raise ValueError(f"the model's logits are not finite at a length of {width} tokens.")
         right = scores.argmax(-1) == targets

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from ..cli import command, parse_arguments
+from ..cli import command, parse_arguments, say_next
 from ..data.corpus import load_corpus
 from ..data.files import LEFT_OUT
 from ..data.tokens import PoorTextError, evaluation_documents, train_tokenizer
 from ..environment import check_at_least_1
+from ..messages import time_text
 from ..model.attention_cpu import cpu_has_fast_bf16
 from ..model.configuration_relpos import RelPosConfig
 from ..model.scheme_registry import position_embedding_classes
@@ -23,10 +24,10 @@ from ..processes import only_owner
 from ..results.groups import group_results
 from ..results.questions import answers, sentences
 from ..results.report import write_report
-from ..results.result_file import read_result
+from ..results.result_file import best_result, read_result
 from ..tasks.arguments import DataArguments
 from ..training.model_setup import ModelArguments, new_config
-from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan, time_text
+from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
 from .progress import FAILURE, failure_of, live_table, status
@@ -116,6 +117,8 @@ def compare(args: CompareArguments) -> list[str]:
         written = write_report(results, root / "report", title=f"Position schemes on {setup.name}", varied=VARIED)
     found = [line for answer in answers(group_results(results, VARIED)) for line in sentences(answer)]
     print("\n".join(["", *(line.replace("**", "") for line in found), "", f"wrote {written[1]}"]))
+    best = best_result(results)["model"]
+    say_next("generate", model_name_or_path=next(run.folder(root) for run in final if run.key == best), prompt="")
     return found
 
 

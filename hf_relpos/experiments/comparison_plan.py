@@ -1,6 +1,5 @@
 """What a comparison can afford: steps and seeds for a budget, from steps that were timed on this machine."""
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 
 from ..environment import write_json
 from ..file_reading import read_json, reading
+from ..messages import time_text
 from ..model.configuration_relpos import RelPosConfig
 from ..training.model_setup import new_model
 
@@ -36,13 +36,6 @@ def parse_budget(text: str) -> float:
     if not found or found[2] not in UNITS or not float(found[1]):
         raise ValueError(f"`budget` must be a time such as 20min, 90s or 2h, got {text!r}.")
     return float(found[1]) * UNITS[found[2]]
-
-
-def time_text(seconds: float) -> str:
-    """Seconds in words, rounded up: "7 min"."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..cli import as_list, import_schemes, nearest, parse_values
 from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
 from ..environment import versions
-from ..evaluation.evaluate import EvaluationArguments
+from ..evaluation.command import EvaluationArguments
+from ..evaluation.evaluate import default_lengths
 from ..evaluation.loss_by_length import check_lengths
 from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
@@ -62,7 +64,7 @@ class Run:
     def key(self) -> str:
         """Twelve hexadecimal digits of the hash of what determines the trained model."""
         if not self._key:
-            facts = {name: value for name, value in self.settings.items() if name not in RESULT_NEUTRAL_FLAGS}
+            facts = {k: _number(value) for k, value in self.settings.items() if k not in RESULT_NEUTRAL_FLAGS}
             base = self.base and self.base.key
             content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": _texts(facts), "base": base}
             schemes = imported_files(str(self.settings.get("pos_embedding_type")))
@@ -92,13 +94,21 @@ class Run:
 
     def result(self, root: Path) -> Path:
         """The file of its evaluation: another evaluation does not train the model again."""
-        facts = {name: value for name, value in self.evaluation.items() if name not in RESULT_NEUTRAL_FLAGS}
+        facts = {k: _number(value) for k, value in self.evaluation.items() if k not in RESULT_NEUTRAL_FLAGS}
         facts |= {"texts": texts} if (texts := _texts(facts)) else {}
         return self.folder(root) / f"evaluation-{_hash(facts)[:8]}" / RESULT
 
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 3e-3 as a word and 0.003 as a number; a run is the same by either."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _texts(flags: dict[str, Any]) -> dict[str, str]:
@@ -114,9 +124,20 @@ def _digest(path: str) -> str:
     digest = hashlib.sha256()
     for each in paths:
         digest.update(each.name.encode())
-        with each.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(_file_digest(each, *_stamp(each)))
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@cache
+def _file_digest(path: Path, size: int, changed: int) -> bytes:
+    """Read once, as long as size and time stay: the state of all runs is asked for every second."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 # --- the file
@@ -254,7 +275,8 @@ def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
             check_size(configs[run])
             flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
             tested, _ = parse_values(EVALUATE_TYPES, flags)
-            check_lengths(tested.eval_lengths, configs[run])
+            # runs with and without a learned table are read at the same lengths
+            check_lengths(tested.eval_lengths or default_lengths(args.block_size), configs[run])
             key = run.key
             run.result(Path())  # reads the texts that it names
         except (ValueError, OSError) as error:

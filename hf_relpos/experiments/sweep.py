@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import command, import_schemes, parse_arguments, parse_values
+from ..cli import command, import_schemes, parse_arguments, parse_values, say_next
 from ..environment import write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
+from ..results.groups import fields_to_vary
 from ..results.result_file import RESULTS, read_readable, split_name, write_results
 from ..results.training_record import TRAINING_RECORD
 from ..training.checkpoints import damage
@@ -198,3 +199,5 @@ def main() -> None:
     print(f"{len(results)} of {len(runs)} results, in {root / RESULTS}" + (f": {texts}" if texts else ""))
     if failed:
         sys.exit(1)
+    with suppress(ValueError):  # results of several corpora make no report
+        say_next("report", sweep=root, output_dir=root / "report", varied=fields_to_vary(results))

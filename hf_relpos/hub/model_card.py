@@ -179,8 +179,9 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
         slides = ", ".join(str(index) for index, name in enumerate(types) if name == "sliding_attention")
         lines.append(f"Layers with a sliding window ({slides}) see {config['sliding_window']} tokens.")
     if record.get("num_steps"):
+        length = record.get("block_size", record["train_length"])
         lines.append(
-            f"Trained at a length of {record['train_length']} tokens on {record['num_tokens']:,} tokens of "
+            f"Trained at a length of {length} tokens on {record['num_tokens']:,} tokens of "
             f"{corpus_name(record['corpus'])}, {seeds_in_words(records)}."
         )
     elif config.get("train_length") and not record:
@@ -221,7 +222,7 @@ def _training_list(records: Sequence[dict[str, Any]]) -> str:
     }
     code = _code(corpus["fingerprint"] or "none: streamed")
     rows = {
-        "training length": f"{record['train_length']} tokens",
+        "training length": f"{record.get('block_size', record['train_length'])} tokens",
         "tokens": f"{record['num_tokens']:,} in {record['num_steps']:,} steps of {record['tokens_per_step']:,}",
         "corpus": f"{corpus_name(corpus)}, split train (fingerprint {code})",
         "seed": f"{seeds_in_words(records).partition(' ')[2]}; of the data's order {record['data_seed']}",

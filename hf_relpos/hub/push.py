@@ -15,9 +15,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..cli import command, parse_arguments
+from ..cli import command, parse_arguments, say_next
 from ..environment import writing
 from ..file_reading import parse_json, read_json, read_text_file
+from ..messages import say_command, this_command
 from ..results.training_record import TRAINING_RECORD
 from .leaks import check_inside
 from .model_card import CARD, is_generated
@@ -297,7 +298,7 @@ class PushArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Send nothing: write the repository to --output_dir and list its files."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of a dry run; DIR-hub by default."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of a dry run; hub/REPO by default."})
 
 
 @command
@@ -313,12 +314,13 @@ def main() -> None:
     check_loads(folder)
     check_weights(files)
     if args.dry_run:
-        written = args.output_dir or f"{folder.rstrip('/')}-hub"
+        written = args.output_dir or f"hub/{repo_id}"  # beside the model it would be one more result to collect
         write_files(files, written)
         for name, content in sorted(files.items()):
             size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
             print(f"{size:>12,} {name}")
         print(f"wrote {written}, {_trained_on(files)}; nothing was sent")
+        say_command(this_command("--dry_run"))
         return
     commit = publish(
         files,
@@ -330,6 +332,8 @@ def main() -> None:
         overwrite=args.overwrite,
     )
     print(f"pushed {repo_id}, {_trained_on(files)}: {commit.pr_url or commit.commit_url}")
+    if not (args.revision or args.create_pr):
+        say_next("generate", model_name_or_path=repo_id, prompt="")
 
 
 def _trained_on(files: dict[str, Path | bytes]) -> str:

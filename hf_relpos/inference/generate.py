@@ -3,12 +3,10 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -20,18 +18,15 @@ from transformers import (
     set_seed,
 )
 
-from ..cli import command, parse_arguments
 from ..environment import write_text
 from ..file_reading import read_text_file
+from ..messages import Progress
 from ..model_loading import load_model, load_model_tokenizer
 from ..special_tokens import document_start
+from .command import GenerationArguments
 
 
-DESCRIPTION = """\
-Generates text from a saved model: one prompt streamed to the terminal, or a file of prompts in batches.
-
-hf-relpos generate --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
-"""
+DEFAULT_TOKENS = 100
 # flags that are fields of GenerationConfig
 SAMPLING_FLAGS = (
     "do_sample",
@@ -45,65 +40,48 @@ SAMPLING_FLAGS = (
 )
 
 
-@dataclass
-class GenerationArguments:
-    """The sampling flags are those of GenerationConfig; what is not given is as the model's generation_config says."""
+def generate(args: GenerationArguments) -> None:
+    """Does what the command line asks for: streams one prompt, or writes JSON lines of many.
 
-    model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
-    prompt: str | None = field(default=None, metadata={"help": "The text to continue; empty for a new document."})
-    prompt_file: str | None = field(default=None, metadata={"help": "A text file with one prompt per line."})
-    output_file: str | None = field(
-        default=None, metadata={"help": "JSON lines of prompt and text, for --prompt_file; by default the terminal."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Prompts generated at a time."})
-    max_new_tokens: int = field(default=100, metadata={"help": "Tokens to generate at most."})
-    do_sample: bool | None = field(default=None, metadata={"help": "Sample instead of taking the likeliest token."})
-    temperature: float | None = field(default=None, metadata={"help": "Sharpness of sampling."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
-    min_p: float | None = field(default=None, metadata={"help": "Drop tokens below this share of the likeliest."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of beam search."})
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Penalty of tokens that occurred."})
-    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Length of runs that may occur once."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling."})
-
-
-@command
-def main() -> None:
-    """The command line of scripts/generate.py."""
-    (args,) = parse_arguments((GenerationArguments,), DESCRIPTION)
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise ValueError("exactly one of --prompt and --prompt_file is needed.")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {args.max_new_tokens}.")
-    target = Path(args.output_file) if args.output_file else None
-    if target and (args.prompt_file is None or target.exists() or not target.parent.is_dir()):
-        raise ValueError(f"`output_file` {args.output_file!r} must be new, in a folder, and needs --prompt_file.")
+    Raises:
+        ValueError: for a model or prompts that cannot be read, or that do not fit each other.
+    """
     prompts = _read_prompts(args.prompt_file) if args.prompt_file else []
     model = load_model(args.model_name_or_path, AutoModelForCausalLM)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = load_model_tokenizer(args.model_name_or_path, model)
-    config = _generation_config(args, model)
+    config = _generation_config(args, model, tokenizer, prompts or [args.prompt])
     set_seed(args.seed)
     if args.prompt is not None:
         stream(model, tokenizer, args.prompt, config)
         return
     texts = list(complete(model, tokenizer, prompts, config, args.batch_size))
     lines = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in zip(prompts, texts)]
-    if target:
-        write_text(target, "\n".join(lines) + "\n")
+    if args.output_file:
+        write_text(Path(args.output_file), "\n".join(lines) + "\n")
     else:
         sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _generation_config(args: GenerationArguments, model: torch.nn.Module) -> GenerationConfig:
+def _generation_config(
+    args: GenerationArguments, model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str]
+) -> GenerationConfig:
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
     if {"temperature", "top_k", "top_p", "min_p"} & set(given) and "num_beams" not in given:
         given.setdefault("do_sample", True)  # they mean nothing otherwise
     config = model.generation_config
-    config.update(max_new_tokens=args.max_new_tokens, **given)
+    config.update(max_new_tokens=args.max_new_tokens or _default_tokens(model, tokenizer, prompts), **given)
     config.validate()
     return config
+
+
+def _default_tokens(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str]) -> int:
+    """How many tokens are generated if nothing says it."""
+    limit = getattr(model.config, "max_positions", None)
+    if limit is None:
+        return DEFAULT_TOKENS
+    longest = max(len(tokenizer(prompt)["input_ids"] or document_start(tokenizer)) for prompt in prompts)
+    return min(DEFAULT_TOKENS, max(1, limit - longest))
 
 
 def _read_prompts(path: str) -> list[str]:
@@ -203,7 +181,10 @@ def complete(
     tokenizer.padding_side = "left"
     longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in prompts), default=0)
     check_window(model, longest, config.max_new_tokens)
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Generating", unit="batch"):
-        inputs = _encode(tokenizer, prompts[start : start + batch_size]).to(model.device)
-        output = model.generate(**inputs, generation_config=config)
-        yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    with Progress(len(prompts), "prompts", "generating") as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            inputs = _encode(tokenizer, batch).to(model.device)
+            output = model.generate(**inputs, generation_config=config)
+            progress.update(len(batch))
+            yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -6,6 +6,7 @@ trusted or not. Here the class is put there first; server and options are those 
 """
 
 import inspect
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..cli import command
 from ..file_reading import read_json, reading
+from ..messages import say_command
 from ..model.attention_mask import check_implementation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
@@ -96,6 +98,15 @@ def adapt_server(name: str, cap: int) -> None:
     server.build_server = build
 
 
+def request_command(arguments: Sequence[str]) -> list[str]:
+    """→ the command that asks the server for a text."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    options = {"--host": "localhost", "--port": "8000"} | dict(zip(words, words[1:]))
+    body = {"model": arguments[1], "prompt": "Once upon a time", "max_tokens": 50}
+    address = f"http://{options['--host']}:{options['--port']}/v1/completions"
+    return ["curl", address, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+
+
 @command
 def main() -> None:
     arguments = sys.argv[1:]
@@ -112,6 +123,7 @@ def main() -> None:
         cap = pop_cap(arguments)
         config = check_model(arguments[1], arguments[2:])
         adapt_server(arguments[1], cap or config.max_position_embeddings)
+        say_command(request_command(arguments))
     app(arguments)
 
 

@@ -16,6 +16,7 @@ from transformers.integrations import flex_attention
 from .attention_cpu import KeyBiasKernel  # noqa: F401  (importing a kernel registers it)
 from .attention_dense import dense_attention
 from .attention_kernel import TABLE_KERNELS, TableCall, select_kernel
+from .attention_native import NativeKernel  # noqa: F401
 from .attention_torch import BlockKernel  # noqa: F401
 from .attention_triton import TritonKernel  # noqa: F401
 from .functional_transforms import differentiable_gradients, is_tracing, is_transformed

@@ -94,6 +94,6 @@ class TableKernel:
 def select_kernel(
     query: torch.Tensor, key: torch.Tensor, bias_table: torch.Tensor, call: TableCall
 ) -> type[TableKernel]:
-    """The first kernel that supports a call, fallbacks last."""
-    kernels = sorted(TABLE_KERNELS.values(), key=lambda kernel: kernel.is_fallback)
+    """The kernel that was registered last of those that support a call, fallbacks last."""
+    kernels = sorted(reversed(TABLE_KERNELS.values()), key=lambda kernel: kernel.is_fallback)
     return next(kernel for kernel in kernels if kernel.supports(query, key, bias_table, call))

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils import logging
 
 from .attention_mask import check_implementation
+from .attention_native import native_is_ready
 from .attention_plan import (
     TABLE_PLANS,
     AttentionPlan,
@@ -26,7 +27,7 @@ from .attention_plan import (
     SplitPlan,
     TablePlan,
 )
-from .functional_transforms import assert_async, is_batched, is_tracing
+from .functional_transforms import assert_async, is_batched, is_tracing, is_transformed
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup
 from .token_positions import (
@@ -148,7 +149,9 @@ def _last_table_position(
     config = model.config
     plan_class = TABLE_PLANS.get(config._attn_implementation)
     drops = model.training and config.attention_dropout > 0
-    if plan_class is None or drops or not group.has_bias or is_exported(inputs_embeds):
+    if plan_class is None or drops or is_exported(inputs_embeds):
+        return -1.0
+    if not group.has_bias and not _is_faster_by_zeros(config._attn_implementation, inputs_embeds):
         return -1.0
     if group.has_key_bias and not plan_class.supports_key_bias:
         return -1.0
@@ -166,6 +169,17 @@ def _last_table_position(
     if plan_class.needs_mask or is_tracing(limits[0]):
         return -1.0
     return float(torch.stack(limits).min())
+
+
+def _is_faster_by_zeros(implementation: str, inputs_embeds: torch.Tensor) -> bool:
+    """Whether attention without a bias is faster with a table of zeros: in training in bf16 on CPUs, where the backward
+    pass of torch's own kernel takes several times as long as the native one."""
+    if implementation != "sdpa" or inputs_embeds.device.type != "cpu" or inputs_embeds.shape[1] == 1:
+        return False
+    if not torch.is_grad_enabled() or is_tracing(inputs_embeds) or is_transformed():
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs_embeds.dtype
+    return dtype == torch.bfloat16 and native_is_ready()
 
 
 def _plan_mask(

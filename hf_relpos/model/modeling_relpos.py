@@ -83,10 +83,11 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
 
         Returns:
             "eager", "sdpa", "flex_attention", ..: the implementation of transformers of that name, without a bias;
-            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias:
-            "distance_bias:triton", "distance_bias:blocks", ..: `distance_bias_attention`, on a table of the distances,
-            by the `TableKernel` of that name; "distance_bias:key_bias": the same for a fixed line in bf16, as a value
-            per key, where a CPU is fast in bf16;
+            "sdpa" hides the future by `is_causal` where no row has padding. With a position bias, and without one where
+            a CPU trains in bf16:
+            "distance_bias:triton", "distance_bias:native", "distance_bias:blocks", ..: `distance_bias_attention`, on a
+            table of the distances, by the `TableKernel` of that name; "distance_bias:key_bias": the same for a fixed
+            line in bf16, as a value per key, where a CPU is fast in bf16;
             "flex_attention:table": FlexAttention, which reads the table;
             "sdpa:key_bias": "sdpa" with extra dimensions, in which the keys hold their bias, as they do beside a table;
             "eager:dense_bias", "sdpa:dense_bias", ..: that implementation, with a bias for each pair of tokens.

@@ -12,7 +12,7 @@ from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from .conversion import EMBEDDINGS, HEAD
 from .families import LLAMA_SAME
-from .folders import copy_generation_config, new_folder, write_tokenizer, write_weights
+from .folders import copy_generation_config, new_folder, say_generation, write_tokenizer, write_weights
 from .sources import SafetensorsWeights, Source, find_source, read_config
 
 
@@ -43,6 +43,7 @@ def main() -> None:
         raise ValueError(f"two words are needed, the saved model and the folder to write, got {words}.")
     export_pretrained(*words)
     print(f"wrote {words[1]}, a {LlamaForCausalLM.__name__}")
+    say_generation(words[1])
 
 
 def export_model(model: RelPosForCausalLM) -> LlamaForCausalLM:

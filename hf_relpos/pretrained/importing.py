@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..cli import command, parse_arguments
 from ..file_reading import reading
@@ -16,7 +16,15 @@ from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.saved_code import AUTO_MAP, saved_code
 from .conversion import HEAD, Conversion, plan_conversion
 from .families import check_fields, family_of, represented_fields
-from .folders import GENERATION_CONFIG, copy_generation_config, new_folder, write_tokenizer, write_weights
+from .folders import (
+    GENERATION_CONFIG,
+    copy_generation_config,
+    new_folder,
+    say_generation,
+    write_tokenizer,
+    write_weights,
+)
+from .gguf_weights import GgufWeights
 from .sources import SafetensorsWeights, Source, find_source, read_config
 
 
@@ -51,6 +59,7 @@ def main() -> None:
     config = import_pretrained(name, folder, args.revision, args.base_model, args.license)
     print(describe_import(config, name))
     print(f"wrote {folder}")
+    say_generation(folder)
 
 
 def describe_import(config: RelPosConfig, name: str) -> str:
@@ -88,13 +97,13 @@ def import_model(
         ValueError: for a field that cannot be represented, or weights that do not fit the configuration.
     """
     source = None if isinstance(model, PreTrainedModel) else find_source(model, revision)
-    if source is not None and source.gguf_file:
-        model = _load_gguf(source)
     if isinstance(model, PreTrainedModel):
         return _import_loaded(model, source, base_model, license, attn_implementation, fields)
     theirs, weights = _open(source)
     conversion, config = _convert(theirs, weights.shapes, weights.dtypes, weights, source.name)
     config = _described(config, theirs, source, base_model, license, fields)
+    if source.gguf_file:
+        return _build(config, conversion, lambda name: conversion.weight(name, weights), attn_implementation)
     # copies: what a file maps into memory is that of the file
     made = _build(config, conversion, lambda name: _owned(conversion.weight(name, weights)), attn_implementation)
     if (source.folder / GENERATION_CONFIG).is_file():
@@ -111,7 +120,7 @@ def import_pretrained(
 ) -> RelPosConfig:
     """Imports a model into a new folder, with tokenizer, generation configuration and chat template.
 
-    The weights are written one at a time, in their dtype; only those of a GGUF file are all in memory.
+    The weights are written one at a time, in their dtype; those of a GGUF file are dequantised to fp32.
 
     Args:
         name: of a folder, a repository of the Hub or a GGUF file.
@@ -126,12 +135,7 @@ def import_pretrained(
     """
     with new_folder(folder) as part:
         source = find_source(name, revision)
-        if source.gguf_file:
-            model = import_model(source.folder / source.gguf_file, base_model=base_model, license=license)
-            model.save_pretrained(part)
-            config = model.config
-        else:
-            config = _write(source, part, base_model, license)
+        config = _write(source, part, base_model, license)
         write_tokenizer(source, part)
     return config
 
@@ -150,7 +154,11 @@ def is_foreign(name: str) -> bool:
 # --- configuration and weights
 
 
-def _open(source: Source) -> tuple[PreTrainedConfig, SafetensorsWeights]:
+def _open(source: Source) -> tuple[PreTrainedConfig, SafetensorsWeights | GgufWeights]:
+    if source.gguf_file:
+        weights = GgufWeights(source)
+        check_fields({**weights.config.to_dict(), "model_type": weights.config.model_type, "quantization_config": None})
+        return weights.config, weights
     saved = read_config(source)
     check_fields(saved)
     with reading(f"`model` {source.name!r}: config.json cannot be read"):
@@ -243,12 +251,6 @@ def _owned(weight: torch.Tensor) -> torch.Tensor:
     return weight.clone(memory_format=torch.contiguous_format)
 
 
-def _load_gguf(source: Source) -> PreTrainedModel:
-    """The model of a GGUF file, dequantised by transformers, in fp32."""
-    with reading(f"`model` {source.name!r} cannot be read"):
-        return AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
-
-
 def _repository(model: PreTrainedModel) -> str | None:
     """The repository that a loaded model comes from, as far as its name tells."""
     name = model.name_or_path or ""
@@ -269,6 +271,9 @@ def _write(source: Source, folder: Path, base_model: str | None, license: str | 
     for name, content in saved_code(config.pos_embedding_type).items():
         (folder / name).write_bytes(content)
     config.save_pretrained(folder)
-    copy_generation_config(source, folder)
+    if source.gguf_file:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    else:
+        copy_generation_config(source, folder)
     write_weights(folder, conversion.targets, lambda name: conversion.weight(name, weights))
     return config

@@ -183,6 +183,18 @@ def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = 
     _check_data_seeds(results)
 
 
+def fields_to_vary(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What `varied` must name so that results may be compared; raises `ValueError` if that is not enough."""
+    first = _facts(results[0])
+    differing = {
+        name for each in map(_facts, results) for name in {**first, **each} if first.get(name) != each.get(name)
+    }
+    on_purpose = [name for name in differing if name.startswith(("recipe.", "config.")) or name in VARIED_ON_PURPOSE]
+    found = sorted(on_purpose)
+    check_comparable(results, found)
+    return found
+
+
 def _check_data_seeds(results: Sequence[dict[str, Any]]) -> None:
     """Runs of one seed read the data in one order, whatever their scheme: they are paired."""
     orders: dict[Any, Any] = {}

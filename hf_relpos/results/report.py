@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import command, parse_arguments
+from ..cli import command, parse_arguments, say_next
 from ..environment import write_bytes, write_text
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
@@ -18,6 +18,7 @@ from .report_page import Section, as_html, as_markdown
 from .report_tables import context_rows, perplexity_rows, score_rows, setup_rows
 from .result_file import (
     RESULTS,
+    best_result,
     corpus_note,
     escape_markdown,
     markdown_table,
@@ -199,6 +200,16 @@ def main() -> None:
         print(table)
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
     print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
+    if model := _best_model(args, results):
+        say_next("push", model, f"your-name/{model.resolve().name}", dry_run="true")
+
+
+def _best_model(args: ReportArguments, results: Sequence[dict[str, Any]]) -> Path | None:
+    """→ the folder of the model with the best result, if it lies where sweep.py or evaluate.py was told to put it."""
+    name = str(best_result(results).get("model"))
+    places = [Path(args.sweep) / "runs" / name] if args.sweep else []
+    places += [folder for path in args.results for folder in Path(path).parents[:2]]
+    return next((each for each in places if each.resolve().name == name and (each / "config.json").is_file()), None)
 
 
 def _results_of_sweep(folder: Path) -> Path:

@@ -6,17 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from .estimates import CONFIDENCE
+from .estimates import CONFIDENCE, Estimate
+from .figure_style import (
+    FEW_COLORS,
+    NUM_COLORS,
+    figure_png,
+    figure_size,
+    figure_style,
+    finish_axes,
+    log2_axis,
+    new_figure,
+    plain,
+)
 from .groups import Group
-from .plots import FEW_COLORS, NUM_COLORS, figure_png, new_figure, plain
 from .result_file import smooth_by_position, text_title
 
 
-# of Okabe and Ito (2008), which people with any colour vision can tell apart; then other dashes
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
-MANY = 10  # with more lines, their bands are pale
-LABEL_HEIGHT = 0.042  # of a label at the end of a line, as a share of a figure of 5 inches
+SHOWN_LENGTHS = 4  # training lengths that the figure of biases shows, on a scale where a line is a line
+LARGEST_BIAS = 12.0  # beyond which a softmax is all or nothing
+MOST_CHANGE = 40.0  # per cent: the top of the figure of changes
 
 
 def draw_figures(groups: Sequence[Group], baseline: str) -> list[tuple[str, bytes]]:
@@ -40,13 +48,8 @@ def draw_group(group: Group) -> tuple[str, bytes]:
 
 
 def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> bytes:
-    from cycler import cycler
-    from matplotlib import rc_context
-
-    figure = new_figure(*_size(groups))
-    # no two lines look the same
-    styles = cycler(linestyle=DASHES) * cycler(color=COLORS)
-    with rc_context({"axes.prop_cycle": styles, "axes.spines.top": False, "axes.spines.right": False}):
+    figure = new_figure(*figure_size(len(groups)))
+    with figure_style():
         draw(figure, groups)
         figure.suptitle(plain(_text_shown(draw, groups)), fontsize="medium")
     return figure_png(figure, NUM_COLORS if len(groups) > 1 else FEW_COLORS)
@@ -58,11 +61,6 @@ def _text_shown(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[G
         return text_title([group.first for group in groups])
     names = dict.fromkeys(group.first["training"].get("corpus", {}).get("name") for group in groups)
     return f"{', '.join(map(str, names))}, split train"
-
-
-def _size(groups: Sequence[Group]) -> tuple[float, float]:
-    """Width and height in inches: room for the name of each line."""
-    return (9, max(5.0, 0.24 * len(groups))) if len(groups) > 1 else (5.8, 3.1)
 
 
 def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str, **style: Any) -> None:
@@ -78,57 +76,7 @@ def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label
 
 
 def _finish(axes: Any, groups: Sequence[Group], marks: bool = True, **labels: str) -> None:
-    """Names each line at its end, marks the training length and sets the labels of the axes."""
-    axes.set(**labels)
-    for length in sorted({group.train_length for group in groups if marks and group.train_length}):
-        axes.axvline(length, color="grey", linestyle=":", linewidth=1)
-        axes.text(length, 1.0, " training length", transform=axes.get_xaxis_transform(), va="top", color="grey")
-    axes.grid(alpha=0.25)
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    if len(lines) > MANY:
-        for band in axes.collections:
-            band.set_alpha(0.06)
-    if len(lines) > 1:
-        _label_lines(axes, lines)
-
-
-def _label_lines(axes: Any, lines: Sequence[Any]) -> None:
-    """Writes the name of each line beside its last point; names that would overlap are moved apart."""
-    axes.margins(x=0.01)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)  # it stays, whatever is written beside it
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = [to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
-    order = sorted(range(len(lines)), key=lambda index: ends[index][1])
-    height = LABEL_HEIGHT * 5 / axes.figure.get_figheight()
-    places = [min(max(ends[index][1], 0.0), 1.0) for index in order]
-    for _ in range(200):  # pushes neighbours apart until all fit
-        for below in range(len(places) - 1):
-            overlap = height - (places[below + 1] - places[below])
-            if overlap > 0:
-                places[below] -= overlap / 2
-                places[below + 1] += overlap / 2
-    for index, place in zip(order, places):
-        line, (x, y) = lines[index], ends[index]
-        name = line.get_label() + (" ↑" if y > 1 else " ↓" if y < 0 else "")  # the line ends outside
-        y = min(max(y, 0.0), 1.0)
-        options = {"xycoords": "axes fraction", "fontsize": 9, "va": "center", "annotation_clip": False}
-        arrow = {
-            "arrowstyle": "-",
-            "color": line.get_color(),
-            "linewidth": 0.6,
-            "shrinkA": 2,
-            "shrinkB": 0,
-            "relpos": (0, 0.5),
-        }
-        place_of_text = (1.04, place)
-        axes.annotate(name, (x, y), place_of_text, color=line.get_color(), arrowprops=arrow, **options)
-
-
-def _log2_axis(axes: Any, ticks: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xticks([], minor=True)
+    finish_axes(axes, [group.train_length for group in groups if marks and group.train_length], **labels)
 
 
 def _positions(groups: Sequence[Group]) -> list[int]:
@@ -147,7 +95,7 @@ def _loss_over_baseline(figure: Any, groups: Sequence[Group], baseline: str) -> 
         if curves:
             rows = [np.subtract(ours, theirs) for _, ours, _, theirs in curves]
             _band(axes, curves[0][0], rows, group.label, linewidth=1.8)
-    _log2_axis(axes, _positions(groups))
+    log2_axis(axes, _positions(groups))
     # the first tokens say little, and a few settings that are far off would hide the others
     rows = np.concatenate([line.get_ydata()[2:] for line in axes.get_lines()])
     quarter, three = np.quantile(rows, (0.25, 0.75))
@@ -161,12 +109,53 @@ def _curves_of(group: Group, seed: int) -> tuple[list[float], list[float]]:
     return smooth_by_position(group.by_seed[seed]["loss_by_position"])
 
 
+def change_figure(groups: Sequence[Group]) -> bytes:
+    """→ PNG: how the perplexity changes with the length, by setting, with intervals for new seeds and new text."""
+    return _png(_change_by_length, groups)
+
+
+def _change_by_length(figure: Any, groups: Sequence[Group]) -> None:
+    """In per cent of the perplexity at the training length, on the same tokens at every length."""
+    axes = figure.subplots()
+    for group in groups:
+        lengths = [length for length in group.lengths() if length >= group.train_length]
+        found = [_change(group, length) for length in lengths]
+        means, lows, highs = (
+            [100 * math.expm1(min(value, 20.0)) for value in values]
+            for values in zip(*((each.mean, each.low, each.high) for each in found))
+        )
+        (line,) = axes.plot(lengths, means, label=plain(group.label), marker="o", markersize=4)
+        if len(group.by_seed) > 1:
+            axes.fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.axhline(0, color="grey", linewidth=1)
+    rows = np.concatenate([line.get_ydata() for line in axes.get_lines()[:-1]])
+    # the best of them are told apart near 0; what grows without limit leaves the figure
+    axes.set_ylim(min(rows.min() * 1.3, -1.0), min(rows.max() * 1.05, MOST_CHANGE))
+    log2_axis(axes, sorted({length for group in groups for length in group.lengths() if length >= group.train_length}))
+    axes.yaxis.set_major_formatter("{x:+.0f} %")
+    labels = {"xlabel": "evaluation length (tokens)", "ylabel": "change of perplexity from the training length"}
+    _finish(axes, groups, marks=False, **labels)
+
+
+def _change(group: Group, length: int) -> Estimate:
+    """The log ratio of the perplexity at a length to that at the training length."""
+    before, after = group.losses(group.train_length), group.losses(length)
+    weights = group.document_weights if len(group.document_weights) > 1 else None
+    return Estimate.of(np.stack([after[seed] - before[seed] for seed in before]), weights)
+
+
+def _has_longer_lengths(groups: Sequence[Group]) -> bool:
+    if groups[0].score_name:
+        return False
+    return all(group.train_length in group.lengths() and group.train_length < group.lengths()[-1] for group in groups)
+
+
 def _loss_by_position(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
     for group in groups:
         curves = [smooth_by_position(result["loss_by_position"]) for result in group.by_seed.values()]
         _band(axes, curves[0][0], [losses for _, losses in curves], group.label)
-    _log2_axis(axes, _positions(groups))
+    log2_axis(axes, _positions(groups))
     _finish(axes, groups, xlabel="tokens of context", ylabel="loss (nats per token)")
 
 
@@ -177,7 +166,7 @@ def _perplexity_by_length(figure: Any, groups: Sequence[Group]) -> None:
         rows = np.array([list(group.values(str(length), "perplexity").values()) for length in lengths]).T
         _band(axes, lengths, rows, group.label, marker="o", markersize=4)
     axes.set_yscale("log")
-    _log2_axis(axes, sorted({length for group in groups for length in group.lengths()}))
+    log2_axis(axes, sorted({length for group in groups for length in group.lengths()}))
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:.4g}")
     _finish(axes, groups, xlabel="evaluation length (tokens)", ylabel="perplexity")
@@ -196,7 +185,7 @@ def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
             _band(axes, list(names), rows, group.label, marker="o", markersize=4)
         lengths = sorted({length for group in groups for length in group.lengths()})
         axes.set(title=plain(kind), ylim=(-0.03, 1.03))
-        _log2_axis(axes, lengths)
+        log2_axis(axes, lengths)
         _finish(axes, groups, xlabel="length (tokens)", ylabel=plain(groups[0].score_name))
         if axes is not figure.axes[0]:
             axes.set_ylabel("")
@@ -238,7 +227,7 @@ def _finetuned(groups: Sequence[Group]) -> list[Group]:
 
 
 def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
-    """One panel for each scheme with a bias, of its first seed: a line for each layer and head."""
+    """One panel for each scheme with a bias, of its first seed: a line for each layer and head, up to ±12."""
     from matplotlib import colormaps
 
     shown = [group for group in groups if _curves(group)]
@@ -247,15 +236,21 @@ def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
     panels = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False, sharex=True).flat
     for group, axes in zip(shown, panels):  # in this order: the panels that are left stay in the iterator
         curves = _curves(group)
+        far = SHOWN_LENGTHS * group.train_length
+        near = [index for index, distance in enumerate(curves["distances"]) if distance <= far]
+        distances = [curves["distances"][index] for index in near]
         for layer, heads in enumerate(curves["layers"]):
             color = colormaps["viridis"](layer / max(1, len(curves["layers"]) - 1))
             for head, values in enumerate(heads):
-                xs = [distance + 1 for distance in curves["distances"]]
-                axes.plot(xs, values, color=color, linewidth=0.9, label=f"layer {layer}" if head == 0 else None)
+                label = f"layer {layer}" if head == 0 else None
+                axes.plot(
+                    distances, [values[index] for index in near], color=color, linewidth=0.9, linestyle="-", label=label
+                )
         title = plain(f"{group.label}, seed {next(iter(group.by_seed))}")
-        axes.set(xscale="log", title=title, xlabel="distance + 1 (tokens)")
-        if np.ptp(curves["layers"]) > 100:  # near distances would not show beside far ones
-            axes.set_yscale("symlog", linthresh=1)
+        axes.set(title=title, xlabel="distance (tokens)")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -LARGEST_BIAS), min(high, LARGEST_BIAS))
+        axes.axvline(group.train_length, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
     for axes in list(panels):
         axes.set_axis_off()
@@ -269,6 +264,7 @@ def _curves(group: Group) -> dict[str, Any] | None:
 
 # heading, whether it applies, what draws it
 FIGURES: tuple[tuple[str, Callable[[Sequence[Group]], Any], Callable[[Any, Sequence[Group]], None]], ...] = (
+    ("Change of perplexity with the length", _has_longer_lengths, _change_by_length),
     ("Loss by position", lambda groups: not groups[0].score_name, _loss_by_position),
     (
         "Perplexity by length",

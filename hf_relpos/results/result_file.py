@@ -53,14 +53,27 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_readable(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """→ the runs of all result files that can be read, and what is wrong with each of the others."""
-    results, errors = [], []
+    """→ the runs of all result files that can be read, and what is wrong with each of the others.
+
+    A copy of a result, such as one in the folder of a dry run of a push, counts once.
+    """
+    results, errors, places = [], [], {}
     for path in paths:
         try:
-            results += read_results(path)
+            for result in read_results(path):
+                first = places.setdefault(json.dumps(result, sort_keys=True), path)
+                if first is path:
+                    results.append(result)
+                else:
+                    errors.append(f"result file {str(path)!r} repeats {str(first)!r}")
         except ValueError as error:
             errors.append(str(error))
     return results, errors
+
+
+def best_result(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one with the lowest loss at its longest length."""
+    return min(results, key=lambda result: result["lengths"][max(result["lengths"], key=int)]["loss"])
 
 
 def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:

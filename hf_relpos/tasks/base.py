@@ -5,15 +5,16 @@ only those are trained and scored.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import tokenizers
-import torch
-from transformers import PreTrainedTokenizerFast
 
 from ..data.cache import digest
-from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_start
+from ..special_tokens import END, PAD, SPECIAL_TOKENS, START, document_end, document_start
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 TASKS: dict[str, type["Task"]] = {}
@@ -71,15 +72,18 @@ class Task:
 
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = self.make_tokenizer() if tokenizer is None else tokenizer
-        self.start, self.end = document_start(self.tokenizer), self.tokenizer.eos_token_id
+        self.start, self.end = document_start(self.tokenizer), document_end(self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         missing = [word for word in self.words if word not in vocabulary]
         if missing:
             raise ValueError(f"`task` {self.name!r} is for models with its words: the tokenizer lacks {missing[0]!r}.")
         self.ids = {word: vocabulary[word] for word in self.words}
 
-    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+    def make_tokenizer(self) -> "PreTrainedTokenizerFast":
         """A tokenizer of the task's words, separated by spaces."""
+        import tokenizers  # the names of the tasks stand in --help, which does not wait for these libraries
+        from transformers import PreTrainedTokenizerFast
+
         if not self.words:
             raise ValueError(f"`tokenizer_name` or a saved model is needed: `task` {self.name!r} is in plain text.")
         vocabulary = {word: index for index, word in enumerate((END, PAD, START, *self.words))}
@@ -111,7 +115,7 @@ class Task:
         raise NotImplementedError
 
 
-class TaskRows(torch.utils.data.Dataset):
+class TaskRows:
     """Rows of a task to train on or to validate with, each made when it is read, the same every time.
 
     Args:

@@ -1,6 +1,6 @@
 """Passkey retrieval: find a key that is hidden at some depth of a long row."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,29 +56,39 @@ class Passkey(DepthTask):
         return [self.ids[self.words[index]] for index in rng.integers(0, 26, length)]
 
 
-@register_task("passkey_text")
-class TextPasskey(DepthTask):
-    """Passkey retrieval in plain English, for a language model with any tokenizer: a number of five digits, stated once
-    among sentences that repeat, asked for at the end. Paper: Mohtashami and Jaggi 2023, arXiv 2305.16300."""
+class TextFiller(Task):
+    """A task in plain English, for a language model with any tokenizer, among sentences that repeat."""
 
-    opening = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n"
+    opening: ClassVar[str]
     sentences = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
     def __init__(self, tokenizer: Any = None) -> None:
         super().__init__(tokenizer)
-        self.opening_ids, self.sentence_ids = self._encode(self.opening), self._encode(self.sentences)
-        self.opening_ids = [*self.start, *self.opening_ids]
+        self.opening_ids, self.sentence_ids = [*self.start, *self.encode(self.opening)], self.encode(self.sentences)
+
+    def encode(self, text: str) -> list[int]:
+        """→ the tokens of a text alone."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def filler(self, rng: np.random.Generator, length: int) -> list[int]:
+        """→ `length` tokens of the sentences."""
+        return (self.sentence_ids * (length // len(self.sentence_ids) + 1))[:length]
+
+
+@register_task("passkey_text")
+class TextPasskey(TextFiller, DepthTask):
+    """Passkey retrieval in plain English, for a language model with any tokenizer: a number of five digits, stated once
+    among sentences that repeat, asked for at the end. Paper: Mohtashami and Jaggi 2023, arXiv 2305.16300."""
+
+    opening = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n"
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        super().__init__(tokenizer)
         # another number may take more tokens: at most one for each of its 15 digits
         self.shortest = sum(map(len, self.parts(np.random.default_rng(0)))) + 15
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def parts(self, rng: np.random.Generator) -> tuple[list[int], list[int], list[int], list[int]]:
         key = int(rng.integers(10_000, 100_000))
-        needle = self._encode(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
-        question = self._encode("What is the pass key? The pass key is")
-        return self.opening_ids, needle, question, self._encode(f" {key}")
-
-    def filler(self, rng: np.random.Generator, length: int) -> list[int]:
-        return (self.sentence_ids * (length // len(self.sentence_ids) + 1))[:length]
+        needle = self.encode(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
+        question = self.encode("What is the pass key? The pass key is")
+        return self.opening_ids, needle, question, self.encode(f" {key}")

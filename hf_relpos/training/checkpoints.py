@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ..file_reading import read_json, reading
 from ..model_loading import not_finite
 from ..results.training_record import TRAINING_RECORD
+from .lora import TRAINED_WEIGHTS, has_lora, load_trained_weights
 
 
 STATE = "trainer_state.json"
@@ -72,6 +73,10 @@ def _check_weights(folder: Path) -> None:
     else:  # what FSDP leaves
         _check_archive(folder, "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", missing="model.safetensors")
         return
+    if (folder / RECIPE).exists() and "lora_rank" in read_json(folder / RECIPE).get("values", {}):
+        names.append(TRAINED_WEIGHTS)
+        if not (folder / TRAINED_WEIGHTS).exists():
+            raise ValueError(f"{TRAINED_WEIGHTS} is missing")
     for name in names:
         try:
             bad = not_finite(folder / name)
@@ -162,6 +167,9 @@ def load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
     """Loads the weights of a whole checkpoint into a model that is not wrapped; raises `ValueError` for shards of FSDP,
     which only the processes that wrote them can put together."""
     folder = Path(checkpoint)
+    if has_lora(model):
+        load_trained_weights(model, folder)
+        return
     index, state = folder / "model.safetensors.index.json", {}
     names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     if not (folder / names[0]).exists():

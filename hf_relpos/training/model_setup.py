@@ -2,7 +2,6 @@
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,71 +12,11 @@ from ..file_reading import parse_json as strict_json
 from ..file_reading import parse_yaml
 from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..model.position_augmentation import SAMPLINGS
 from ..model_loading import check_size, check_vocab_size, load_model, load_model_tokenizer
 from ..pretrained.importing import describe_import, import_model, is_foreign
+from ..special_tokens import document_end
 from ..tasks.arguments import DataArguments
-
-
-@dataclass
-class SavedModelArguments:
-    """A saved model of the family to continue with."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model of the family."})
-    pos_embedding_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Position scheme, or several joined by '+'; linear_cpb by default. A saved model keeps its scheme."
-        },
-    )
-    position_sampling: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Positions of training sequences: {', '.join(SAMPLINGS)}, drawn below max_position_embeddings, or "
-            "none; none by default, and as saved for a saved model."
-        },
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager or sdpa; sdpa by default."})
-
-
-@dataclass
-class ModelArguments(SavedModelArguments):
-    """A new model of a named size, or a saved one to start from."""
-
-    model_size: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(MODEL_SIZES)}; xsmall by default."}
-    )
-    vocab_size: int | None = field(default=None, metadata={"help": "Entries of the tokenizer; 8192 by default."})
-    pos_embedding_kwargs: str | None = field(
-        default=None, metadata={"help": "Options of the scheme as JSON: '{\"partial_rotary_factor\": 0.5}'."}
-    )
-    rope_parameters: str | None = field(
-        default=None,
-        metadata={"help": 'The rotation as JSON: \'{"rope_type": "proportional", "partial_rotary_factor": 0.5}\'.'},
-    )
-    position_start_augmentation: bool = field(
-        default=False, metadata={"help": "Start the positions of each training sequence at random."}
-    )
-    layer_types: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which layers see --sliding_window keys only, repeated over the layers: 'sliding/sliding/full'."
-        },
-    )
-    sliding_window: int | None = field(
-        default=None, metadata={"help": "Keys that a sliding layer sees; all layers slide without --layer_types."}
-    )
-    max_position_embeddings: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of a learned table and range of augmentation and sampling. 2048 by default; a learned table "
-            "that is trained without them gets as many rows as a block has tokens."
-        },
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Further fields of the configuration: 'num_key_value_heads=2,hidden_dropout=0'."},
-    )
+from .model_arguments import ModelArguments, SavedModelArguments
 
 
 def new_config(model_args: ModelArguments, block_size: int) -> RelPosConfig:
@@ -196,6 +135,10 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         check_vocab_size(tokenizer, model.config.vocab_size)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to separate documents.")
+    end = document_end(tokenizer)
+    if end != tokenizer.eos_token_id and os.environ.get("RANK", "0") == "0":
+        end, turn_end = tokenizer.convert_ids_to_tokens(end), tokenizer.eos_token
+        print(f"documents end in {end!r}, as in pretraining; {turn_end!r} ends the turns of chats")
     return model, tokenizer
 
 

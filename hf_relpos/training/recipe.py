@@ -14,6 +14,7 @@ from ..model.saved_code import saved_code
 from ..model_loading import model_hashes
 from ..results.training_record import UNRECORDED_FLAGS
 from ..scheme_files import imported_files
+from ..special_tokens import document_end
 from .checkpoints import RECIPE
 from .run import TrainingRun
 
@@ -29,6 +30,7 @@ NEUTRAL_STARTS = ("hub_", "trackio_")
 DATA_FIELDS = ("streaming", "cross_document_attention", "validation_split_percentage", "max_eval_samples")
 # what a checkpoint cannot go on with
 FIXED = {"optim", "optim_args", "fp16", "fsdp", "fsdp_config", "deepspeed", "base_model", "changes", "tokenizer"}
+FIXED |= {"lora_rank", "lora_alpha", "scheme_schedule", "scheme_schedule_steps"}
 
 
 @dataclass
@@ -181,4 +183,4 @@ def _plain(value: Any) -> Any:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    return digest(sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id)[:24]
+    return digest(sorted(tokenizer.get_vocab().items()), document_end(tokenizer))[:24]

@@ -10,6 +10,8 @@ from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
+from .arguments import RelPosTrainingArguments
+from .lora import num_plain_parameters
 from .recipe import Recipe
 from .run import TrainingRun
 
@@ -35,13 +37,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
     """
     args, config = run.args, trainer.model.config
     first_step, steps, last_step = run.first_step, saved_step(trainer), trainer.state.global_step
-    tokens_per_step = (
-        args.per_device_train_batch_size
-        * max(1, args.n_gpu)
-        * args.world_size
-        * args.gradient_accumulation_steps
-        * args.block_size
-    )
+    per_step = tokens_per_step(args)
     seconds -= sum(
         entry["eval_runtime"]
         for entry in trainer.state.log_history
@@ -56,19 +52,20 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "data_seed": args.data_seed,
         "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
         "config": {name: getattr(config, name, None) for name in CONFIG_FIELDS},
-        "num_parameters": trainer.model.num_parameters(),
+        "num_parameters": num_plain_parameters(trainer.model),
         "num_steps": steps,
         "num_processes": args.world_size,
         "distributed_type": trainer.accelerator.distributed_type.value,
-        "tokens_per_step": tokens_per_step,
-        "num_tokens": steps * tokens_per_step,
+        "tokens_per_step": per_step,
+        "num_tokens": steps * per_step,
+        "block_size": args.block_size,
         **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
         "recipe": numbers,
         "script": args.script,
         "flags": flags | ({} if args.fp16 else {"bf16": args.bf16}),
         "resumed_from_step": first_step,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(max(0, last_step - first_step) * tokens_per_step / max(seconds, 1e-9), 1),
+        "tokens_per_second": round(max(0, last_step - first_step) * per_step / max(seconds, 1e-9), 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "log": [
             {key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry}
@@ -81,6 +78,12 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def tokens_per_step(args: RelPosTrainingArguments) -> int:
+    """Of all processes and devices together."""
+    batch_size = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
+    return batch_size * args.gradient_accumulation_steps * args.block_size
 
 
 def saved_step(trainer: Trainer) -> int:

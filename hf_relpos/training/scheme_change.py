@@ -1,7 +1,8 @@
 """Another position scheme for a saved model: which weights are copied, which are reinitialized, and why."""
 
-from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
@@ -10,43 +11,12 @@ from ..model.scheme_registry import position_embedding_classes
 from ..model.scheme_rotary import ROPE_TYPES
 from ..pretrained.importing import is_foreign
 from ..tasks.arguments import DataArguments
-from .model_setup import SavedModelArguments, load_saved, new_model, parse_json, repeat_layer_types
+from .model_arguments import ChangeArguments, SavedModelArguments
+from .model_setup import load_saved, new_model, parse_json, repeat_layer_types
 
 
-@dataclass
-class ChangeArguments(SavedModelArguments):
-    """A saved model of the family to continue with, and what changes in its position scheme."""
-
-    pos_embedding_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Another position scheme than that of the saved model: its parameters are initialized, all others "
-            "are copied. 'none' for a rotary model is DroPE."
-        },
-    )
-    pos_embedding_kwargs: str | None = field(default=None, metadata={"help": "Options of the scheme as JSON."})
-    rope_parameters: str | None = field(
-        default=None,
-        metadata={
-            "help": 'Another rotation as JSON: \'{"rope_type": "yarn", "factor": 4}\'; linear is interpolation. '
-            "The original length is the training length, unless given."
-        },
-    )
-    start_at_zero: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Multiply what new schemes add by learned factors that start at 0, so that the model begins as it "
-            "was; by default for imported models that keep their schemes beside the new ones."
-        },
-    )
-    layer_types: str | None = field(
-        default=None,
-        metadata={"help": "Layers that see --sliding_window keys only, repeated: 'sliding/sliding/full'; or 'full'."},
-    )
-    sliding_window: int | None = field(default=None, metadata={"help": "Keys that a sliding layer sees."})
-    max_position_embeddings: int | None = field(
-        default=None, metadata={"help": "Range of --position_sampling: the length that PoSE prepares for."}
-    )
+# fields whose values are no changes of a model
+NO_CHANGES = ("_name_or_path", "dtype")
 
 
 def load_changed(
@@ -71,13 +41,12 @@ def load_changed(
     model, tokenizer = load_saved(plain, data_args)
     config = changed_config(model.config, model_args, block_size)
     before, after = _saved_fields(model_args.model_name_or_path, model.config), config.to_dict()
-    names = [name for name in before | after if before.get(name) != after.get(name) and name != "_name_or_path"]
+    names = [name for name in before | after if before.get(name) != after.get(name) and name not in NO_CHANGES]
     fields = {name: [before.get(name), after.get(name)] for name in names}
     if not fields:
         return model, tokenizer, {}
-    changed = new_model(config, seed, model_args.attn_implementation)
-    changed.generation_config = model.generation_config
-    return changed, tokenizer, {"fields": fields, **copy_weights(model, changed)}
+    changed, told = with_weights(model, config, seed, model_args.attn_implementation)
+    return changed, tokenizer, {"fields": fields, **told}
 
 
 def _saved_fields(name: str, loaded: RelPosConfig) -> dict[str, Any]:
@@ -164,14 +133,54 @@ def _change_positions(fields: dict[str, Any], changes: ChangeArguments, block_si
         )
 
 
+def with_weights(
+    old: RelPosForCausalLM, config: RelPosConfig, seed: int, attn_implementation: str | None = None
+) -> tuple[RelPosForCausalLM, dict[str, Any]]:
+    """A model of another configuration with the weights of `old` that fit; those that it lacks are new.
+
+    Where none is new the two share their memory.
+
+    Args:
+        old: the saved model.
+        config: of the new one.
+        seed: of what is new.
+        attn_implementation: of the new one, sdpa by default.
+
+    Returns:
+        the model, and what was copied, as `copy_weights` says it.
+    """
+    with torch.device("meta"):
+        changed = RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    theirs = old.state_dict()
+    told = _compare(theirs, changed.state_dict())
+    if told["reinitialized"]:
+        changed = new_model(config, seed, attn_implementation)
+        copy_weights(old, changed)
+    else:
+        changed.load_state_dict({name: theirs[name] for name in changed.state_dict()}, assign=True)
+        changed.tie_weights()
+    changed.generation_config = old.generation_config
+    return changed, told
+
+
 def copy_weights(old: RelPosForCausalLM, new: RelPosForCausalLM) -> dict[str, Any]:
     """Copies the weights that both models have in one shape from `old` to `new`; → what was copied and what was not."""
     theirs, ours = old.state_dict(), new.state_dict()
-    common = [name for name, weight in ours.items() if name in theirs and theirs[name].shape == weight.shape]
-    new.load_state_dict({name: theirs[name] for name in common}, strict=False)
+    new.load_state_dict({name: theirs[name] for name in _common(theirs, ours)}, strict=False)
+    return _compare(theirs, ours)
+
+
+def _common(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the weights that both models have in one shape."""
+    return [name for name, weight in ours.items() if name in theirs and theirs[name].shape == weight.shape]
+
+
+def _compare(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """→ which weights are copied, new and dropped."""
+    common = _common(theirs, ours)
     reinitialized = {name: _reason(theirs.get(name), "the saved model") for name in ours.keys() - set(common)}
     dropped = {name: _reason(ours.get(name), "the new scheme") for name in theirs.keys() - set(common)}
-    size = sum({ours[name].data_ptr(): ours[name].numel() for name in common}.values())  # tied ones count once
+    size = sum({theirs[name].data_ptr(): theirs[name].numel() for name in common}.values())  # tied ones count once
     return {
         "copied": f"{len(common)} tensors of {size:,} numbers",
         "reinitialized": dict(sorted(reinitialized.items())),

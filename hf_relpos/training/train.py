@@ -10,52 +10,33 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from ..cli import command, parse_arguments
 from ..data.blocks import BlockCollator
 from ..environment import check_room, write_json, writing
 from ..file_reading import reading
 from ..hub.model_card import origin_of
 from ..model.configuration_relpos import RelPosConfig
+from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
 from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
-from .arguments import FinetuningArguments, RelPosTrainingArguments
+from .arguments import DTYPES, FinetuningArguments, RelPosTrainingArguments
 from .checkpoints import STATE, damage, find_checkpoint, load_weights, weights_damage
 from .interrupt import InterruptCallback
-from .model_setup import ModelArguments, extend_learned_positions, load_saved, new_config, new_model
+from .lora import add_lora
+from .model_arguments import ChangeArguments, ModelArguments
+from .model_setup import extend_learned_positions, load_saved, new_config, new_model
 from .output_stream import safe_output
+from .progress import RunProgress
 from .recipe import Recipe, check_recipe, differences, run_recipe
 from .record import base_facts, mean_loss, saved_step, training_record
 from .run import TrainingRun, load_training_data
-from .scheme_change import ChangeArguments, describe_changes, load_changed
+from .scheme_change import describe_changes, load_changed
+from .scheme_schedule import make_schedule
 from .trainer import RelPosTrainer
-
-
-TRAIN_DESCRIPTION = """\
-Trains a model of the family from scratch, or continues with a saved one at the same length.
-
-hf-relpos train --pos_embedding_type alibi --output_dir output/alibi
-"""
-FINETUNE_DESCRIPTION = """\
-Continues with a saved model of the family at another length or with another position scheme.
-
-hf-relpos finetune --model_name_or_path output/alibi --block_size 512 --output_dir output/512
-"""
-
-
-@command
-def train_main() -> None:
-    """The command line of scripts/train.py."""
-    train(*parse_arguments((ModelArguments, DataArguments, RelPosTrainingArguments), TRAIN_DESCRIPTION))
-
-
-@command
-def finetune_main() -> None:
-    """The command line of scripts/finetune.py."""
-    finetune(*parse_arguments((ChangeArguments, DataArguments, FinetuningArguments), FINETUNE_DESCRIPTION))
 
 
 def alone(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -156,6 +137,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
     _set_lengths(model.config, args)
+    save_dtype, schedule = _prepare_weights(model, args), make_schedule(run)
     run.data.tokenizer.model_max_length = model.config.max_position_embeddings
     recipe, changed = run_recipe(run), {}
     finished = _finished(run, recipe)
@@ -164,13 +146,19 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
             trained = f"the model after step {finished['num_steps']} on {finished['corpus']['name']}"
             print(f"finished: {args.output_dir!r} holds {trained}; nothing to do")
         return finished
+    if schedule:
+        schedule.apply(run.first_step)
     if run.checkpoint:
         _check_checkpoint(run.checkpoint, model.config)
         changed = check_recipe(run, recipe)
     model.skip_logits = True
     interrupt = InterruptCallback()
-    trainer = _make_trainer(run, interrupt)
+    trainer = _make_trainer(run, [interrupt, *([schedule] if schedule else [])])
+    # the bar of transformers tells no loss, and leaves thousands of copies of itself in a file
+    is_replaced = trainer.pop_callback(ProgressCallback) is not None
+    trainer.add_callback(RunProgress(run, lambda: float(trainer.step_loss[1]), only_time=not is_replaced))
     trainer.recipe, trainer.changed, trainer.corpus = recipe, changed, run.data.corpus
+    trainer.save_dtype = save_dtype
     check_before_training(run, trainer, base)
     start = time.perf_counter()
 
@@ -186,7 +174,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
                 if trainer.is_world_process_zero():
                     step = trainer.state.global_step
                     print(f"interrupted after step {step}; resume with --resume_from_checkpoint last")
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
             _save_model(trainer)
             if _last_evaluation(trainer) is None:
                 trainer.evaluate()
@@ -271,13 +259,24 @@ def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
 
 def _set_lengths(config: RelPosConfig, args: RelPosTrainingArguments) -> None:
     """Puts the lengths of a run into the configuration of its model, in place, and validates it."""
-    if args.max_steps != 0:
-        config.train_length = args.block_size
+    if args.max_steps != 0:  # shorter blocks recalibrate, they do not make a model forget its length
+        config.train_length = max(args.block_size, config.train_length or 0)
     config.max_position_embeddings = max(config.max_position_embeddings, args.block_size)
     RelPosConfig.from_dict(config.to_dict())  # fields are checked when a configuration is made, not when they are set
 
 
-def _make_trainer(run: TrainingRun, interrupt: InterruptCallback) -> RelPosTrainer:
+def _prepare_weights(model: RelPosForCausalLM, args: RelPosTrainingArguments) -> torch.dtype:
+    """Makes the weights fp32, in place, and adds LoRA where it is asked for; → the dtype to save them in."""
+    dtype = DTYPES[args.save_dtype] if args.save_dtype else model.dtype
+    if model.dtype in (torch.bfloat16, torch.float16):
+        model.float()
+        model.config.dtype = model.dtype
+    if getattr(args, "lora_rank", None):
+        add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+    return dtype
+
+
+def _make_trainer(run: TrainingRun, callbacks: list[TrainerCallback]) -> RelPosTrainer:
     try:
         return RelPosTrainer(
             model=run.model,
@@ -286,7 +285,7 @@ def _make_trainer(run: TrainingRun, interrupt: InterruptCallback) -> RelPosTrain
             eval_dataset=run.data.validation,
             processing_class=run.data.tokenizer,
             data_collator=BlockCollator(),
-            callbacks=[interrupt, *run.callbacks],
+            callbacks=[*callbacks, *run.callbacks],
         )
     except RuntimeError as error:
         if "requires" in str(error):  # a tracker that is not installed

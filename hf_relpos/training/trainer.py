@@ -22,7 +22,9 @@ from ..hub.repository import repository_files, write_files
 from ..model_corpus import UsedCorpus
 from ..model_loading import is_finite
 from ..results.training_record import TRAINING_RECORD
-from .checkpoints import RECIPE, newest_whole
+from .checkpoints import RECIPE, load_weights, newest_whole
+from .lora import has_lora, merged_weights, save_trained_weights
+from .plain_model import plain_model
 from .recipe import Recipe, apply_overrides, reseed
 
 
@@ -42,22 +44,28 @@ class RelPosTrainer(Trainer):
     saved.
 
     Attributes:
+        save_dtype: of the weights in the output folder; those of checkpoints are as they are trained.
         recipe: what each checkpoint says of its run, in recipe.json.
         changed: what the resumed run does otherwise than its checkpoint, as `check_recipe` returns it.
         corpus: what the model is trained on, which is noted beside it.
         make_record: → the record of the run so far, as `training.json` holds it, which a push in training takes along.
+        step_loss: the last step, and its loss in this process as far as it was computed.
     """
 
+    save_dtype: torch.dtype | None = None
     recipe: Recipe | None = None
     changed: dict[str, Any] | None = None
     corpus: UsedCorpus | None = None
     make_record: Callable[[], dict[str, Any]] | None = None
+    step_loss: tuple[int, torch.Tensor | float] = (-1, 0.0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._told_by_step("training"):
             loss = super().training_step(*args, **kwargs)
         if not self._everywhere(torch.isfinite(loss).all()):
             self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        step, before = self.step_loss
+        self.step_loss = self.state.global_step, loss.detach() + (before if step == self.state.global_step else 0.0)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -118,9 +126,36 @@ class RelPosTrainer(Trainer):
         if self.recipe and self.args.should_save and output_dir and Path(output_dir) != Path(self.args.output_dir):
             write_json(Path(output_dir) / RECIPE, self.recipe.to_dict())
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with reading(f"`resume_from_checkpoint` {resume_from_checkpoint!r}: its weights are not those of this model"):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes an ordinary model, with LoRA merged; a checkpoint also gets LoRA itself."""
+        trained, is_end = self.model, Path(output_dir or self.args.output_dir) == Path(self.args.output_dir)
+        plain = self.accelerator.unwrap_model(trained, keep_torch_compile=False)
+        dtype = self.save_dtype if is_end else None
+        if not self.args.should_save or not (has_lora(plain) or dtype not in (None, plain.dtype)):
+            super()._save(output_dir, state_dict)
+            return
+        if has_lora(plain):
+            state_dict = merged_weights(plain)
+        self.model = plain_model(plain, state_dict or plain.state_dict(), dtype)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
+        if has_lora(plain) and not is_end:
+            save_trained_weights(plain, output_dir)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if has_lora(model or self.model):
+            load_weights(model or self.model, checkpoint)
+            return
+        with reading(f"`resume_from_checkpoint` {checkpoint!r}: its weights are not those of this model"):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_lora(self.model):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = []

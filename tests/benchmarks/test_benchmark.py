@@ -24,10 +24,13 @@ def test_samples_are_summarized_by_the_median_and_the_quartiles():
 def test_cases_take_turns_and_the_first_round_does_not_count(monkeypatch):
     calls, clock = [], iter(range(100))
     monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(benchmarking.time, "process_time", lambda: next(clock) * 10)
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     samples = benchmarking.time_together(runs, repeats=2, device="cpu")
     assert "".join(calls) == "abcbcacab"
     assert samples == {name: [1, 1] for name in "abc"}
+    samples = benchmarking.time_together(runs, repeats=1, device="cpu", clock="cpu")
+    assert samples == {name: [10] for name in "abc"}
 
 
 def test_ratios_are_medians_over_the_rounds(monkeypatch):
@@ -54,7 +57,8 @@ def run_benchmark(monkeypatch, *flags):
 def test_a_run_at_small_size(monkeypatch, tmp_path, capsys):
     options = ("--lengths", 16, 33, "--step_lengths", 16, "--decode_lengths", 5, "--decode_batch_sizes", 1)
     sizes = ("--tokens", 64, "--step_tokens", 32, "--repeats", 2, "--num_threads", 1)
-    kernels = ("sdpa_causal", "distance_bias", "distance_bias_fast", "sdpa_dense_bias", "flash_attn")
+    kernels = ("sdpa_causal", "distance_bias", "distance_bias_blocks", "zero_table", "distance_bias_fast")
+    kernels += ("sdpa_dense_bias", "flash_attn")
     models = ("rotary", "linear_cpb", "llama")
     parts = ("attention", "step", "decode", "profile")
     chosen = ("--kernels", *kernels, "--models", *models, "--parts", *parts)
@@ -63,7 +67,7 @@ def test_a_run_at_small_size(monkeypatch, tmp_path, capsys):
     measured = {(record["part"], record["mode"], record["length"], record["name"]) for record in result["times"]}
     for length in (16, 33):
         for mode in ("forward", "forward_backward"):
-            for name in ("sdpa_causal", "distance_bias", "sdpa_dense_bias"):
+            for name in ("sdpa_causal", "distance_bias", "distance_bias_blocks", "zero_table", "sdpa_dense_bias"):
                 assert ("attention", mode, length, name) in measured
     assert {name for part, _, _, name in measured if part == "step"} == set(models)
     assert {name for part, _, _, name in measured if part == "decode"} == set(models)
@@ -98,6 +102,7 @@ def test_memory_is_that_of_a_fresh_process():
         (("--lengths", "0"), r"`lengths` must be numbers of at least 1, got \[0\]"),
         (("--repeats", "0"), "`repeats` must be at least 1, got 0"),
         (("--device", "tpu"), "`device` must be cpu or, where torch has a GPU, cuda; got 'tpu'"),
+        (("--clock", "sun"), "`clock` must be wall or, for the device cpu, cpu; got 'sun'"),
         (("--dtype", "int8"), "`dtype` must be float32, bfloat16 or float16, got 'int8'"),
     ],
 )

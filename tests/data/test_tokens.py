@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.blocks import make_blocks
 from hf_relpos.data.corpus import load_corpus
-from hf_relpos.data.tokens import load_tokenizer, tokenize, tokenize_split, train_tokenizer
+from hf_relpos.data.tokens import evaluation_documents, load_tokenizer, tokenize, tokenize_split, train_tokenizer
 from hf_relpos.model_loading import check_vocab_size
+from hf_relpos.special_tokens import document_end, document_start
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,50 @@ def test_a_control_token_that_cannot_be_text_is_refused():
         ValueError, match="the text holds '<end>', which this tokenizer encodes as a control token only"
     ):
         tokenize(Dataset.from_dict({"text": ["a <end> a"]}), tokenizer)
+
+
+def chat_tokenizer(bos: str | None, eos: str | None, *others: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with special tokens as published models have them."""
+    names = [*dict.fromkeys(name for name in (bos, eos, *others) if name)]
+    backend = Tokenizer(models.WordLevel({name: index for index, name in enumerate(["<unk>", "a", *names])}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(names)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+
+
+CONVENTIONS = {  # bos, eos, further tokens → how a document begins and ends in pretraining
+    "SmolLM2-Instruct": (("<|im_start|>", "<|im_end|>", "<|endoftext|>"), ("<|endoftext|>", "<|endoftext|>")),
+    "SmolLM2": (("<|endoftext|>", "<|endoftext|>", "<|im_end|>"), ("<|endoftext|>", "<|endoftext|>")),
+    "Qwen2-Instruct": ((None, "<|im_end|>", "<|endoftext|>", "<|im_start|>"), ("<|endoftext|>", "<|endoftext|>")),
+    "Llama-3-Instruct": (
+        ("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>"),
+        ("<|begin_of_text|>", "<|end_of_text|>"),
+    ),
+    "Llama-2": (("<s>", "</s>"), ("<s>", "</s>")),
+    "Mistral tuned on ChatML": (("<s>", "<|im_end|>", "</s>", "<|im_start|>"), ("<s>", "</s>")),
+    "gpt-oss": (("<|startoftext|>", "<|return|>", "<|endoftext|>"), ("<|startoftext|>", "<|endoftext|>")),
+    "of one's own": (("[BOS]", "[EOS]"), ("[BOS]", "[EOS]")),
+    "without a beginning": ((None, "[EOS]"), ("[EOS]", "[EOS]")),
+    "with turns alone": (("<|im_start|>", "<|im_end|>"), ("<|im_start|>", "<|im_end|>")),
+}
+
+
+@pytest.mark.parametrize("names, expected", CONVENTIONS.values(), ids=CONVENTIONS)
+def test_documents_begin_and_end_as_in_pretraining_never_as_turns(names, expected, tmp_path):
+    tokenizer = chat_tokenizer(*names)
+    assert tokenizer.convert_ids_to_tokens([*document_start(tokenizer), document_end(tokenizer)]) == [*expected]
+    (tmp_path / "a.txt").write_text("a a")
+    args = TextArguments(validation_file=str(tmp_path / "a.txt"))
+    corpus = load_corpus(args)
+    (row,) = tokenize_split(corpus, "validation", tokenizer, args)
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == [expected[0], "a", "a", expected[1]]
+    (document,) = evaluation_documents(corpus, args.filled(), tokenizer)[1]
+    assert tokenizer.convert_ids_to_tokens(document) == [expected[0], "a", "a"]
+
+
+def test_a_tokenizer_without_an_end_has_none():
+    tokenizer = chat_tokenizer("<s>", None, "<|endoftext|>")
+    assert document_end(tokenizer) is None and document_start(tokenizer) == [tokenizer.bos_token_id]
 
 
 def cut(path):

@@ -53,6 +53,30 @@ def test_batches_change_nothing():
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5) and together["score"] == alone["score"]
 
 
+class Whole(torch.nn.Module):
+    """A model that computes all its logits, whatever is asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("name", ["flip_flop", "string_copy"])
+def test_logits_before_the_answers_are_not_computed(name):
+    model, task = make_model("alibi"), make_task(name)
+    widths = []
+    model.lm_head.register_forward_hook(lambda module, args, logits: widths.append(logits.shape[1]))
+    kept = evaluate_task(model, task, [23], 6, tokens_per_batch=1000)["23"]
+    assert max(widths) < 23
+    whole = evaluate_task(Whole(model), task, [23], 6, tokens_per_batch=1000)["23"]
+    assert whole["loss"] == pytest.approx(kept["loss"]) and whole["score"] == kept["score"]
+
+
 def test_a_model_learns_to_copy_and_says_so(run_script, tmp_path, capsys):
     model, result = tmp_path / "model", tmp_path / "evaluation" / "results.json"
     flags = ["--block_size", 7, "--max_steps", 400, "--per_device_train_batch_size", 32, "--learning_rate", 5e-3]

@@ -89,6 +89,7 @@ def test_a_run_is_named_by_what_determines_it(tiny, corpus_file):
     assert key() == first
     assert key(logging_steps=[7]) == first  # shows more, changes nothing
     assert key(learning_rate=[1e-3]) != first
+    assert key(learning_rate=["1e-3"]) == key(learning_rate=[1e-3])  # as YAML reads 1e-3 and 0.001
     corpus_file.write_text(corpus_file.read_text() + json.dumps({"text": "one more"}) + "\n")
     assert key() != first
 
@@ -242,6 +243,14 @@ def test_a_wrong_file_is_one_line_and_starts_nothing(sections, message, write, r
     assert stopped.value.code == 2 and "\n" not in error and not (tmp_path / "out").exists()
     assert "experiment.yaml" in error
     assert re.search(message, error), error
+
+
+def test_texts_are_read_once_for_the_states_of_all_runs(tiny, tmp_path, monkeypatch):
+    """The state of each run is asked for every second; a corpus may have gigabytes."""
+    runs = load_experiment(tiny({"seed": [1, 2, 3]}))
+    first, read = status(runs[0], tmp_path), []
+    monkeypatch.setattr("hashlib.file_digest", lambda *args: read.append(args))
+    assert [status(run, tmp_path) for run in runs] == [first] * 3 and not read
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)

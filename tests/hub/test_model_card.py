@@ -18,7 +18,7 @@ from hf_relpos.evaluation.evaluate import EvaluationArguments
 from hf_relpos.hub.card_evaluation import failure_length, mean_result
 from hf_relpos.hub.model_card import is_generated, model_card, scheme_facts, signed
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
-from hf_relpos.results.result_file import RESULTS, read_results
+from hf_relpos.results.result_file import read_results
 from hf_relpos.results.training_record import command_line, given_flags
 from hf_relpos.tasks.arguments import DataArguments
 from hf_relpos.training.arguments import RelPosTrainingArguments
@@ -27,7 +27,7 @@ from hf_relpos.training.model_setup import ModelArguments
 
 (RESULT,) = (
     result
-    for result in read_results(ROOT / "docs" / "results" / "sotu" / RESULTS)
+    for result in read_results(ROOT / "tests" / "hub" / "results_0_1_0.jsonl")
     if result["pos_embedding_type"] == "rotary"
 )
 
@@ -51,7 +51,7 @@ def test_the_stored_cards_are_made_from_the_result_files(tmp_path):
     folder = ROOT / "model_cards"
     stored = {path.relative_to(folder): path.read_text(encoding="utf-8") for path in folder.glob("*/*.md")}
     written = {path.relative_to(tmp_path): path.read_text(encoding="utf-8") for path in tmp_path.glob("*/*.md")}
-    assert stored.keys() == written.keys() and len(stored) >= 40
+    assert stored.keys() == written.keys() and len(stored) >= 10
     assert (folder / "README.md").read_text(encoding="utf-8") == (tmp_path / "README.md").read_text(encoding="utf-8")
     for name, text in written.items():
         assert stored[name] == text, name

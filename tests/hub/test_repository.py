@@ -18,7 +18,7 @@ from hf_relpos import PositionEmbedding, RelPosForCausalLM, register_position_em
 from hf_relpos.hub.model_card import is_generated
 from hf_relpos.hub.repository import INDEX, check_weights, repository_files, write_files
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
-from hf_relpos.results.result_file import RESULTS, read_results
+from hf_relpos.results.result_file import read_results
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def spoil(folder, kind):
         (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
         return "must hold a model of the family"
     if kind == "another's result":
-        *_, result = read_results(ROOT / "docs" / "results" / "sotu" / RESULTS)
+        *_, result = read_results(ROOT / "tests" / "hub" / "results_0_1_0.jsonl")
         (folder / "evaluation").mkdir()
         (folder / "evaluation" / "results.json").write_text(json.dumps(result))
         return "is the result of another model: its `pos_embedding_type` is 'rotary', not 'alibi'"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model, make_tokens
+from conftest import make_model, make_tokens, table_path
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -87,7 +87,7 @@ def device_kind(request, monkeypatch):
 def test_the_fast_path_has_no_bias_for_pairs(device_kind, monkeypatch):
     monkeypatch.setattr(attention_plan, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
     model, tokens = make_fox(), make_tokens(3, 20)
-    assert model.attention_path() == ("distance_bias:blocks" if device_kind == "as on a CPU" else "sdpa:key_bias")
+    assert model.attention_path() == (table_path() if device_kind == "as on a CPU" else "sdpa:key_bias")
     mask = torch.ones_like(tokens)
     mask[1, :6], mask[2, 7:9] = 0, 0
     packed = torch.cat((torch.arange(8), torch.arange(12)))[None].expand(3, -1)
@@ -153,7 +153,7 @@ def test_beside_a_table(scheme):
     labels = tokens.masked_fill((mask == 0) | (mask.cumsum(1) == 1), -100)
     options = {"num_key_value_heads": 2, "train_length": 20}
     models = [make_model(scheme, attn_implementation=name, **options) for name in ("sdpa", "eager")]
-    assert models[0].attention_path() == "distance_bias:blocks"
+    assert models[0].attention_path() == table_path()
     outputs = [model(tokens, attention_mask=mask, labels=labels) for model in models]
     assert_close(outputs[0].logits[labels != -100], outputs[1].logits[labels != -100], **CLOSE)
     for output in outputs:

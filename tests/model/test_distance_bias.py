@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_config, make_model, make_tokens
+from conftest import make_config, make_model, make_tokens, table_path
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
@@ -16,6 +16,7 @@ from hf_relpos.evaluation.evaluate import bias_curves
 from hf_relpos.model import attention_cpu, attention_torch, scheme_registry
 from hf_relpos.model.attention_distance_bias import _attend, _attend_backward, distance_bias_attention
 from hf_relpos.model.attention_kernel import TableCall, select_kernel
+from hf_relpos.model.attention_native import native_is_ready
 from hf_relpos.model.attention_planner import _KEPT_TABLES
 from hf_relpos.model.attention_torch import BlockKernel
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
@@ -78,9 +79,13 @@ def gradients(function, inputs, grad_out):
     return out.detach(), *torch.autograd.grad(out, inputs, grad_out)
 
 
-@pytest.fixture(params=["small chunks", "views", "tiles", "without the kernel", "as it is"])
+@pytest.fixture(params=["native", "small chunks", "views", "tiles", "without the kernel", "as it is"])
 def blocks(request, monkeypatch):
-    """All ways through the blockwise algorithm, at lengths of a test."""
+    """The native kernel, and all ways through the blockwise algorithm, at lengths of a test."""
+    if request.param == "native" and not native_is_ready():
+        pytest.skip("no native kernel here")
+    if request.param != "native":
+        request.getfixturevalue("without_native")
     if request.param == "small chunks":
         monkeypatch.setattr(attention_torch, "CHUNK_SCORES", 20_000)
     if request.param == "views":
@@ -122,7 +127,7 @@ def test_windows_are_the_reference(window, num_groups, masks, blocks):
             assert (actual - expected).abs().max() < 3e-5, f"{name} of lengths {lengths}"
 
 
-def test_a_window_reads_the_keys_that_it_holds_alone():
+def test_a_window_reads_the_keys_that_it_holds_alone(cpu_kernel):
     *inputs, grad_out = make_inputs((2000, 2000, 0), batch_size=1)
     for x in inputs[1:3]:
         x[:, :, :1500] = math.nan
@@ -147,7 +152,7 @@ def test_gradients_in_float64(lengths, is_causal):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sums_in_fp32(dtype):
+def test_half_precision_sums_in_fp32(dtype, cpu_kernel):
     """The inputs' rounding aside, only the results are rounded."""
     *inputs, grad_out = make_inputs((130, 130, 0), 2, dtype=dtype)
     ours = gradients(partial(distance_bias_attention, scaling=0.3), inputs, grad_out)
@@ -162,7 +167,7 @@ def test_half_precision_sums_in_fp32(dtype):
 
 @pytest.mark.parametrize("num_groups", [6, 2])
 @pytest.mark.parametrize("masks", ["nothing", "padding"])
-def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
+def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, without_native, monkeypatch):
     """As exact as a table, in one call of a kernel: the blocks are not needed."""
     monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: True)
     monkeypatch.setattr(BlockKernel, "forward", lambda *args: pytest.fail("a table"))
@@ -181,19 +186,19 @@ def test_a_line_in_bf16_is_a_value_per_key(masks, num_groups, monkeypatch):
         assert (actual.double() - wanted).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
 
 
-def kernel(query, table):
+def kernel_of(query, table):
     return select_kernel(query, query, table, TableCall(1.0)).name
 
 
-def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(monkeypatch):
+def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(without_native, monkeypatch):
     monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: True)
     query, line = torch.zeros(1, 2, 9, 4, dtype=torch.bfloat16), -torch.arange(9.0)[None] * torch.tensor([[0.5], [0.3]])
-    assert kernel(query, line) == "key_bias"
-    assert kernel(query.float(), line) == "blocks"
-    assert kernel(query, line.clone().requires_grad_()) == "blocks"
+    assert kernel_of(query, line) == "key_bias"
+    assert kernel_of(query.float(), line) == "blocks"
+    assert kernel_of(query, line.clone().requires_grad_()) == "blocks"
     bent = line.clone()
     bent[1, 5] -= 1e-6
-    assert kernel(query, bent) == "blocks"
+    assert kernel_of(query, bent) == "blocks"
     model = make_model("alibi").to(torch.bfloat16)
     assert model.attention_path() == "distance_bias:key_bias"
     assert make_model("linear_cpb").to(torch.bfloat16).attention_path() == "distance_bias:blocks"
@@ -202,9 +207,9 @@ def test_what_is_no_fixed_line_in_bf16_goes_by_the_table(monkeypatch):
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
-def test_blocks_multiply_in_bf16_where_that_is_fast(is_fast, monkeypatch):
+def test_blocks_multiply_in_bf16_where_that_is_fast(is_fast, without_native, monkeypatch):
     monkeypatch.setattr(attention_cpu, "cpu_has_fast_bf16", lambda: is_fast)
-    test_half_precision_sums_in_fp32(torch.bfloat16)
+    test_half_precision_sums_in_fp32(torch.bfloat16, "blocks")
 
 
 def test_large_fp16_scores_are_finite():
@@ -218,7 +223,7 @@ def test_large_fp16_scores_are_finite():
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_two_runs_are_bit_identical(num_threads):
+def test_two_runs_are_bit_identical(num_threads, cpu_kernel):
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -245,7 +250,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_tiny_weights_are_zero_and_the_caller_keeps_its_mode(num_threads):
+def test_tiny_weights_are_zero_and_the_caller_keeps_its_mode(num_threads, cpu_kernel):
     """Denormal weights, which a steep bias has in plenty, take a processor a hundred times as long as others."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -264,7 +269,7 @@ def test_tiny_weights_are_zero_and_the_caller_keeps_its_mode(num_threads):
         torch.set_num_threads(before)
 
 
-def test_inference_mode_reaches_the_threads():
+def test_inference_mode_reaches_the_threads(cpu_kernel):
     query, key, value, table, _ = make_inputs((100, 100, 0))
     expected = distance_bias_attention(query, key, value, table)
     with torch.inference_mode():
@@ -346,13 +351,13 @@ def pads(tokens):
 PATHS = {
     ("none", "sdpa"): "sdpa",
     ("rotary", "eager"): "eager",
-    ("linear_cpb", "sdpa"): "distance_bias:blocks",
-    ("rotary+alibi", "sdpa"): "distance_bias:blocks",
+    ("linear_cpb", "sdpa"): "a table",
+    ("rotary+alibi", "sdpa"): "a table",
     ("linear_cpb", "flex_attention"): "flex_attention:table",
     ("linear_cpb", "eager"): "eager:dense_bias",
-    ("fire", "sdpa"): "distance_bias:blocks",
+    ("fire", "sdpa"): "a table",
     ("fire", "flex_attention"): "flex_attention:dense_bias",
-    ("fox", "sdpa"): "distance_bias:blocks",
+    ("fox", "sdpa"): "a table",
     ("fox", "eager"): "eager:dense_bias",
     ("cope", "sdpa"): "sdpa:dense_bias",
     ("dape", "sdpa"): "sdpa:dense_bias",
@@ -363,12 +368,13 @@ PATHS = {
 @pytest.mark.parametrize("scheme, implementation", PATHS)
 def test_the_path_is_said(scheme, implementation):
     model = make_model(scheme, attn_implementation=implementation)
-    assert model.attention_path() == model.model.attention_path() == PATHS[scheme, implementation]
+    assert model.attention_path() == model.model.attention_path()
+    assert model.attention_path() == PATHS[scheme, implementation].replace("a table", table_path())
 
 
 def test_attention_dropout_needs_the_weights_in_training():
     model = make_model("linear_cpb", attention_dropout=0.5)
-    assert model.attention_path() == "distance_bias:blocks"
+    assert model.attention_path() == table_path()
     assert model.train().attention_path() == "sdpa:dense_bias"
     tokens = make_tokens(2, 9)
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
@@ -499,7 +505,7 @@ def test_rows_up_to_the_limit_go_by_the_table(length, multiplier, monkeypatch):
     """Positions 0..24 reach T = 24 and no further."""
     monkeypatch.setattr(FIRE, "dense_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
     model, tokens = fire(multiplier=multiplier), make_tokens(3, length)
-    assert model.attention_path() == "distance_bias:blocks"
+    assert model.attention_path() == table_path()
     model(tokens, attention_mask=pads(tokens), labels=tokens).loss.backward()
 
 
@@ -596,3 +602,27 @@ def test_a_long_sequence_needs_no_matrix_of_pairs():
 def test_curves_end_where_the_bias_is_no_curve():
     assert 20 < bias_curves(fire(), 200)["distances"][-1] <= 24
     assert bias_curves(make_model("alibi"), 200)["distances"][-1] > 150
+
+
+@pytest.mark.parametrize("scheme", ["none", "rotary", "sinusoidal", "rotary/none"])
+def test_bf16_without_a_bias_goes_by_a_table_of_zeros(scheme):
+    """On CPUs, where torch's own kernel is slow backward; what is not trained, and fp32, stay Llama's bit for bit."""
+    model, tokens = make_model(scheme), make_tokens(3, 40)
+    assert model.attention_path() == "sdpa"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.attention_path() == (table_path() if native_is_ready() else "sdpa")
+    assert model.to(torch.bfloat16).attention_path() == (table_path() if native_is_ready() else "sdpa")
+    with torch.no_grad():
+        assert model.attention_path() == "sdpa"
+    exact = make_model(scheme, attn_implementation="eager")
+    for inputs in ({}, {"attention_mask": pads(tokens)}):
+        labels = tokens.masked_fill(inputs.get("attention_mask", torch.ones_like(tokens)) == 0, -100)
+        losses = [each(tokens, labels=labels, **inputs).loss for each in (model, exact)]
+        assert_close(losses[0].float(), losses[1], rtol=0.02, atol=0.02)
+        for loss in losses:
+            loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters()):
+        error = (ours.grad.float() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 0.15, f"{name}: {error:.3f}"  # bf16 weights and activations all the way
+    steps = model.generate(tokens[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert steps.shape == (1, 44)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SCHEMES, make_config, make_model, make_tokens
+from conftest import SCHEMES, make_config, make_model, make_tokens, table_path
 from torch.testing import assert_close
 from transformers import AutoConfig, DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 from transformers.masking_utils import create_masks_for_generate
@@ -48,7 +48,7 @@ def test_schemes_repeat_over_the_layers():
     assert own == [[], ["linear_cpb"], []]
     tables = model.model.distance_bias(9)
     assert not torch.equal(tables[0], tables[1]) and not tables[2].any()
-    assert model.attention_path() == "distance_bias:blocks/sdpa"
+    assert model.attention_path() == f"{table_path()}/sdpa"
     assert make_model("alibi/rotary", attn_implementation="eager").attention_path() == "eager:dense_bias/eager"
 
 

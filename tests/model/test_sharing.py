@@ -36,7 +36,7 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def test_every_scheme_loads_without_the_package_bit_for_bit(tmp_path):
+def test_every_scheme_loads_without_the_package_bit_for_bit(tmp_path, without_native):
     tokens, root = make_tokens(2, 9), tmp_path / "models"
     root.mkdir()
     torch.save(tokens, root / "tokens.pt")
@@ -127,7 +127,7 @@ dist.destroy_process_group()
 """
 
 
-def test_what_fsdp2_saves_loads_without_the_package(tmp_path):
+def test_what_fsdp2_saves_loads_without_the_package(tmp_path, without_native):
     model, tokens = make_model("linear_cpb"), make_tokens(2, 9)
     model.save_pretrained(tmp_path / "model")
     torch.save(tokens, tmp_path / "tokens.pt")

@@ -124,7 +124,7 @@ for folder in sys.argv[1:]:
 
 
 @torch.no_grad()
-def test_saved_folders_load_by_remote_code(tmp_path):
+def test_saved_folders_load_by_remote_code(tmp_path, without_native):
     """Written one weight at a time, and the same without the package."""
     folders = []
     for number, name in enumerate(CONFIGS):

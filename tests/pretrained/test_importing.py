@@ -112,10 +112,14 @@ with torch.device("meta"):
 source, folder = map(Path, sys.argv[1:3])
 def resident(name):
     return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) * 1024
+if sys.argv[3] == "gguf":
+    import gguf
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
 before, size = resident("VmRSS"), (source / "model.safetensors").stat().st_size
 if sys.argv[3] == "folder":
     import_pretrained(source, folder)
+elif sys.argv[3] == "gguf":
+    model = hf_relpos.import_model(source.with_suffix(".gguf"))
 elif sys.argv[3] == "memory":
     model = hf_relpos.import_model(source)
 else:  # the control: what loads a model and saves it
@@ -136,8 +140,12 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a part of a process")
-@pytest.mark.parametrize("how, least, most", [("folder", 0, 0.5), ("memory", 0.9, 1.15), ("control", 1.5, 9)])
+@pytest.mark.parametrize(
+    "how, least, most", [("folder", 0, 0.5), ("memory", 0.9, 1.15), ("gguf", 0.9, 1.3), ("control", 1.5, 9)]
+)
 def test_an_import_holds_one_copy_of_the_weights(large, how, least, most, tmp_path):
+    if how == "gguf" and not large.with_suffix(".gguf").exists():
+        write_gguf(large, large.with_suffix(".gguf"), "Q8_0")
     command = [sys.executable, "-c", MEASURE, str(large), str(tmp_path / "out"), how]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -279,6 +287,60 @@ def test_fields_may_be_given_but_not_another_scheme(llama):
     assert hf_relpos.import_model(llama, position_sampling="pose").config.position_sampling == "pose"
     with pytest.raises(ValueError, match="`pos_embedding_type` of the imported model is 'rotary', got 'alibi'"):
         hf_relpos.import_model(llama, pos_embedding_type="alibi", rope_parameters=None)
+
+
+def write_gguf(folder, path, kind):
+    """Writes a Llama as llama.cpp's converter does: the rows of queries and keys in another order, some quantised."""
+    gguf = pytest.importorskip("gguf", reason="GGUF files")
+    weights, config = load_file(folder / WEIGHTS), LlamaConfig.from_pretrained(folder)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in weights.items():
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        type_ = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
+        data = gguf.quantize(weight.contiguous().numpy(), type_)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_a_gguf_file_gives_the_weights_that_transformers_reads_from_it(kind, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_relpos.pretrained.gguf_weights.ROWS_AT_A_TIME", 1000)
+    path = write_gguf(llama, tmp_path / "model.gguf", kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    made = hf_relpos.import_model(path)
+    (tokens, _), exact = padded_tokens(), AutoModelForCausalLM.from_pretrained(llama)
+    assert torch.equal(made(tokens).logits, theirs(tokens).logits)
+    assert torch.allclose(made(tokens).logits, exact(tokens).logits) == (kind == "F32")
+    monkeypatch.setattr("hf_relpos.pretrained.importing.write_tokenizer", lambda *args: None)  # the file has none
+    (tmp_path / "generation_config.json").write_text('{"temperature": 7.0}')  # that of something else beside the file
+    import_pretrained(path, tmp_path / "out")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(weight, made.state_dict()[name]) for name, weight in saved.state_dict().items())
+    assert saved.generation_config.temperature != 7.0
+
+
+def test_a_gguf_file_that_ends_early_is_refused(llama, tmp_path):
+    path = write_gguf(llama, tmp_path / "model.gguf", "Q8_0")
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="model.gguf.* cannot be read"):
+        import_pretrained(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantised_gguf_file_needs_its_library(tmp_path, run_script, capsys):

@@ -174,11 +174,12 @@ def test_the_page_holds_everything_in_one_file(results, tmp_path):
     paths = write_report(results, tmp_path, "none", "Which <scheme>?")
     page, markdown = (path.read_text(encoding="utf-8") for path in paths[:2][::-1])
     assert "<h1>Which &lt;scheme&gt;?</h1>" in page and "http" not in page.replace("http-equiv", "")
-    assert page.count("data:image/png;base64,") == len(paths) - 2 == 5
+    assert page.count("data:image/png;base64,") == len(paths) - 2 == 6
     assert "Best at 128 tokens: <b>alibi</b> (perplexity 53.52" in page and "| rotary | 5 |" in markdown
     answer, figure, table = (markdown.index(f"## {x}") for x in ("Answer", "Loss by position, minus", "Perplexity by"))
     assert answer < figure < table  # the verdict comes first
     assert {path.name for path in paths[2:]} == {
+        "change_of_perplexity_with_the_length.png",
         "loss_by_position_difference.png",
         "loss_by_position.png",
         "perplexity_by_length.png",
@@ -346,7 +347,7 @@ def test_dollars_in_names_are_no_mathematics(tmp_path, monkeypatch):
     texts = [text.get_text() for axes in every for text in axes.texts]
     texts += [text.get_text() for axes in every if axes.get_legend() for text in axes.get_legend().get_texts()]
     titles = [axes.get_title() for figure in figures for axes in figure.axes if axes.get_title()]
-    assert len(figures) == 7 and any("b" in text for text in texts) and titles
+    assert len(figures) == 8 and any("b" in text for text in texts) and titles
     assert not any(is_math_text(text) for text in texts + titles)
 
 

@@ -1,4 +1,4 @@
-"""docs/schemes.md and the README's table are what the registry says, and take up schemes they have never seen."""
+"""docs/schemes.md is what the registry says, and takes up schemes it has never seen."""
 
 import pytest
 import torch
@@ -18,13 +18,6 @@ def test_the_page_and_its_pictures_are_those_of_the_registry():
     )
     drawn = {name for name in list_position_embeddings() if curves(name, fresh_model(name))}
     assert {path.stem for path in (ROOT / "docs" / "schemes").iterdir()} == drawn
-
-
-def test_the_readme_has_the_table_of_the_registry():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert schemes.readme_with_table(readme) == readme, "run python scripts/schemes.py"
-    with pytest.raises(ValueError, match="README.md must hold the marks"):
-        schemes.readme_with_table("# no table\n")
 
 
 def test_pictures_show_what_the_schemes_do():
@@ -78,9 +71,6 @@ def test_a_new_scheme_gets_a_section_and_what_picture_it_can(tmp_path):
         assert (
             "| [`test_recent`](#test_recent) | relative | none | from a dense (query, key) matrix | nothing new |"
             in page
-        )
-        assert (
-            "| `test_recent` | relative | A bias for keys near the query | nothing new |  |" in schemes.readme_table()
         )
         assert "There is nothing to draw without tokens." in page.partition("## test_unseen")[2]
         assert schemes.draw_scheme("test_recent", tmp_path / "recent.png").stat().st_size > 1000

@@ -83,9 +83,68 @@ def test_passkey_in_text_is_as_long_as_asked_for(make):
     assert len(task.make_row(task.rng(0, TEST, "", 1), task.shortest, "depth 1")[0]) == task.shortest
 
 
+def needle_text(task, tokens, answers):
+    """→ the text of a row before its answer, the whole answer, and what of it is scored."""
+    first = answers.index(True)
+    scored = [token for token, is_answer in zip(tokens, answers) if is_answer]
+    return (task.tokenizer.decode(part) for part in (tokens[:first], tokens[first:], scored))
+
+
+@pytest.mark.parametrize("kind", TASKS["needle_keys"].kinds)
+def test_the_number_of_one_key_of_several_is_asked_for(kind, make):
+    task, asked = make("needle_keys"), set()
+    for tokens, answers in task_rows(task, 1500, kind, 40):
+        text, answer, scored = needle_text(task, tokens, answers)
+        stated = re.findall(r"The special magic number for (\S+) is: (\d{7})\.\n", text)
+        assert len(tokens) == 1500 and len(dict(stated)) == len({*dict(stated).values()}) == int(kind.split()[0])
+        key = re.search(r"What is the special magic number for (\S+)\? .* for \1 is:$", text)[1]
+        assert answer == scored == f" {dict(stated)[key]}"
+        asked.add([name for name, _ in stated].index(key))
+    assert asked == {*range(len(stated))}
+
+
+@pytest.mark.parametrize("kind", TASKS["needle_values"].kinds)
+def test_all_values_of_a_key_are_asked_for_in_order(kind, make):
+    task = make("needle_values")
+    for tokens, answers in task_rows(task, 1500, kind, 10):
+        text, answer, scored = needle_text(task, tokens, answers)
+        (key,), values = {*re.findall(r"One of .* numbers for (\S+) is", text)}, re.findall(r"is: (\d{7})\.", text)
+        assert len(tokens) == 1500 and len({*values}) == int(kind.split()[0])
+        assert text.endswith(f"What are all the special magic numbers for {key}, in order? They are:")
+        assert answer == ",".join(f" {value}" for value in values) and scored == answer.replace(",", "")
+
+
+@pytest.mark.parametrize("kind", TASKS["variable_tracking"].kinds)
+def test_a_chain_of_variables_is_followed(kind, make):
+    task = make("variable_tracking")
+    for tokens, answers in task_rows(task, 1500, kind, 10):
+        text, answer, scored = needle_text(task, tokens, answers)
+        (first, value), *chain = re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\S+)\n", text)
+        names = [first, *(after for after, _ in chain)]
+        assert len(tokens) == 1500 and [before for _, before in chain] == names[:-1] and value.isdigit()
+        assert len({*names}) == int(kind.split()[0]) + 1 and f"the value {value}, in order" in text
+        assert answer == ",".join(f" {name}" for name in names) and scored == answer.replace(",", "")
+
+
+@pytest.mark.parametrize("name", ["needle_keys", "needle_values", "variable_tracking"])
+def test_needles_lie_anywhere_and_rows_fit(name, make):
+    task = make(name)
+    places = []
+    for tokens, _ in task_rows(task, 4000, task.kinds[-1], 60):
+        text = task.tokenizer.decode(tokens)
+        places += [match.start() for match in re.finditer("VAR [A-Z]{5} =|magic numbers? for \\S+ is: ", text)]
+    places = np.array(places) / 4000
+    assert places.min() < 0.15 and places.max() > 0.75 and 0.35 < places.mean() < 0.6
+    for kind in task.kinds:
+        assert len(task.make_row(task.rng(0, TEST, kind, 1), task.shortest, kind)[0]) == task.shortest
+    sizes = [len(task.training_row(task.rng(0, TRAINING, "", index), 1500)[0]) for index in range(50)]
+    assert min(sizes) >= task.shortest and max(sizes) <= 1500 and len({*sizes}) > 30
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_training_rows_are_the_same_each_time_and_never_those_of_the_test(name, make):
-    task, length = make(name), 400
+    task = make(name)
+    length = max(400, task.shortest + 100)
     train = TaskRows(task, length, 42, TRAINING, 2**20)
     first, again = train[5], TaskRows(task, length, 42, TRAINING, 2**20)[5]
     assert all((first[key] == again[key]).all() for key in first) and len(train) == 2**20

@@ -1,0 +1,80 @@
+"""The pages of `--help`: what stands first, what last, and that each flag stands there once."""
+
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_relpos.cli import COMMANDS, main
+from hf_relpos.model.configuration_relpos import MODEL_SIZES
+from hf_relpos.model.position_augmentation import SAMPLINGS
+from hf_relpos.training.model_arguments import ModelArguments
+
+
+PAGES = [name for name in COMMANDS if name != "serve"]  # which transformers prints
+
+
+def page(monkeypatch, capsys, name: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """Title → the flags of its section, in the order of the page."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if title := re.fullmatch(r"(\S.*):", line):
+            found[title[1]] = []
+        elif (flag := re.match(r"  (?:-h, )?--(\w+)", line)) and found:
+            [*found.values()][-1].append(flag[1])
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_usual_flags_come_first_and_each_flag_once(name, monkeypatch, capsys):
+    text = page(monkeypatch, capsys, name)
+    found = sections(text)
+    flags = [flag for group in found.values() for flag in group]
+    assert len(flags) == len(set(flags)) and "default: None" not in text and max(map(len, text.splitlines())) <= 120
+    assert all(re.search(rf"^  --{flag}\b.*(?:  \S|\n {{20,}}\S)", text, re.M) for flag in flags if flag != "help")
+    assert [*found][-1] == "of every sub-command" and found["of every sub-command"] == ["help", "config", "import_file"]
+    usage = text.partition("\n")[0]
+    assert usage.startswith(f"usage: hf-relpos {name} ") and usage.endswith("[flags]") and len(usage) < 100
+    if name not in ("schemes", "export"):  # without flags of their own
+        assert [*found][0] == "usual flags" and 2 <= len(found["usual flags"]) <= 11
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_what_transformers_has_comes_last_by_purpose(name, monkeypatch, capsys):
+    found = sections(page(monkeypatch, capsys, name))
+    titles = [*found]
+    assert titles[:4] == ["usual flags", "the model", "the text", "the training"] and len(found["usual flags"]) == 10
+    assert found["usual flags"][0] == {"train": "output_dir", "finetune": "model_name_or_path"}[name]
+    theirs = {each.name for each in fields(TrainingArguments) if each.init}
+    assert "other flags" not in titles  # each has a purpose
+    ours = {"hub_overwrite"}
+    assert all(set(found[title]) <= theirs | ours for title in titles[4:-1])
+    assert theirs <= {flag for group in found.values() for flag in group} | {"local_rank"}
+    assert {"hub_model_id", "push_to_hub"} <= set(found["the Hub"]) and "logging_steps" not in found["the Hub"]
+
+
+def test_names_that_are_written_out_are_those_that_exist():
+    """The page does not wait for the modules that define them."""
+    helps = {each.name: each.metadata["help"] for each in fields(ModelArguments)}
+    assert f"One of {', '.join(MODEL_SIZES)};" in helps["model_size"]
+    assert f": {', '.join(SAMPLINGS)}, drawn" in helps["position_sampling"]
+
+
+def test_sub_commands_stand_in_the_order_of_their_use(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", "--help"])
+    main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    names = [line.split()[0] for line in lines]
+    assert names == [*COMMANDS] and all(len(line) < 100 for line in lines)
+    order = [names.index(name) for name in ("schemes", "train", "evaluate", "generate", "sweep", "report", "push")]
+    assert order == sorted(order)
