@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from ..file_reading import read_json
+from ..file_reading import read_json, reading
 from ..model_loading import not_finite
 from ..results.training_record import TRAINING_RECORD
 from .lora import TRAINED_WEIGHTS, has_lora, load_trained_weights
@@ -46,6 +46,16 @@ def damage(checkpoint: str | Path) -> str | None:
             _check_archive(folder, "rng_state.pth" if num_processes == 1 else f"rng_state_{rank}.pth")
         if (folder / "scaler.pt").exists():
             _check_archive(folder, "scaler.pt")
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def weights_damage(folder: Path) -> str | None:
+    """What is wrong with the configuration and the weights of a saved model, or `None`."""
+    try:
+        read_json(folder / "config.json")
+        _check_weights(folder)
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -169,7 +179,8 @@ def load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
     else:
         for name in names:
             state |= load_file(folder / name)
-    left = model.load_state_dict(state, strict=False)
+    with reading(f"{str(folder)!r} holds the weights of another model"):
+        left = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if left.unexpected_keys or set(left.missing_keys) - tied:
         raise ValueError(f"{str(folder)!r} holds the weights of another model: {[*left.unexpected_keys, *left[0]][0]}.")

@@ -24,7 +24,7 @@ from ..processes import end_with_parent, only_owner
 from ..results.training_record import TRAINING_RECORD, read_record
 from ..tasks.arguments import DataArguments
 from .arguments import DTYPES, FinetuningArguments, RelPosTrainingArguments
-from .checkpoints import STATE, damage, find_checkpoint, load_weights
+from .checkpoints import STATE, damage, find_checkpoint, load_weights, weights_damage
 from .interrupt import InterruptCallback
 from .lora import add_lora
 from .model_arguments import ChangeArguments, ModelArguments
@@ -233,9 +233,22 @@ def _finished(run: TrainingRun, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not (folder / TRAINING_RECORD).is_file():
         return None
-    record = read_record(args.output_dir)
+    try:
+        record = read_record(args.output_dir)
+    except ValueError as error:
+        if run.checkpoint is None:
+            raise
+        if args.process_index == 0:
+            print(f"damaged: {error} The run goes on from {run.checkpoint}")
+        return None
     differing = differences(record.get("resume", {}).get("values", {}), recipe.values, run)
     if not differing:
+        if reason := weights_damage(folder):
+            if run.checkpoint is None:
+                raise ValueError(f"{args.output_dir!r} holds a finished run, and it is damaged: {reason}.")
+            if args.process_index == 0:
+                print(f"damaged: {folder}: {reason}; the model of {run.checkpoint} takes its place")
+            return None
         _check_checkpoint(args.output_dir, run.model.config)
         return record
     if run.checkpoint is None:

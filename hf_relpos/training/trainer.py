@@ -147,7 +147,8 @@ class RelPosTrainer(Trainer):
     def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if has_lora(model or self.model):
             load_weights(model or self.model, checkpoint)
-        else:
+            return
+        with reading(f"`resume_from_checkpoint` {checkpoint!r}: its weights are not those of this model"):
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_best_model(self) -> None:
@@ -184,7 +185,8 @@ class RelPosTrainer(Trainer):
                     raise ValueError(f"`{name}` is not finite")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with reading(f"`resume_from_checkpoint` {checkpoint!r}: its random numbers cannot be read"):
+            super()._load_rng_state(checkpoint)
         if checkpoint and self.changed:
             reseed(self.changed, self.args.seed)
 

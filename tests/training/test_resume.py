@@ -70,6 +70,19 @@ def test_a_run_killed_after_its_last_step_is_only_evaluated_and_saved(data_flags
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4) and ours["resumed_from_step"] == 6
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_finished_run_that_is_damaged_is_saved_again(name, data_flags, finished, copy, run_script, capsys):
+    (copy / name).write_bytes(b"")
+    run_script("train", *resume_flags(data_flags, copy))
+    assert f"damaged: {copy}: " in (printed := capsys.readouterr().out) and name in printed
+    assert same_weights(finished, copy) and record_of(copy)["num_steps"] == 6
+    for part in copy.glob("checkpoint-*"):
+        shutil.rmtree(part)
+    (copy / name).write_bytes(b"")
+    line = refusal(run_script, capsys, "train", resume_flags(data_flags, copy))
+    assert "holds a finished run, and it is damaged" in line and name in line
+
+
 OTHER_RECIPES = {
     "learning rate": (dict(learning_rate="5e-4"), "`learning_rate` is 0.001, got 0.0005"),
     "seed": (dict(seed=7), "`seed` is 42, got 7"),
@@ -198,6 +211,38 @@ def test_damage_is_found(name, harm, finished, tmp_path):
     assert damage(checkpoint) is None
     harm(checkpoint / name)
     assert name in damage(checkpoint)
+
+
+def other_shapes(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({name: tensor[:1].clone() for name, tensor in tensors.items()}, checkpoint / "model.safetensors")
+
+
+UNFIT = {
+    "weights": (other_shapes, "its weights are not those of this model"),
+    "schedule": (lambda path: torch.save({"x": 1}, path / "scheduler.pt"), "its optimizer is not that of this model"),
+    "random numbers": (lambda path: torch.save([1], path / "rng_state.pth"), "its random numbers cannot be read"),
+}
+
+
+@pytest.mark.parametrize("harm, message", UNFIT.values(), ids=UNFIT)
+def test_parts_that_are_whole_but_of_something_else(harm, message, data_flags, stopped, run_script, capsys):
+    shutil.rmtree(stopped / "checkpoint-6")
+    harm(stopped / "checkpoint-3")
+    assert message in refusal(run_script, capsys, "train", resume_flags(data_flags, stopped))
+
+
+def test_weights_of_another_model_at_the_end(data_flags, stopped, run_script, capsys):
+    other_shapes(stopped / "checkpoint-6")
+    line = refusal(run_script, capsys, "train", resume_flags(data_flags, stopped))
+    assert "checkpoint-6' holds the weights of another model" in line
+
+
+def test_a_damaged_record_does_not_hold_up_a_run(data_flags, finished, copy, run_script, capsys):
+    (copy / "training.json").write_text("{")
+    run_script("train", *resume_flags(data_flags, copy))
+    assert "damaged: training record" in capsys.readouterr().out
+    assert same_weights(finished, copy) and record_of(copy)["num_steps"] == 6
 
 
 def test_the_newest_whole_checkpoint_is_used(data_flags, finished, stopped, run_script, capsys):
