@@ -11,11 +11,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .command_help import make_parser, nearest
 from .environment import write_error
 from .file_reading import read_yaml, reason
 from .messages import say_command
@@ -198,7 +198,7 @@ def parse_arguments(
         ValueError: for an unknown flag, a value of the wrong type, a file that is missing or no YAML dictionary, a
             file of schemes that cannot be imported, or a model whose scheme lies in a file that was not given.
     """
-    parser = _parser(types, description, usual, required)
+    parser = make_parser(types, description, usual, required)
     parser.add_argument("--config", metavar="FILE", help="A YAML file of flags; those on the command line win.")
     parser.add_argument(f"--{IMPORT_FILE}", nargs="+", metavar="FILE", help=IMPORT_HELP)
     if positional:
@@ -212,14 +212,10 @@ def parse_arguments(
     import_schemes(files)
     try:
         argv = (_words(values, parser) if path is not None else []) + argv
-        *parsed, others, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        *parsed, others = parser.parse_args_into_dataclasses(argv)
         _check_numbers(parsed)
     except ValueError as error:
         raise ValueError(_with_file(str(error), path, values if path is not None else {})) from error
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        hint = nearest(flag, parser._option_string_actions)
-        raise ValueError(f"unknown flag: {unknown[0]!r}{hint}; --help lists those that exist.")
     words = others.words if positional else []
     for folder in (*(getattr(each, "model_name_or_path", None) for each in parsed), *words):
         _check_schemes_are_imported(folder)
@@ -228,7 +224,7 @@ def parse_arguments(
 
 def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ...]:
     """Flags as a YAML file has them → one instance of each dataclass; raises `ValueError` as `parse_arguments` does."""
-    parser, unknown = _parser(types), set(values)
+    parser, unknown = make_parser(types), set(values)
     for action in parser._actions:
         unknown.discard(action.dest)
     if unknown:
@@ -281,28 +277,6 @@ def _check_schemes_are_imported(folder: str | None) -> None:
         check_schemes_are_imported(Path(folder))
 
 
-def _parser(
-    types: Sequence[type],
-    description: str | None = None,
-    usual: Sequence[str] = (),
-    required: Sequence[str] = (),
-) -> Any:
-    from transformers import HfArgumentParser
-
-    from .command_help import HelpFormatter, help_page
-
-    class ArgumentParser(HfArgumentParser):
-        """Its errors are one line."""
-
-        def error(self, message: str) -> None:
-            raise ValueError(message)
-
-        def format_help(self) -> str:
-            return help_page(self, types, usual, required)
-
-    return ArgumentParser(types, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
-
-
 def _check_numbers(parsed: Iterable[Any]) -> None:
     """Raises `ValueError` for a number that no computation could take."""
     for instance in parsed:
@@ -317,12 +291,6 @@ def _with_file(message: str, path: str | None, values: Iterable[str]) -> str:
     """An error of a flag, with the file of flags before it if the flag stands there."""
     named = re.match(r"argument --(\w+)|`(\w+)`", message)
     return f"--config {path!r}: {message}" if named and (named[1] or named[2]) in values else message
-
-
-def nearest(word: Any, words: Iterable[Any]) -> str:
-    """→ "", or what was probably meant."""
-    found = get_close_matches(str(word), list(map(str, words)), 1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _pop_import_files(argv: list[str]) -> list[str]:

@@ -1,8 +1,11 @@
-"""The pages of `--help`: the usual flags first, then the others by purpose, those of transformers last."""
+"""The parser of all programs: what it says of a wrong flag, and the pages of `--help`, the usual flags first, then the
+others by purpose, those of transformers last."""
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 
 MOST_CHOICES = 60  # characters of them that a flag shows before its help
@@ -11,6 +14,48 @@ TYPES = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "true|false"
 FOOT = """\
 A flag may be written with - for _. One that takes true or false means true alone. --debug shows the traceback
 of an error."""
+
+
+def make_parser(
+    types: Sequence[type], description: str | None = None, usual: Sequence[str] = (), required: Sequence[str] = ()
+) -> Any:
+    """An `HfArgumentParser` whose errors are a `ValueError` of one line; `usual` and `required` as in `help_page`."""
+    from transformers import HfArgumentParser
+
+    class ArgumentParser(HfArgumentParser):
+        given: Sequence[str] = ()
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            self.given = list(args or ())
+            found, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                self._refuse(unknown[0])
+            return found, []
+
+        def error(self, message: str) -> None:
+            if "are required" in message:  # maybe since it was misspelt
+                for word in self.given:
+                    if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                        self._refuse(word)
+                message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
+            if wrong := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+                message += nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+            raise ValueError(message)
+
+        def _refuse(self, word: str) -> None:
+            hint = nearest(word.partition("=")[0], self._option_string_actions)
+            raise ValueError(f"unknown flag: {word!r}{hint}; --help lists those that exist.")
+
+        def format_help(self) -> str:
+            return help_page(self, types, usual, required)
+
+    return ArgumentParser(types, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+
+
+def nearest(word: Any, words: Iterable[Any]) -> str:
+    """→ "", or what was probably meant."""
+    found = get_close_matches(str(word), list(map(str, words)), 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -28,19 +28,21 @@ INTRODUCTION = """# Cards of the settings in docs/results
 
 `python scripts/model_cards.py` writes them from the result files, in the form that `scripts/push_to_hub.py` gives the
 card of one model. The models themselves are not published: `from_pretrained` takes a folder that the commands under
-"Reproduce" make. Those of `books` need a corpus that is not part of this repository;
+"Reproduce" make. Those of `books` and `books_absolute` need a corpus that is not part of this repository;
 [docs/results.md](../docs/results.md) describes it.
 """
 # folder of docs/results whose files do not say with which flags they were made → the experiment that says it
-EXPERIMENTS = {"books": "books_on_cpu.yaml", "flip_flop": "flip_flop.yaml"}
+EXPERIMENTS: dict[str, str] = {}
+# what an experiment chooses for each setting by itself
+TUNED = ("recipe.learning_rate",)
 # the seed in commands that are repeated for each seed
 SEED = "$seed"
 
 
 def settings() -> Iterator[tuple[str, str, Group]]:
-    """→ experiment, name of the setting and its runs, for all result files in docs/results."""
-    for path in sorted((ROOT / "docs" / "results").glob(f"*/{RESULTS}")):
-        for group in group_results(read_results(path)):
+    """→ experiment, name of the setting and its runs, for all results in docs/results that have a report."""
+    for path in sorted((ROOT / "docs" / "results").glob("*/report.md")):
+        for group in group_results(read_results(path.with_name(RESULTS)), TUNED):
             yield path.parent.name, re.sub(r"\W+", "-", group.label).strip("-"), group
 
 

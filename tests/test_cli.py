@@ -130,6 +130,13 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
             ["report", "--output_dir", "x", "--result", "y"],
             "error: unknown flag: '--result' (did you mean '--results'?)",
         ),
+        (
+            ["evaluate", "--model_name_or_pth", "x"],
+            "error: unknown flag: '--model_name_or_pth' (did you mean '--model_",
+        ),
+        (["evaluate", "--output_dir", "x"], "error: the following arguments are required: --model_name_or_path"),
+        (["train", "output_dir=x"], "error: unknown flag: 'output_dir=x' (did you mean '--output_dir'?)"),
+        (["train", "--output_dir", "x", "--optim", "adamw_torc"], ") (did you mean 'adamw_torch'?)"),
         (["schemes", "--config=c.yaml"], "hf-relpos schemes: error: --config 'c.yaml' does not exist"),
         (["schemes", "--import_file"], "hf-relpos schemes: error: --import_file takes Python files, NAME.py."),
         (["schemes", "--import_file", "no.py"], "`import_file` 'no.py' does not exist"),

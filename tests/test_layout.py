@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from hf_relpos import list_position_embeddings
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
+from hf_relpos.results.groups import group_results
 from hf_relpos.results.report import write_report
 from hf_relpos.results.result_file import RESULTS, read_results
 
@@ -174,7 +175,8 @@ EXPERIMENTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*
 def test_reports_are_made_from_the_result_files(folder, tmp_path):
     results = read_results(folder / RESULTS)
     stored = (folder / "report.md").read_text(encoding="utf-8")
-    written = write_report(results, tmp_path, title=stored.partition("\n")[0].removeprefix("# "))
+    title = stored.partition("\n")[0].removeprefix("# ")
+    written = write_report(results, tmp_path, title=title, varied=("recipe.learning_rate",))
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == stored
     assert all((folder / path.name).is_file() for path in written if path.suffix == ".png")
 
@@ -187,14 +189,26 @@ def test_the_results_take_little_room():
 
 
 def test_the_results_page_holds_no_other_figure():
-    """Each line of a table stands in a report, or beside the notebook with the ratio that a report has."""
+    """Each line of a table, and each sentence of an answer, stands in a report or is made from the result files."""
     reports = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in EXPERIMENTS)
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    lines = [line for line in page.splitlines() if line.startswith("|")]
-    others = [line for line in lines if line not in reports and "---" not in line and "notebook" not in line]
-    assert lines and others
-    books = (ROOT / "docs" / "results" / "books" / "report.md").read_text(encoding="utf-8")
-    ratios = dict(re.findall(r"^\| ([^|]+) \| \d+ \|.*\| ([\d.]+) \([^|]*\) \|$", books, re.MULTILINE))
-    for line in others:
-        name, ratio, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-        assert ratios[name] == ratio, line
+    said = [line for line in page.splitlines() if line.startswith(("| ", "- Best at ", "- Worse, ", "- Not resolved "))]
+    others = [line for line in said if line not in reports and "---" not in line]
+    results = read_results(ROOT / "docs" / "results" / "books_learning_rates" / RESULTS)
+    found = {(group.label, rate): perplexity for group, rate, perplexity in learning_rates(results)}
+    head, *rows = [line for line in others if not line.startswith("- ")]
+    rates = [float(cell) for cell in head.strip("| ").split(" | ")[1:]]
+    shown = {}
+    for row in rows:
+        label, *cells = [cell.strip(" *") for cell in row.strip("|").split("|")]
+        shown |= {(label, rate): cell for rate, cell in zip(rates, cells) if cell != "–"}
+    assert len(shown) == len(results) > 30 and len(said) > len(rows) + 20
+    assert shown == {key: f"{perplexity:.2f}" for key, perplexity in found.items()}
+
+
+def learning_rates(results):
+    """→ group of one learning rate, that rate and the perplexity at 128."""
+    for rate in sorted({float(result["training"]["recipe"]["learning_rate"]) for result in results}):
+        tried = [result for result in results if float(result["training"]["recipe"]["learning_rate"]) == rate]
+        for group in group_results(tried):
+            yield group, rate, group.first["lengths"]["128"]["perplexity"]

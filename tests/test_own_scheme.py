@@ -91,7 +91,7 @@ def test_the_example_runs_as_it_stands(example):
     assert done.returncode == 0 and b"torch.Size([1, 16, 8192])" in done.stdout, done.stderr
 
 
-def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files, tmp_path):
+def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files, tmp_path, without_native):
     """With the command of the guide; the folder loads without the package, and from its own file with it."""
     common = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
     flags = training_flags(data_flags(corpus_files), "trained", pos_embedding_type="log_decay", **common)

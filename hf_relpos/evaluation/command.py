@@ -38,8 +38,8 @@ class EvaluationArguments:
     eval_lengths: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Evaluation lengths in tokens; by default 128 to 1024 and up to twice the training length (of one "
-            "below 128 up to 8 times), as far as the documents and a learned table go."
+            "help": "Evaluation lengths in tokens; by default 128 256 512 1024, or up to 8 times a shorter training "
+            "length, as far as the documents and a learned table go."
         },
     )
     eval_split: str | None = field(

@@ -24,8 +24,7 @@ from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evalu
 from .task_scores import evaluate_task
 
 
-DEFAULT_LENGTHS = (128, 256, 512, 1024)
-MOST_DEFAULT = 8192  # tokens: a longer window is for the user to ask for
+DEFAULT_LENGTH = 128  # tokens, and 2, 4 and 8 times as many
 RESULT_BYTES = 2**19  # about what results.json and two pictures take
 
 
@@ -89,21 +88,16 @@ def _check_stride(args: EvaluationArguments, lengths: list[int]) -> None:
 
 
 def default_lengths(train_length: int | None, config: Any = None) -> list[int]:
-    """The lengths that a model is read at where none are named: 128 to 1024 and up to twice the training length, or up
-    to 8 times one that is shorter than that; of these the ones that its learned table has.
+    """The lengths that a model is read at where none are named: 128 to 1024, or up to 8 times a training length that is
+    shorter; of these the ones that its learned table has.
 
     Args:
         train_length: `None` if it is not known.
         config: of the model.
     """
-    if train_length is None or 2 * train_length > MOST_DEFAULT:
-        found = {*DEFAULT_LENGTHS}
-    elif train_length < DEFAULT_LENGTHS[0]:
-        found = {train_length * factor for factor in (1, 2, 4, 8)}
-    else:
-        found = {*DEFAULT_LENGTHS, train_length, 2 * train_length}
+    found = [min(train_length or DEFAULT_LENGTH, DEFAULT_LENGTH) * factor for factor in (1, 2, 4, 8)]
     limit = getattr(config, "max_positions", None)
-    return sorted(length for length in found if limit is None or length <= limit) or [limit]
+    return [length for length in found if limit is None or length <= limit] or [limit]
 
 
 def _measure_text(

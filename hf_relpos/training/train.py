@@ -337,7 +337,7 @@ def _check_length(config: RelPosConfig, block_size: int) -> None:
     if config.max_positions is not None and block_size > config.max_positions:
         raise ValueError(
             f"`block_size` must be at most {config.max_positions}, the rows of the learned table "
-            f"(`max_position_embeddings`), got {block_size}; scripts/finetune.py --extend_learned_positions true "
+            f"(`max_position_embeddings`), got {block_size}; hf-relpos finetune --extend_learned_positions true "
             "lengthens it."
         )
     for name in ("position_start_augmentation", "position_sampling"):

@@ -117,6 +117,6 @@ def test_wrong_arguments_are_one_line(flags, message, monkeypatch, tmp_path, cap
 
 def test_docs_are_made_from_the_result_files():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    for name in ("xeon", "bf16", "short", "memory", "profile", "long"):
+    for name in ("xeon", "native", "native_bf16", "bf16", "short", "memory", "profile", "long"):
         result = json.loads((ROOT / "docs" / "results" / "speed" / name / "benchmark.json").read_text(encoding="utf-8"))
         assert tables(result).partition("\n\n")[2].strip() in page

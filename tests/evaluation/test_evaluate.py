@@ -1,11 +1,14 @@
 """Evaluation as a user runs it: result, table and plots, and what bad input gets."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from helpers import refusal
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_relpos.evaluation.evaluate import default_lengths
 from hf_relpos.results.result_file import REQUIRED_KEYS, labels
 
 
@@ -52,6 +55,35 @@ def test_evaluation_of_another_family(tmp_path, trained, data_flags, run_script)
     run_script("evaluate", *flags, "--eval_lengths", 32, 128, "--train_length", 32)
     result = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert result["pos_embedding_type"] is None and result["model"] == "llama" and result["slope"]
+
+
+@pytest.mark.parametrize(
+    "train_length, limit, lengths",
+    [
+        (None, None, [128, 256, 512, 1024]),
+        (512, None, [128, 256, 512, 1024]),
+        (32, None, [32, 64, 128, 256]),
+        (128, 300, [128, 256]),
+        (32, 32, [32]),
+        (None, 100, [100]),
+    ],
+)
+def test_lengths_that_are_not_named(train_length, limit, lengths):
+    assert default_lengths(train_length, SimpleNamespace(max_positions=limit)) == lengths
+
+
+def test_lengths_that_are_not_named_are_those_that_documents_and_a_table_have(trained, tmp_path, run_script, capsys):
+    """The documents have some 100 tokens, the learned table 32 rows; the record says which lengths it was."""
+    (tmp_path / "short.txt").write_text("<|endoftext|>".join(["the state of union and people in war " * 20] * 3))
+    for name, lengths in (("rotary", [32, 64, 128]), ("learned", [32])):
+        flags = ["--model_name_or_path", trained / name, "--validation_file", tmp_path / "short.txt"]
+        run_script("evaluate", *flags, "--output_dir", tmp_path / name)
+        result = json.loads((tmp_path / name / "results.json").read_text())
+        assert [*map(int, result["lengths"])] == result["flags"]["eval_lengths"] == lengths
+        printed = capsys.readouterr()
+        assert re.search(rf"Read: \d+ windows of {lengths[-1]} tokens from 3 documents, at 32.* tokens\.", printed.out)
+        expected = f"next: hf-relpos generate --model_name_or_path {trained / name} --prompt ''"
+        assert printed.err.splitlines()[-1] == expected
 
 
 BAD_EVALUATION = {
