@@ -280,18 +280,17 @@ def tables(variants: dict[str, dict[str, Any]]) -> str:
     """→ what was measured, as tables of Markdown."""
     texts = {variant: found[TEXT] for variant, found in variants.items() if TEXT in found}
     lengths = list(dict.fromkeys(length for found in texts.values() for length in found["loss"]))
-    positions = (
-        [round(each) for each in next(iter(texts.values()))["loss_by_position"][0] if each > 512] if texts else []
-    )
+    places = next(iter(texts.values()))["loss_by_position"][0] if texts else []
+    shown = [index for index, place in enumerate(places) if place > 512][::2]
     lines = _table(
         [
             "loss",
-            *(f"near {position}" for position in positions[::2]),
+            *(f"near {places[index]:.0f}" for index in shown),
             *(f"perplexity @{length}" for length in lengths),
         ],
         {
             variant: [
-                *(f"{loss:.2f}" for loss in found["loss_by_position"][1][-len(positions) :][::2]),
+                *(f"{found['loss_by_position'][1][index]:.2f}" for index in shown),
                 *(f"{math.exp(min(found['loss'][length], 99)):.1f}" for length in lengths),
             ]
             for variant, found in texts.items()
@@ -306,9 +305,9 @@ def tables(variants: dict[str, dict[str, Any]]) -> str:
             for variant, found in variants.items()
         },
     )
-    items = {name: found[name] for found in variants.values() for name in found}
-    costs = {name: [_seconds(each), f"{each['peak_memory_mib'] / 1024:.1f} GiB"] for name, each in items.items()}
-    return "\n".join(lines + _table(["cost of one item", "seconds", "peak memory so far"], costs))
+    first = next(iter(variants.values()))
+    costs = {name: [_seconds(each), f"{each['peak_memory_mib'] / 1024:.1f} GiB"] for name, each in first.items()}
+    return "\n".join(lines + _table([f"cost, {next(iter(variants))}", "seconds", "peak memory so far"], costs))
 
 
 def _table(head: list[str], rows: dict[str, list[str]]) -> list[str]:
