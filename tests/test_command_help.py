@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from hf_relpos.cli import COMMANDS, main
 from hf_relpos.model.configuration_relpos import MODEL_SIZES
 from hf_relpos.model.position_augmentation import SAMPLINGS
+from hf_relpos.training.arguments import FinetuningArguments
 from hf_relpos.training.model_arguments import ModelArguments
 
 
@@ -57,7 +58,7 @@ def test_what_transformers_has_comes_last_by_purpose(name, monkeypatch, capsys):
     assert found["usual flags"][0] == {"train": "output_dir", "finetune": "model_name_or_path"}[name]
     theirs = {each.name for each in fields(TrainingArguments) if each.init}
     assert "other flags" not in titles  # each has a purpose
-    ours = {"hub_overwrite"}
+    ours = {each.name for each in fields(FinetuningArguments)}  # some of which have a purpose of theirs too
     assert all(set(found[title]) <= theirs | ours for title in titles[4:-1])
     assert theirs <= {flag for group in found.values() for flag in group} | {"local_rank"}
     assert {"hub_model_id", "push_to_hub"} <= set(found["the Hub"]) and "logging_steps" not in found["the Hub"]
