@@ -243,7 +243,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     resume = training.get("resume") or {}
     values = resume.get("values", {})
     recipe["recipe.overrides"] = resume.get("overrides") or None
-    recipe |= {f"recipe.{name}": value for name, value in values.items() if name not in UNCOMPARED}
+    recipe |= {f"recipe.{name}": value for name, value in values.items() if _is_compared(name)}
     config = dict(training.get("config") or {})
     config = ARCHITECTURE | config if config else config
     if config:  # these two follow from the size, unless they were given
@@ -263,6 +263,11 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "score_name": result.get("score_name"),
         **recipe,
     }
+
+
+def _is_compared(name: str) -> bool:
+    """Whether a field of a recipe must agree: each seed goes on from a model of its own, each scheme has its own file."""
+    return name not in UNCOMPARED and not name.startswith(("base_model/", "import_file/"))
 
 
 def _crosses_documents(result: dict[str, Any], training: dict[str, Any]) -> bool:
