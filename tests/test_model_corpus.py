@@ -8,7 +8,7 @@ import pytest
 from conftest import make_text, save_with_tokenizer
 from datasets import Dataset
 from helpers import finetuning_flags, refusal, training_flags
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hf_relpos.data import corpus as corpora
 from hf_relpos.hub.push import _identity
@@ -345,8 +345,8 @@ def test_a_damaged_note_of_the_places_is_none(content, trained, tmp_path, run_sc
 
 def test_figures_say_what_they_are_about(trained, evaluate, corpus_files, monkeypatch):
     titles = []
-    set_title = Axes.set_title
-    monkeypatch.setattr(Axes, "set_title", lambda self, text, **kw: (titles.append(text), set_title(self, text, **kw)))
+    suptitle = Figure.suptitle
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **kw: (titles.append(text), suptitle(self, text, **kw)))
     evaluate(trained / "none")
     evaluate(trained / "none", "--validation_file", corpus_files / "train")
     assert (

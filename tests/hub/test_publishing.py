@@ -146,7 +146,7 @@ def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, c
     evaluated = ["--model_name_or_path", tmp_path / "made", "--output_dir", tmp_path / "made" / "evaluation"]
     client.check("evaluate", *evaluated, *lengths)
     printed = client.check("push_to_hub", tmp_path / "made", "alice/pushed")
-    line = printed.strip().splitlines()[-1]
+    (line,) = (line for line in printed.splitlines() if line.startswith("pushed "))
     assert line.startswith("pushed alice/pushed, trained on train+valid.txt: ")
     assert line.endswith(hub.commits("alice/pushed")[0].oid)
 

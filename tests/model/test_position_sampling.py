@@ -85,7 +85,7 @@ def test_every_scheme_sees_the_positions(scheme, implementation, sampling):
     assert output.past_key_values is None, "nothing can go on after positions with gaps"
     assert_close(output.logits, plain(tokens, position_ids=expected_positions).logits, rtol=1e-5, atol=2e-5)
     moved = (output.logits - plain(tokens).logits).abs().max()
-    assert moved == 0 if scheme in BY_CONTENT else moved > 1e-3
+    assert moved < 1e-5 if scheme in BY_CONTENT else moved > 1e-3  # kernels round in their own ways
     output.logits.sum().backward()
 
 

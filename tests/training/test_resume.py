@@ -358,7 +358,7 @@ def test_long_flags_are_recorded():
 
 def test_no_room_for_a_checkpoint(data_flags, tmp_path, run_script, capsys, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("hf_relpos.training.train.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("hf_relpos.environment.shutil.disk_usage", lambda path: usage)
     assert "has room for 0.0 MiB" in refusal(run_script, capsys, "train", training_flags(data_flags, tmp_path / "run"))
 
 
