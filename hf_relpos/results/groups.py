@@ -266,7 +266,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_compared(name: str) -> bool:
-    """Whether a field of a recipe must agree: each seed goes on from a model of its own, each scheme has its own file."""
+    """Whether a field of a recipe must agree: each seed goes on from a model of its own, each scheme has a file."""
     return name not in UNCOMPARED and not name.startswith(("base_model/", "import_file/"))
 
 

@@ -139,7 +139,7 @@ print("LOGITS", json.dumps(logits))
 """
 
 
-def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, corpus_files):
+def test_from_training_to_a_process_without_the_package(hub, client, tmp_path, corpus_files, without_native):
     flags = training_flags(corpus_files, pos_embedding_type="linear_cpb", vocab_size=300, config_overrides=TINY)
     client.check("train", *flags, "--output_dir", tmp_path / "made")
     lengths = ["--validation_file", corpus_files / "valid.txt", "--eval_lengths", 16, 32, "--max_windows", 4]
