@@ -152,7 +152,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_workers_stop_in_order_with_the_sweep(number, tmp_path):
     script = tmp_path / "call.py"
     script.write_text(CALL)

@@ -181,7 +181,7 @@ def test_keys_without_numbers_add_nothing(scheme, kind):
 
 
 # a compilation takes five seconds
-@pytest.mark.parametrize("scheme, window", [("fox", False), ("pope", False), ("pope+fox", True), ("fox/rotary", True)])
+@pytest.mark.parametrize("scheme, window", [("pope+fox", True), ("fox/rotary", True)])
 def test_compiled_with_a_cache_of_its_own(scheme, window):
     """The layers are made and changed inside of the graph."""
     torch._dynamo.reset()

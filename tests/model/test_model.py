@@ -347,18 +347,8 @@ def test_gradient_checkpointing(scheme, reentrant):
     assert_gradients_close(*gradients)
 
 
-COMPILED = [
-    "none",
-    "learned",
-    "alibi",
-    "linear_cpb",
-    "kerple_log",
-    "fire",
-    "fox",
-    "cope",
-    "dape",
-    "rotary",
-]
+# one scheme for each way to attend: a compilation takes seven seconds
+COMPILED = ["none", "linear_cpb", "fire", "fox", "cope", "dape", "rotary"]
 
 
 @pytest.mark.parametrize("scheme", COMPILED)
