@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .command_help import make_parser, nearest
-from .environment import write_error
+from .environment import is_first_process, write_error
 from .file_reading import read_yaml, reason
 from .messages import say_command
 
@@ -67,7 +67,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_process():
                 if debug:
                     traceback.print_exc()
                 print(f"{Path(sys.argv[0]).name}: error: {describe(error)}", file=sys.stderr)

@@ -112,6 +112,11 @@ def write_error(error: BaseException) -> BaseException | None:
     return None
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class CannotWriteError(OSError):
     """A file could not be written, and the message says which, or where."""
 
@@ -140,8 +145,13 @@ def writing(what: str, place: str | Path) -> Iterator[None]:
 
 def disk_usage(place: str | Path) -> Any:
     """`shutil.disk_usage` of where a file or folder lies or would lie."""
+    return shutil.disk_usage(_existing(place))
+
+
+def _existing(place: str | Path) -> Path:
+    """The place, or the nearest folder above it that exists."""
     place = Path(place).absolute()
-    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists()))
+    return next(each for each in (place, *place.parents) if each.exists())
 
 
 def check_room(name: str, folder: str | Path, num_bytes: int, what: str) -> None:
@@ -157,9 +167,8 @@ def check_room(name: str, folder: str | Path, num_bytes: int, what: str) -> None
         ValueError: if there is less room.
         OSError: if nothing can be written there.
     """
-    place = Path(folder).absolute()
-    place = next(each for each in (place, *place.parents) if each.exists())
-    free = disk_usage(place).free
+    place = _existing(folder)
+    free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise ValueError(
             f"`{name}` {str(folder)!r} has room for {free / 2**20:.1f} MiB, {what} takes {num_bytes / 2**20:.1f}."

@@ -4,22 +4,18 @@ Of several processes the first one speaks alone.
 """
 
 import math
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+from .environment import is_first_process
+
 
 MEASURED = 3.0  # seconds after the first update before a time is told
 PER_LINE = 30.0  # seconds between two lines where there is no terminal
 LONG = 1800  # seconds from which a shorter way is offered
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that speaks, of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def time_text(seconds: float) -> str:
@@ -43,14 +39,13 @@ def this_command(without: str, *more: str) -> list[str]:
     start = program.split(" ") if program.startswith("hf-relpos") else sys.orig_argv[: -len(words) or None]
     kept, skips = [], False
     for word in words:
+        if skips and not word.startswith("--"):  # the value of the flag
+            skips = False
+            continue
         flag, equals, _ = word.partition("=")
-        if flag == without:
-            skips = not equals
-        elif not skips or word.startswith("--"):
+        skips = flag == without and not equals
+        if flag != without:
             kept.append(word)
-            skips = False
-        else:
-            skips = False
     return [*start, *kept, *more]
 
 

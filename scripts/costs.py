@@ -16,6 +16,7 @@ from hf_relpos import RelPosConfig, RelPosForCausalLM
 from hf_relpos.cli import command
 from hf_relpos.environment import write_text
 from hf_relpos.model.configuration_relpos import MODEL_SIZES
+from hf_relpos.results.result_file import markdown
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
@@ -46,17 +47,15 @@ def time_text(operations: float, steps: float, cards: int) -> str:
 
 def costs_table() -> str:
     """A row for each size: the recipe's run, and one of 20 tokens per parameter."""
-    cards = " | ".join(f"{count} GPU{'s' * (count > 1)}" for count in EFFICIENCY)
-    header = f"| size | parameters | operations per token | tokens | {cards} |"
-    rows = [header, "| --- |" + " ---: |" * (3 + len(EFFICIENCY))]
+    cards = [f"{count} GPU{'s' * (count > 1)}" for count in EFFICIENCY]
+    rows = [["size", "parameters", "operations per token", "tokens", *cards]]
     for size in MODEL_SIZES:
         parameters, operations = operations_per_token(size, LENGTH)
         for tokens, of_a_step in ((TOKENS_PER_STEP * STEPS, TOKENS_PER_STEP), (20 * parameters, LARGE_STEP)):
-            cells = " | ".join(time_text(operations * tokens, tokens / of_a_step, count) for count in EFFICIENCY)
-            rows.append(
-                f"| {size} | {parameters / 1e6:.1f}M | {operations / 1e6:.0f}M | {tokens / 1e6:,.0f}M | {cells} |"
-            )
-    return "\n".join(rows) + "\n"
+            times = [time_text(operations * tokens, tokens / of_a_step, count) for count in EFFICIENCY]
+            row = [size, f"{parameters / 1e6:.1f}M", f"{operations / 1e6:.0f}M", f"{tokens / 1e6:,.0f}M", *times]
+            rows.append(row)
+    return markdown(rows) + "\n"
 
 
 @command

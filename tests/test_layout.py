@@ -21,7 +21,7 @@ CONTRACT = {
     "native": "",
     "model": "native",
     "environment": "",
-    "messages": "",
+    "messages": "environment",
     "command_help": "",
     "processes": "",
     "special_tokens": "",

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..environment import writing
+from ..environment import is_first_process, writing
 
 
 CACHE_VERSION = 1  # raise it when what is hashed changes its meaning; fingerprints of corpora change with it
@@ -24,7 +24,7 @@ MAKING = "making-"  # begins the names of folders that are not whole
 
 def say(line: str) -> None:
     """Prints a line to stderr, in the first process of a run only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(line, file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ from ..evaluation.evaluate import bias_curve_limit
 from ..evaluation.loss_by_length import evaluation_mode, token_losses
 from ..evaluation.loss_sums import RunningLoss
 from ..inference.generate import sample
-from ..inference.request_checks import MAX_PROMPT_TOKENS, check_characters
+from ..inference.request_checks import MAX_PROMPT_TOKENS, check_characters, check_number
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..results.result_file import smooth_by_position
 
@@ -127,7 +127,7 @@ def generate_cards(
             ("top_p", top_p, 0.01, 1),
             ("seed", seed, 0, MAX_SEED),
         ):
-            _check_number(name, value, least, most)
+            check_number(name, value, least, most)
         options = int(max_new_tokens), _temperature(temperature), float(top_p), int(seed)
     except ValueError as error:
         yield render(CARDS, rows=[[entry, "", "", "", str(error)] for entry in entries])
@@ -163,11 +163,6 @@ def _check_text(name: str, text: Any) -> None:
         raise ValueError(f"The {name} must be text, got {type(text).__name__}.")
     check_characters(f"The {name}", len(text), "this page")
     text.encode()  # half of a surrogate pair is no text
-
-
-def _check_number(name: str, value: Any, least: float, most: float) -> None:
-    if type(value) not in (int, float) or not least <= value <= most:
-        raise ValueError(f"`{name}` must be a number of {least} to {most}, got {str(value)[:40]!r}.")
 
 
 def _temperature(value: float) -> float:
@@ -252,8 +247,8 @@ def _draw_losses(axes: Any, curves: Sequence[tuple[PageModel, np.ndarray]]) -> N
 def bias_page(entries: Sequence[PageModel], layer: int, length: int, scale: str) -> str:
     """→ a plot per model with a line per head: what its attention adds to the scores by distance, in one layer."""
     try:
-        _check_number("layer", layer, 0, 10**6)
-        _check_number("length", length, 2, MAX_DISTANCES)
+        check_number("layer", layer, 0, 10**6)
+        check_number("length", length, 2, MAX_DISTANCES)
         if scale not in SCALES:
             raise ValueError(f"The axis must be one of {SCALES}, got {str(scale)[:40]!r}.")
     except ValueError as error:

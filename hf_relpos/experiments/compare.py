@@ -27,6 +27,7 @@ from ..results.report import write_report
 from ..results.result_file import best_result, read_result
 from ..tasks.arguments import DataArguments
 from ..training.model_setup import ModelArguments, new_config
+from ..training.progress import EVALUATION_SHARE
 from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
@@ -46,7 +47,6 @@ RATES = (3e-3, 6e-3)  # tried first; then half or twice the better one
 SEEDS = (42, 1337, 3407, 1024, 365)
 SMALL = "num_hidden_layers=4,hidden_size=128,num_attention_heads=4"
 MIN_WINDOWS, MAX_WINDOWS = 8, 48  # of the run length, that are read
-EVALUATION_SHARE = 1 / 3  # a forward takes a third of a step with as many tokens
 
 
 @dataclass

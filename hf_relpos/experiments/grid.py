@@ -12,6 +12,7 @@ from typing import Any
 
 from ..cli import as_list, import_schemes, nearest, parse_values
 from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
+from ..data.files import content_hash
 from ..environment import versions
 from ..evaluation.command import EvaluationArguments
 from ..evaluation.evaluate import default_lengths
@@ -136,8 +137,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 @cache
 def _file_digest(path: Path, size: int, changed: int) -> bytes:
     """Read once, as long as size and time stay: the state of all runs is asked for every second."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return bytes.fromhex(content_hash(path))
 
 
 # --- the file

@@ -62,7 +62,7 @@ def check_body(body: dict[str, Any], cap: int) -> None:
             check_tokens(name, body[name], cap)
     for name, limits in NUMBERS.items():
         if body.get(name) is not None and not (name == "temperature" and body[name] == 0):  # the likeliest token
-            _check_number(name, body[name], *limits)
+            check_number(name, body[name], *limits)
     seed = body.get("seed")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise ValueError(f"`seed` must be a whole number of at least 0, got {_shown(seed)}.")
@@ -105,9 +105,10 @@ def _texts(value: Any) -> Iterator[str]:
             values += [*each, *each.values()] if isinstance(each, dict) else each
 
 
-def _check_number(name: str, value: Any, least: float, most: float) -> None:
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raises `ValueError` unless the value is a number of `least` to `most`."""
     if type(value) not in (int, float) or not least <= value <= most:
-        raise ValueError(f"`{name}` must be a number of {least:g} to {most:g}, got {_shown(value)}.")
+        raise ValueError(f"`{name}` must be a number of {least} to {most}, got {_shown(value)}.")
 
 
 def _check_stop(stop: Any) -> None:
@@ -161,7 +162,7 @@ def _check_generation_config(text: Any, cap: int) -> None:
         elif name in ("max_new_tokens", "max_length"):
             check_tokens(where, value, cap)
         else:
-            _check_number(where, value, *GENERATION_FIELDS[name])
+            check_number(where, value, *GENERATION_FIELDS[name])
 
 
 def check_first(handler: Any, check: Callable[[dict[str, Any]], None]) -> None:

@@ -167,7 +167,7 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
 def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> None:
     """Raises `ValueError`, naming the fields, unless results differ in nothing but what `group_results` groups by."""
     first = _facts(results[0])
-    allowed = sorted(name for name in first if name.startswith(("recipe.", "config.")) or name in VARIED_ON_PURPOSE)
+    allowed = sorted(filter(_may_vary, first))
     for name in varied:
         if name not in allowed:
             raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
@@ -189,10 +189,14 @@ def fields_to_vary(results: Sequence[dict[str, Any]]) -> list[str]:
     differing = {
         name for each in map(_facts, results) for name in {**first, **each} if first.get(name) != each.get(name)
     }
-    on_purpose = [name for name in differing if name.startswith(("recipe.", "config.")) or name in VARIED_ON_PURPOSE]
-    found = sorted(on_purpose)
+    found = sorted(filter(_may_vary, differing))
     check_comparable(results, found)
     return found
+
+
+def _may_vary(name: str) -> bool:
+    """Whether an experiment may vary a field on purpose."""
+    return name.startswith(("recipe.", "config.")) or name in VARIED_ON_PURPOSE
 
 
 def _check_data_seeds(results: Sequence[dict[str, Any]]) -> None:

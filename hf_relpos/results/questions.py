@@ -113,7 +113,9 @@ def _questions(groups: Sequence[Group]) -> list[Question]:
             text = f"at {long} tokens"
             found.append(Question("Which is best past its training length?", text, lambda group: group.losses(long)))
             text = f"from {base} to {long} tokens"
-            found.append(Question("Whose loss changes with the length?", text, _changes(base, long), is_change=True))
+            found.append(
+                Question("Whose loss changes with the length?", text, changes_between(base, long), is_change=True)
+            )
     elif lengths:
         found = [_length_question(length) for length in dict.fromkeys((lengths[0], lengths[-1]))]
     return found
@@ -123,7 +125,9 @@ def _length_question(length: int) -> Question:
     return Question(f"Which is best at {length}?", f"at {length} tokens", lambda group: group.losses(length))
 
 
-def _changes(base: int, long: int) -> Callable[[Group], Matrix]:
+def changes_between(base: int, long: int) -> Callable[[Group], Matrix]:
+    """Group → seed → the log ratio of each document's perplexity at a length to that at another."""
+
     def values(group: Group) -> Matrix:
         before, after = group.losses(base), group.losses(long)
         return {seed: after[seed] - before[seed] for seed in before}

@@ -19,6 +19,7 @@ from .figure_style import (
     plain,
 )
 from .groups import Group
+from .questions import changes_between
 from .result_file import smooth_by_position, text_title
 
 
@@ -139,9 +140,8 @@ def _change_by_length(figure: Any, groups: Sequence[Group]) -> None:
 
 def _change(group: Group, length: int) -> Estimate:
     """The log ratio of the perplexity at a length to that at the training length."""
-    before, after = group.losses(group.train_length), group.losses(length)
     weights = group.document_weights if len(group.document_weights) > 1 else None
-    return Estimate.of(np.stack([after[seed] - before[seed] for seed in before]), weights)
+    return Estimate.of(np.stack([*changes_between(group.train_length, length)(group).values()]), weights)
 
 
 def _has_longer_lengths(groups: Sequence[Group]) -> bool:

@@ -1,6 +1,5 @@
 """The model of a run: a new one from flags, or a saved one."""
 
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from transformers import set_seed
 
 from ..cli import nearest
+from ..environment import is_first_process
 from ..file_reading import parse_json as strict_json
 from ..file_reading import parse_yaml
 from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
@@ -125,7 +125,7 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         kwargs["position_sampling"] = _sampling(model_args)
     if is_foreign(name):
         model = import_model(name, **kwargs)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(describe_import(model.config, name))
     else:
         model = load_model(name, RelPosForCausalLM, **kwargs)
@@ -136,7 +136,7 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no end-of-sequence token to separate documents.")
     end = document_end(tokenizer)
-    if end != tokenizer.eos_token_id and os.environ.get("RANK", "0") == "0":
+    if end != tokenizer.eos_token_id and is_first_process():
         end, turn_end = tokenizer.convert_ids_to_tokens(end), tokenizer.eos_token
         print(f"documents end in {end!r}, as in pretraining; {turn_end!r} ends the turns of chats")
     return model, tokenizer

@@ -7,6 +7,7 @@ import torch
 from clients.exporting import to_arcee
 from clients.generation import NEW_TOKENS, greedy_text
 from clients.harness import CONTROL, Subject, client
+from gguf_writing import finish_gguf, gguf_writer
 
 
 BLOCK_NAMES = {
@@ -25,19 +26,8 @@ NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 def write_gguf(path: Path, model, tokenizer) -> None:
     """Writes a Llama or an Arcee of transformers', in fp32."""
-    import gguf
-
-    config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    config, writer = model.config, gguf_writer(path, model.config)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
     add_tokenizer(writer, tokenizer)
     for name, weight in model.state_dict().items():
         name = name.removesuffix(".weight")
@@ -47,10 +37,7 @@ def write_gguf(path: Path, model, tokenizer) -> None:
             _, _, index, rest = name.split(".", 3)
             name = f"blk.{index}.{BLOCK_NAMES[rest]}"
         writer.add_tensor(f"{NAMES.get(name, name)}.weight", weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
 
 
 def add_tokenizer(writer, tokenizer) -> None:

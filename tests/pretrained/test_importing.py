@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer
+from gguf_writing import finish_gguf, gguf_writer
 from helpers import refusal
 from safetensors.torch import load_file, save_file
 from tiny_models import make_original, padded_tokens
@@ -293,16 +294,7 @@ def write_gguf(folder, path, kind):
     """Writes a Llama as llama.cpp's converter does: the rows of queries and keys in another order, some quantised."""
     gguf = pytest.importorskip("gguf", reason="GGUF files")
     weights, config = load_file(folder / WEIGHTS), LlamaConfig.from_pretrained(folder)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+    writer = gguf_writer(path, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in weights.items():
         if ".q_proj." in name or ".k_proj." in name:
@@ -311,10 +303,7 @@ def write_gguf(folder, path, kind):
         type_ = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
         data = gguf.quantize(weight.contiguous().numpy(), type_)
         writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 
