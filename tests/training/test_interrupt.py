@@ -17,7 +17,9 @@ from hf_relpos.training.checkpoints import damage
 from hf_relpos.training.interrupt import InterruptCallback
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["ctrl-c", "terminal closed"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "terminated", "terminal closed"]
+)
 def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_path, run_script, number):
     overrides = dict(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=5)
     process = run_in_shell("train", training_flags(data_flags, tmp_path / "run", **overrides))
