@@ -33,7 +33,7 @@ from .comparison_text import prepare_text
 from .grid import Run, check_runs
 from .progress import FAILURE, failure_of, live_table, status
 from .sweep import collect_results, run_one, signals_interrupt
-from .workers import run_here, run_in_processes, visible_gpus
+from .workers import default_num_parallel, run_here, run_in_processes
 
 
 DESCRIPTION = """\
@@ -235,8 +235,7 @@ class _Setup:
     def __init__(self, args: CompareArguments, paths: dict[str, Path]) -> None:
         self.args, self.paths = args, paths
         self.device = _device()
-        gpus = len(visible_gpus())
-        self.num_parallel = args.num_parallel or gpus or min(4, torch.get_num_threads())
+        self.num_parallel = args.num_parallel or default_num_parallel([])
         self.batch_size = max(1, TOKENS_PER_STEP // args.train_length)
         data = {f"{split}_file": str(path) for split, path in paths.items()}
         corpus = load_corpus(DataArguments(**data))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import command, import_schemes, parse_arguments, parse_values, say_next
-from ..environment import write_json
+from ..environment import check_at_least_1, write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
 from ..results.groups import fields_to_vary
@@ -24,7 +24,7 @@ from ..training.output_stream import SafeStream
 from ..training.train import finetune, train
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
-from .workers import run_here, run_in_processes, run_on_ray
+from .workers import default_num_parallel, run_here, run_in_processes, run_on_ray
 
 
 DESCRIPTION = """\
@@ -129,8 +129,12 @@ class SweepArguments:
     experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
     output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
-    num_parallel: int = field(
-        default=1, metadata={"help": "Runs at once, each in its own process; GPUs are used in turn."}
+    num_parallel: int | None = field(
+        default=None,
+        metadata={
+            "help": "Runs at once, each in its own process; GPUs are used in turn. By default one on each GPU; on a "
+            "CPU one a core, up to four, if all models are below 10M weights, else one."
+        },
     )
     executor: str = field(
         default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}
@@ -144,9 +148,10 @@ def _run_all(runs: Sequence[Run], root: Path, args: SweepArguments) -> list[Run]
     """→ those that failed."""
     if args.executor == "ray":
         return run_on_ray(runs, root, run_one, args.cpus_per_run, args.gpus_per_run)
-    if args.num_parallel == 1:
+    num_parallel = min(args.num_parallel or default_num_parallel(runs), max(1, len(runs)))
+    if num_parallel == 1:
         return run_here(runs, root, run_one)
-    return run_in_processes(runs, root, run_one, args.num_parallel)
+    return run_in_processes(runs, root, run_one, num_parallel)
 
 
 @contextmanager
@@ -170,11 +175,10 @@ def signals_interrupt() -> Iterator[None]:
 @command
 def main() -> None:
     (args,) = parse_arguments((SweepArguments,), DESCRIPTION)
-    if args.num_parallel < 1:
-        raise ValueError(f"`num_parallel` must be at least 1, got {args.num_parallel}.")
+    check_at_least_1("num_parallel", args.num_parallel)
     if args.executor not in ("local", "ray"):
         raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")
-    if args.executor == "ray" and args.num_parallel != 1:
+    if args.executor == "ray" and args.num_parallel not in (None, 1):
         raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
     if args.dry_run:
