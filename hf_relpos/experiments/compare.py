@@ -299,7 +299,8 @@ class _Setup:
 
     def _cost(self, scheme: str) -> Cost:
         step = measure(self._config(scheme), self.batch_size, self.args.train_length, self.device, self._bf16())
-        tokens = self.windows * self.args.run_length * len(self.lengths())
+        readings = len(self.lengths()) + 2  # the sliding baseline reads each token twice
+        tokens = self.windows * self.args.run_length * readings
         return Cost(step, EVALUATION_SHARE * step * tokens / (self.batch_size * self.args.train_length))
 
     def _bf16(self) -> bool:
@@ -334,6 +335,7 @@ class _Setup:
             evaluation = {"eval_split": "validation", "eval_lengths": [self.args.train_length], "max_windows": 400}
         else:
             evaluation = {"eval_lengths": self.lengths(), "max_windows": self.windows}
+            evaluation |= {"sliding_baseline": True} if self.args.run_length > self.args.train_length else {}
         found = []
         for seed in seeds:
             for scheme, values in rates.items():

@@ -14,6 +14,7 @@ import numpy as np
 
 from .estimates import CONFIDENCE, Estimate, holm, p_text
 from .groups import Group
+from .result_file import SLIDING
 
 
 MAX_SEEDS = 200  # more are not thought of
@@ -128,6 +129,11 @@ def _questions(groups: Sequence[Group]) -> list[Question]:
             found.append(
                 Question("Whose loss changes with the length?", text, changes_between(base, long), is_change=True)
             )
+            if all(group.has_sliding_baseline for group in groups):
+                text = f"from a sliding window of {base} to {long} tokens"
+                values = changes_between(SLIDING, long)
+                title = "Who gains over a sliding window of the training length?"
+                found.append(Question(title, text, values, is_change=True))
     elif lengths:
         found = [_length_question(length) for length in dict.fromkeys((lengths[0], lengths[-1]))]
     return found
@@ -137,7 +143,7 @@ def _length_question(length: int) -> Question:
     return Question(f"Which is best at {length}?", f"at {length} tokens", lambda group: group.losses(length))
 
 
-def changes_between(base: int, long: int) -> Callable[[Group], Matrix]:
+def changes_between(base: int | str, long: int) -> Callable[[Group], Matrix]:
     """Group → seed → the log ratio of each document's perplexity at a length to that at another."""
 
     def values(group: Group) -> Matrix:

@@ -87,7 +87,9 @@ def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
     first, unclear, worse = sentences(best)
     assert first.startswith("Best at 128 tokens: **alibi** (perplexity 53.52, ")
     assert worse.startswith("Worse, resolved: none (+2.0 %, +1.8 % to +2.2 %)") and "5 seeds" in unclear
-    assert re.search(r"rotary \(\+2.2 %, .*; about \d+ seeds would resolve it, \d+ to \d+ at 80 % confidence\)", unclear)
+    assert re.search(
+        r"rotary \(\+2.2 %, .*; about \d+ seeds would resolve it, \d+ to \d+ at 80 % confidence\)", unclear
+    )
 
 
 def test_a_change_with_the_length_is_tested_itself(results):
@@ -99,6 +101,24 @@ def test_a_change_with_the_length_is_tested_itself(results):
     words = " ".join(sentences(answers(group_results(results))[2]))
     assert "From 128 to 512 tokens, perplexity falls: **alibi** (-4.6 %), **none** (-4.6 %)." in words
     assert "perplexity rises: **rotary** (+65." in words
+
+
+def test_what_is_gained_over_a_sliding_window_is_asked_where_it_was_read(results, tmp_path):
+    """alibi falls from 128 to 512, and by nothing from a sliding window: it had fewer beginnings."""
+    for index, result in enumerate(results):
+        losses = {length: [cell["loss"], cell["loss"] + 0.1] for length, cell in result["lengths"].items()}
+        gain = 0.0 if result["pos_embedding_type"] == "alibi" else 0.3
+        losses["sliding_baseline"] = [loss + gain + 1e-4 * (index % 7) for loss in losses["512"]]
+        result["documents"] = {"num_tokens": [100, 100], "loss": losses}
+        result["sliding_baseline"] = {"length": 128, "stride": 64, "loss": 4.0, "perplexity": 54.6}
+    groups = group_results(results)
+    words = " ".join(sentences(answers(groups)[3]))
+    assert "From a sliding window of 128 to 512 tokens, perplexity falls: **none** (-25.9 %), **rotary**" in words
+    write_report(results, tmp_path, title="Sliding")
+    page = (tmp_path / "report.md").read_text()
+    assert "| setting | seeds | sliding | 128 |" in page and "few have little context" in page
+    del results[0]["sliding_baseline"]
+    assert len(answers(group_results(results))) == 3
 
 
 def test_documents_widen_the_interval(results):
