@@ -4,7 +4,7 @@
 python scripts/demo.py output/alibi output/rotary
 """
 
-from hf_relpos.demo.app import main
+from hf_relpos.demo.command import main
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ GUIDES = (
     "publish",
     "scale",
 )
-BLOCK = re.compile(r"^(?:<!-- (not run|file): (.*) -->\n)?```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]*) -->\n)?```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FUNCTION = f'hf-relpos() {{ "{sys.executable}" -m hf_relpos "$@"; }}; python() {{ "{sys.executable}" "$@"; }}; set -e\n'
 
 

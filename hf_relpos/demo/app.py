@@ -5,13 +5,11 @@ The page has no picture, script or font from elsewhere, and nothing is sent anyw
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cli import command, parse_arguments
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus
 from ..model_loading import load_model, load_model_tokenizer
@@ -31,12 +29,6 @@ from .views import (
     render,
 )
 
-
-DESCRIPTION = """\
-A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
-
-hf-relpos demo output/alibi output/rotary
-"""
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 BUILT_IN = "sotu"  # the corpus of speeches
@@ -58,22 +50,6 @@ EXAMPLE = (
     "that this nation, under God, shall have a new birth of freedom -- and that government of the people, by the "
     "people, for the people, shall not perish from the earth."
 )
-
-
-@dataclass
-class DemoArguments:
-    """Where the page is served."""
-
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all of the machine."})
-    port: int = field(default=7860, metadata={"help": "Port to listen at."})
-    share: bool = field(default=False, metadata={"help": "Also publish the page on the internet, through gradio.live."})
-
-
-@command
-def main() -> None:
-    """The command line of scripts/demo.py."""
-    args, names = parse_arguments((DemoArguments,), DESCRIPTION, positional="DIR")
-    serve_page(names, args.host, args.port, args.share)
 
 
 def load_models(names: Sequence[str]) -> list[PageModel]:
