@@ -21,6 +21,7 @@ from hf_relpos.cli import parse_arguments
 from hf_relpos.demo import app as demo
 from hf_relpos.demo import views as demo_parts
 from hf_relpos.demo.app import load_models
+from hf_relpos.demo.command import DemoArguments
 from hf_relpos.demo.views import PageModel, bias_page, generate_cards, losses_by_position, losses_page
 from hf_relpos.inference.generate import sample
 
@@ -279,7 +280,7 @@ def test_names_a_taken_port(run_script, capsys, folders):
 
 def test_words_without_a_flag(tmp_path):
     (tmp_path / "page.yaml").write_text("port: 80\nshare: true\n", encoding="utf-8")
-    types, config = (demo.DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
+    types, config = (DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
     args, names = parse_arguments(types, "", ["a", "b", *config, "--port", "81"], positional="DIR")
     assert (names, args.port, args.share, args.host) == (["a", "b"], 81, True, "127.0.0.1")
     (tmp_path / "page.yaml").write_text("words: a\n", encoding="utf-8")
