@@ -6,7 +6,8 @@ from ..cli import command, parse_arguments
 
 
 DESCRIPTION = """\
-A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
+A page in the browser for saved models: their text side by side, the loss by position as a difference to the first
+model, the attention of a head by distance, and the learned bias.
 
 hf-relpos demo output/alibi output/rotary
 """
