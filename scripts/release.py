@@ -24,7 +24,7 @@ MODEL = "--pos_embedding_type linear_cpb --config_overrides hidden_size=64,num_h
 COMMANDS = (
     "hf-relpos --version",
     f"hf-relpos train {MODEL} --vocab_size 1024 --block_size 64 --max_steps 20 --output_dir output/model",
-    "hf-relpos evaluate --model_name_or_path output/model --eval_lengths 64 128 --max_windows 8 --output_dir output/eval",
+    "hf-relpos evaluate --model_name_or_path output/model --eval_lengths 64 128 --max_windows 8 --output_dir output/e",
     "hf-relpos generate --model_name_or_path output/model --prompt Fellow --max_new_tokens 8",
     "python remote_code.py",
     "python native.py",

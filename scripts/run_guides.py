@@ -4,8 +4,8 @@
 python scripts/run_guides.py
 python scripts/run_guides.py --only quickstart train
 
-The Python of a page goes on from what it did above, as in one session. A block under the comment "<!-- not run: why -->" is left out; one under "<!-- file: NAME -->" is written there first.
-What a guide needs of an earlier one, it finds in the same folder.
+A block under the comment "<!-- not run: why -->" is left out; one under "<!-- file: NAME -->" is written there first.
+What a guide needs of an earlier one, it finds in the same folder. The Python of a page goes on from what stands above.
 """
 
 import os
