@@ -6,7 +6,7 @@
 #   VLLM_PYTHON names the Python of scripts/check_vllm.py
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
 # make docs: the guides as a site, in the folder site, and the notebooks
-# make release: the wheel and the sdist, in the folder dist, each installed in an empty environment and used there
+# make release: the wheel and the sdist, in the folder dist, installed in a new environment and used in an empty folder
 # All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
 # supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 

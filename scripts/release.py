@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Builds the sdist and the wheel, and uses them as somebody does who has nothing else: each is installed in a virtual
-environment of its own and run in an empty folder. Needs the package `build`, the network or a cache of pip.
+"""Builds the sdist and the wheel, and uses them as somebody does who has nothing else: the wheel is installed in a new
+virtual environment, then the sdist in its place, and the programs of each run in an empty folder. Needs the package
+`build`, and the network or a cache of pip.
 
 python scripts/release.py --output_dir dist
 """
@@ -64,21 +65,22 @@ def missing_files(wheel: Path) -> list[str]:
     return sorted({*listed.stdout.split()} - {*zipfile.ZipFile(wheel).namelist()})
 
 
-def use(archive: Path, folder: Path) -> None:
-    """Installs an archive in an environment of its own and runs the commands in an empty folder."""
-    venv.create(folder / "venv", with_pip=True)
-    pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run([*pip, "--constraint", str(ROOT / "constraints.txt"), f"hf_relpos[sample] @ {archive.resolve().as_uri()}"])
-    place = folder / "empty"
-    place.mkdir()
-    # a home without caches, so that the kernel is built from the sources that were installed
+def use(archive: Path, folder: Path, *options: str) -> None:
+    """Installs an archive in the environment of a folder and runs the commands in an empty folder."""
+    programs = folder / "venv" / "bin"
+    # without the paths and caches of whoever calls, so that the kernel is built from the sources that were installed
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "XDG_"))}
-    environment = kept | {"HOME": str(folder), "PATH": f"{folder / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    environment = kept | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    pip = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options]
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    run([*pip, *constraints, f"hf_relpos[sample] @ {archive.resolve().as_uri()}"], cwd=folder, env=environment)
+    place = folder / archive.name.replace(".", "-")
+    place.mkdir()
     for name, text in PROGRAMS.items():
         (place / name).write_text(text, encoding="utf-8")
     for line in COMMANDS:
         print(f"$ {line}", flush=True)
-        output = run(line.split(), cwd=place, env=environment)
+        output = run(line.split(), cwd=place, env=environment | {"HOME": str(place)})
         print("\n".join(output.splitlines()[-3:]), flush=True)
         if "--version" in line and not re.search(rf"\b{re.escape(__version__)}$", output.strip()):
             raise ValueError(f"the version is {__version__!r}, got {output.strip()!r}.")
@@ -105,10 +107,11 @@ def main() -> None:
     archives = build_both(Path(args.output_dir))
     if missing := missing_files(archives[0]):
         raise ValueError(f"{archives[0].name!r} lacks {missing}: name them in `package_data` of setup.py.")
-    for archive in archives:
-        print(f"{archive.name}: {archive.stat().st_size / 1000:.0f} kB, used in an empty environment", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            use(archive, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        venv.create(Path(name) / "venv", with_pip=True)
+        for archive, options in zip(archives, ((), ("--force-reinstall", "--no-deps"))):
+            print(f"{archive.name}: {archive.stat().st_size / 1000:.0f} kB, installed and used", flush=True)
+            use(archive, Path(name), *options)
     print(f"wrote {', '.join(map(str, archives))}: both were installed and used")
 
 
