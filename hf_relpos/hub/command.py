@@ -22,7 +22,7 @@ class PushArguments:
     """Where it is pushed, and how."""
 
     results: list[str] = field(
-        default_factory=list, metadata={"help": "Result files of scripts/evaluate.py besides those in the folder."}
+        default_factory=list, metadata={"help": "Result files of `hf-relpos evaluate` besides those in the folder."}
     )
     base_model: str | None = field(
         default=None, metadata={"help": "The repository of the model that it was finetuned from."}

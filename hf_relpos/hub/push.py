@@ -134,20 +134,9 @@ def publish(
     check_token(token)
     api = HfApi(token=token)
     with hub_errors(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(f"{repo_id!r} exists and is public: make it private in its settings, or leave --private.")
-        if revision and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.repo_info(repo_id, revision=revision).sha
+        repo_id, head = _prepare(api, repo_id, private, revision)
         there = api.list_repo_files(repo_id, revision=head)
-        if not overwrite:
-            record = files.get(TRAINING_RECORD)
-            record = read_json(record) if record else {}
-            check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
-        if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
-            print(f"the card of {repo_id} was edited there: it stays")
-            files = {name: content for name, content in files.items() if name != CARD}
+        files = _compare(api, repo_id, head, there, files, overwrite)
         commit = api.create_commit(
             repo_id,
             _operations(files, there),
@@ -163,6 +152,30 @@ def publish(
     if commit.oid == head:
         print(f"{repo_id} holds all of this already: nothing was sent")
     return commit
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> tuple[str, str]:
+    """Makes the repository and the branch where they are missing; → its full name and the last commit."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(f"{repo_id!r} exists and is public: make it private in its settings, or leave --private.")
+    if revision and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id, api.repo_info(repo_id, revision=revision).sha
+
+
+def _compare(
+    api: HfApi, repo_id: str, head: str, there: Sequence[str], files: dict[str, Path | bytes], overwrite: bool
+) -> dict[str, Path | bytes]:
+    """→ the files to send: without the card if it was edited there. Refuses to replace another model."""
+    if not overwrite:
+        record = files.get(TRAINING_RECORD)
+        record = read_json(record) if record else {}
+        check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
+    if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
+        print(f"the card of {repo_id} was edited there: it stays")
+        return {name: content for name, content in files.items() if name != CARD}
+    return files
 
 
 def _operations(
