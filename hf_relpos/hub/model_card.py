@@ -171,7 +171,7 @@ def origin_of(
         if not value:
             raise ValueError(
                 f"`{name}` must be given for a model that was imported (`model_type` "
-                f"{imported_from.get('model_type')!r}), got None: --{name}, here or of `hf-relpos import`."
+                f"{imported_from.get('model_type')!r}), got None: --{name} of `hf-relpos push` or `hf-relpos import`."
             )
     return known["base_model"], known["license"]
 

@@ -158,7 +158,10 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | Non
     """Makes the repository and the branch where they are missing; → its full name and the last commit."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id!r} exists and is public: make it private in its settings, or leave --private.")
+        raise ValueError(
+            f"{repo_id!r} exists and is public: make it private in its settings, or leave "
+            "--private (--hub_private_repo in training)."
+        )
     if revision and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id, api.repo_info(repo_id, revision=revision).sha

@@ -53,8 +53,10 @@ def rotate_channels(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 class RotaryEmbedding(PositionEmbedding):
     """Rotary position embedding (RoPE), whole or partial, plain or scaled for a longer context.
 
-    The first R = D · partial_rotary_factor channels of q and k at position p are rotated pairwise, (k, k + R/2), by the
-    angle p · θ_k, θ_k = rope_theta^(−2k/R), k = 0..R/2−1. The score then depends on i − j alone.
+    (x[k], x[k + R/2]) at position p, rotated by p · θ_k,  θ_k = rope_theta^(−2k/R),  k = 0..R/2−1
+
+    x is q and k; of their D channels the first R = D · partial_rotary_factor take part. The score then depends on i − j
+    alone.
 
     Options live in `config.rope_parameters`, the field of transformers: `rope_theta` 10000 and `partial_rotary_factor`
     1.0. `pos_embedding_kwargs` takes them too and moves them there. `rope_type` is one of `ROPE_TYPES`: the scalings of
