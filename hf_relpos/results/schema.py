@@ -34,6 +34,7 @@ MACHINE = {**HARDWARE, "required": ["cpu", "cores"], "dependentRequired": {"gpu"
 CORPUS = _object(
     {
         **{"name": TEXT, "split": TEXT, "fingerprint": TEXT_OR_NULL, "num_windows": COUNT_OR_NULL},
+        "opening": TEXT_OR_NULL,
         **dict.fromkeys(("flags", "files", "splits", "read"), OBJECT_OR_NULL),
     },
     "name",
