@@ -19,16 +19,19 @@ class RealFirstPlan(TablePlan):
 
     Attributes:
         places: (B, N), where each token stands in that order.
+        is_before: (B, N) boolean, whether no real token stands before it or is it: it sees no key.
     """
 
     places: torch.Tensor
+    is_before: torch.Tensor
 
-    @classmethod
-    def find_places(cls, is_real: torch.Tensor) -> torch.Tensor:
-        """(B, N) boolean → (B, N) places."""
+    @staticmethod
+    def sort(is_real: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, N) boolean → what this plan has beside the others."""
         counted = is_real.long().cumsum(-1)
         slots = torch.arange(1, is_real.shape[1] + 1, device=is_real.device)
-        return torch.where(is_real, counted, counted[:, -1:] + slots - counted) - 1
+        places = torch.where(is_real, counted, counted[:, -1:] + slots - counted) - 1
+        return {"places": places, "is_before": counted == 0}
 
     @property
     def seen_mask(self) -> torch.Tensor:
@@ -43,7 +46,7 @@ class RealFirstPlan(TablePlan):
         query, key, value = (_take(x, order, 2) for x in (inputs.query, inputs.key, inputs.value))
         inputs = inputs._replace(query=query, key=key, value=value)
         output, _ = super()._attend(layer, inputs, shared_bias, **kwargs)
-        return _take(output, self.places, 1), None
+        return _take(output, self.places, 1).masked_fill(self.is_before[:, :, None, None], 0.0), None
 
 
 def _take(x: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:

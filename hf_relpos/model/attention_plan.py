@@ -236,6 +236,11 @@ class TablePlan(AttentionPlan):
     documents: torch.Tensor | None = None
 
     @property
+    def seen_mask(self) -> torch.Tensor | None:
+        """(B, K) boolean, False on padding, or `None`, as the kernel takes it."""
+        return self.key_mask
+
+    @property
     def name(self) -> str:
         device_type = self.device.type
         is_autocast = torch.is_autocast_enabled(device_type)
@@ -269,7 +274,7 @@ class TablePlan(AttentionPlan):
             self._table(layer, inputs, shared_bias),
             scaling=layer.scaling,
             offset=self.offset,
-            key_mask=self.key_mask,
+            key_mask=self.seen_mask,
             documents=self.documents,
             window=self.group.window,
         )

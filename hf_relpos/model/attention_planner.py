@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .attention_mask import check_implementation
 from .attention_native import native_is_ready
+from .attention_padded import RealFirstPlan
 from .attention_plan import (
     TABLE_PLANS,
     AttentionPlan,
@@ -257,12 +258,16 @@ def _plan_table(
     seen_mask = None if keys.mask is None else keys.mask[:, :slots]
     # a traced graph cannot inspect values
     by_construction = (tokens.is_counted or query_length == 1) and tokens.padding is None and tokens.documents is None
-    if not by_construction:
-        if is_tracing(key_positions) or not is_contiguous(key_positions[:, :slots], seen_mask, tokens.documents):
-            return None
     plan_class, keywords = TABLE_PLANS[common["implementation"]], {}
-    if query_length == 1 and not plan_class.needs_mask:
-        plan_class, keywords = RowPlan, of_row
+    if by_construction or not is_tracing(key_positions):
+        if not by_construction and not is_contiguous(key_positions[:, :slots], seen_mask, tokens.documents):
+            return None
+        if query_length == 1 and not plan_class.needs_mask:
+            plan_class, keywords = RowPlan, of_row
+    elif plan_class.needs_mask or not _may_be_sorted(tokens, keys, group):
+        return None
+    else:
+        plan_class, keywords = RealFirstPlan, RealFirstPlan.sort(seen_mask)
     plan = plan_class(
         **{**common, **keywords, "key_mask": pad_mask(seen_mask, keys.length)},
         layer=model.layers[of_row["layers"][0]].self_attn,
@@ -278,6 +283,14 @@ def _plan_table(
         plan.span = max(64, 2 ** keys.offset.bit_length())
         plan.span = min(plan.span, group.window or plan.span)
     return plan
+
+
+def _may_be_sorted(tokens: TokenPositions, keys: KeyPositions, group: LayerGroup) -> bool:
+    """Whether in a graph the real tokens of each row can be put first, so that distances are those of the slots."""
+    is_whole = keys.length == tokens.position_ids.shape[1] and isinstance(keys.offset, int) and keys.offset == 0
+    is_counted = tokens.is_counted and tokens.padding is not None and tokens.documents is None
+    # a window counts slots, padding among them; `torch.func.vmap` has another kernel
+    return is_whole and is_counted and group.window is None and not is_batched(tokens.padding)
 
 
 def _pair_positions(

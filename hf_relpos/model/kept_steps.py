@@ -7,7 +7,6 @@ Shape letters: B batch, H query heads, Q query length, D head size.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import Cache
 
 from .functional_transforms import is_tracing, is_transformed
+from .kept_tables import SchemeState, Unkeepable
 from .scheme_base import PositionEmbedding
 from .scheme_registry import LayerGroup
 from .token_positions import TokenPositions
@@ -25,68 +25,18 @@ from .token_positions import TokenPositions
 TABLE_HOOKS = frozenset(("distance_bias", "max_table_position"))
 
 
-class Unkeepable(Exception):
-    """A parameter whose numbers cannot be compared here: sharded, offloaded or of a kind of its own."""
-
-
-class Sources:
-    """The schemes of a model that have tables, with all that hangs on them, and its numbers at one time.
-
-    A version counter would not do for these: what writes to `parameter.data`, as merging an adapter does, leaves it.
-
-    Args:
-        model: the decoder, with `layers` and `position_embeddings`.
-        num_layers: how many of them are used.
-
-    Raises:
-        Unkeepable: for a parameter that is no plain tensor on a device.
-    """
-
-    def __init__(self, model: nn.Module, num_layers: int) -> None:
-        # where each part hangs; a part that is another, as a parameter that was set anew, is found there
-        self.places: list[tuple[dict[str, Any], str]] = [(model._modules, "position_embeddings")]
-        self.dictionaries: list[dict[str, Any]] = []
-        holders = [model.position_embeddings]
-        for index, layer in enumerate(islice(model.layers, num_layers)):
-            attention = layer.self_attn
-            self.places += [(model.layers._modules, str(index)), (layer._modules, "self_attn")]
-            self.places.append((attention._modules, "position_embeddings"))
-            holders.append(attention.position_embeddings)
-        for holder in holders:
-            self.dictionaries.append(holder._modules)
-            for name, scheme in holder.items():
-                self.places.append((holder._modules, name))
-                for part in scheme.modules() if scheme.hooks & TABLE_HOOKS else ():
-                    self.dictionaries += (part._modules, part._parameters, part._buffers)
-        held = [(each, name) for each in self.dictionaries for name in each]
-        self.places += [place for place in held if place not in self.places]
-        self.sizes = [*map(len, self.dictionaries)]
-        self.parts = [each[name] for each, name in self.places]
-        tensors = [part for part in self.parts if isinstance(part, torch.Tensor)]
-        if any(type(x) not in (torch.Tensor, nn.Parameter) or x.is_meta for x in tensors):
-            raise Unkeepable
-        self.on_cpu = [(x, x.detach().clone()) for x in tensors if x.is_cpu]
-        devices = {x.device for x in tensors if not x.is_cpu}
-        self.elsewhere = [[x for x in tensors if x.device == device] for device in devices]
-        self.numbers = [_flat(found) for found in self.elsewhere]
-
-    def are_the_same(self) -> bool:
-        """Whether all is as it was."""
-        parts = [each.get(name) for each, name in self.places]
-        if not all(map(is_, parts, self.parts)) or [*map(len, self.dictionaries)] != self.sizes:
-            return False
-        try:
-            for x, numbers in self.on_cpu:
-                if not torch.equal(x, numbers):
-                    return False
-            # one comparison for a device, which waits for it
-            return all(torch.equal(_flat(found), numbers) for found, numbers in zip(self.elsewhere, self.numbers))
-        except RuntimeError:  # of another dtype or on another device
-            return False
-
-
-def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([x.detach().flatten() for x in tensors])
+def state_of_tables(model: nn.Module, num_layers: int) -> SchemeState | None:
+    """→ the state of all schemes that have tables, and of the modules that they hang on; `None` if none has."""
+    places, holders = [(model._modules, "position_embeddings")], [model.position_embeddings]
+    for name, layer in islice(model.layers.named_children(), num_layers):
+        attention = layer.self_attn
+        places += [(model.layers._modules, name), (layer._modules, "self_attn")]
+        places.append((attention._modules, "position_embeddings"))
+        holders.append(attention.position_embeddings)
+    places += [(holder._modules, name) for holder in holders for name in holder]
+    schemes = [scheme for holder in holders for scheme in holder.values()]
+    schemes = [scheme for scheme in schemes if scheme.rotates_alone or scheme.hooks & TABLE_HOOKS]
+    return SchemeState(schemes, places) if schemes else None
 
 
 @dataclass
@@ -97,7 +47,7 @@ class KeptSteps:
         model: the decoder.
         groups: that of each of its layers.
         facts: of the forward, what decides about plans and dtypes.
-        sources: what the tables are computed from; `None` if there are none.
+        state: of what the tables are computed from; `None` if there are none.
         tables: layer index → `RowPlan.kept`.
         plans: the first layer of each group and the plan of the last step, if that was without padding.
         rotations: scheme, dtype → its rotation of the positions from 0 on.
@@ -106,7 +56,7 @@ class KeptSteps:
     model: Callable[[], nn.Module | None]
     groups: list[LayerGroup]
     facts: tuple
-    sources: Sources | None
+    state: SchemeState | None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     plans: list[tuple[int, Any]] = field(default_factory=list)
     rotations: dict[tuple[PositionEmbedding, torch.dtype], tuple[torch.Tensor, ...]] = field(default_factory=dict)
@@ -151,13 +101,12 @@ def kept_steps(
     facts = device, inputs_embeds.dtype, autocast_dtype, config._attn_implementation, model.training
     kept = _KEPT.get(tokens.cache)
     if kept is not None and kept.facts == facts and kept.groups == groups and kept.model() is model:
-        if kept.sources is None or kept.sources.are_the_same():
+        if kept.state is None or kept.state.is_unchanged():
             return kept
     try:
-        has_tables = any(group.hooks & TABLE_HOOKS for group in groups)
-        sources = Sources(model, len(groups)) if has_tables else None
+        state = state_of_tables(model, len(groups))
     except Unkeepable:
         _KEPT.pop(tokens.cache, None)
         return None
-    kept = _KEPT[tokens.cache] = KeptSteps(ref(model), groups, facts, sources)
+    kept = _KEPT[tokens.cache] = KeptSteps(ref(model), groups, facts, state)
     return kept

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .kept_tables import kept_table
 from .scheme_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
 from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions, StartGate
 from .scheme_content import ForgetGate  # noqa: F401
@@ -224,7 +225,9 @@ class PositionEmbeddings(nn.ModuleDict):
                 bias = scheme("dense_bias", positions)
                 terms.append(bias if shard_heads is None else shard_heads(bias.transpose(0, 1)).transpose(0, 1))
             else:
-                table = distance_table(scheme, length, positions.distance.device)
+                device, is_step = positions.distance.device, positions.distance.shape[1] == 1
+                table = kept_table(scheme, length, device, is_step)
+                table = distance_table(scheme, length, device) if table is None else table
                 table = table if shard_heads is None else shard_heads(table)
                 terms.append(table[:, positions.distance].movedim(0, 1))
         return add_biases(terms)
@@ -244,6 +247,9 @@ def _rotate(scheme: PositionEmbedding) -> Callable:
 
 def distance_table(scheme: PositionEmbedding, length: int, device: torch.device) -> torch.Tensor:
     """→ (H, length) fp32: `distance_bias` on the distances 0..length−1, outside of autocast."""
+    kept = kept_table(scheme, length, device)
+    if kept is not None:
+        return kept
     with torch.autocast(device.type, enabled=False):
         return scheme("distance_bias", torch.arange(length, device=device))
 
