@@ -28,6 +28,8 @@ class Estimate:
         num_runs, num_documents: R and D; D is 1 where losses per document are not known, and the interval then holds
             for other runs on the same text.
         run_variance, document_variance: their parts of the variance of the mean.
+        document_freedom: degrees of freedom of the latter: documents that weigh differently count for fewer,
+            1 / Σ shares², less 1.
     """
 
     mean: float
@@ -38,6 +40,7 @@ class Estimate:
     num_documents: int
     run_variance: float
     document_variance: float
+    document_freedom: float = 0.0
 
     @classmethod
     def of(cls, values: np.ndarray, weights: Sequence[float] | None = None) -> "Estimate":
@@ -61,8 +64,9 @@ class Estimate:
             spread = float((shares**2 * (document_means - mean) ** 2).sum())
             of_documents = num_documents / (num_documents - 1) * spread
         of_runs = float(run_means.var(ddof=1)) / num_runs if num_runs > 1 else math.nan
-        half, p_value = map(float, _test(mean, of_runs, of_documents, num_runs, num_documents))
-        return cls(mean, mean - half, mean + half, p_value, num_runs, num_documents, of_runs, of_documents)
+        freedom = 1 / float((shares**2).sum()) - 1
+        half, p_value = map(float, _test(mean, of_runs, of_documents, num_runs, freedom))
+        return cls(mean, mean - half, mean + half, p_value, num_runs, num_documents, of_runs, of_documents, freedom)
 
     def p_values_at(self, counts: np.ndarray, spread: float = 1.0) -> np.ndarray:
         """The p-values that so many runs would give, of the same mean and on the same documents.
@@ -75,7 +79,7 @@ class Estimate:
             (N,) p-values; NaN for one run, or where nothing varies.
         """
         of_runs = spread * self.run_variance * self.num_runs / counts
-        return _test(self.mean, of_runs, self.document_variance, counts, self.num_documents)[1]
+        return _test(self.mean, of_runs, self.document_variance, counts, self.document_freedom)[1]
 
     def spread_limits(self) -> tuple[float, float]:
         """Between which multiples of the variance that was found the variance between runs lies, with a probability
@@ -86,19 +90,19 @@ class Estimate:
         return freedom / float(stats.chi2.ppf(0.9, freedom)), freedom / float(stats.chi2.ppf(0.1, freedom))
 
 
-def _test(mean: float, of_runs: Any, of_documents: float, num_runs: Any, num_documents: int) -> tuple[Any, Any]:
+def _test(mean: float, of_runs: Any, of_documents: float, num_runs: Any, freedom: float) -> tuple[Any, Any]:
     """→ half the width of the 95 % interval, and the p-value of the mean against 0; for one number of runs or more."""
     from scipy import stats
 
     variance = of_runs + of_documents
     with np.errstate(divide="ignore", invalid="ignore"):
         of_freedom = np.square(of_runs) / (num_runs - np.float64(1))
-        if num_documents > 1:
-            of_freedom = of_freedom + of_documents**2 / (num_documents - 1)
-        freedom = np.square(variance) / of_freedom
+        if of_documents:
+            of_freedom = of_freedom + of_documents**2 / freedom
+        of_both = np.square(variance) / of_freedom
         error = np.sqrt(variance)
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error
-        p_value = 2 * stats.t.sf(abs(mean) / error, freedom)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, of_both) * error
+        p_value = 2 * stats.t.sf(abs(mean) / error, of_both)
     varies = variance > (ROUNDING * (1 + abs(mean))) ** 2  # else one run, or no test can be made
     return np.where(varies, half, np.where(np.isnan(variance), math.nan, 0.0)), np.where(varies, p_value, math.nan)
 

@@ -8,7 +8,7 @@ Runs are paired by seed and documents by themselves; p-values are corrected for 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -188,8 +188,7 @@ def _answer(question: Question, groups: Sequence[Group]) -> Answer:
 
 
 def _negative(estimate: Estimate) -> Estimate:
-    parts = estimate.num_runs, estimate.num_documents, estimate.run_variance, estimate.document_variance
-    return Estimate(-estimate.mean, -estimate.high, -estimate.low, estimate.p_value, *parts)
+    return replace(estimate, mean=-estimate.mean, low=-estimate.high, high=-estimate.low)
 
 
 # --- in words

@@ -25,6 +25,18 @@ def test_intervals_cover_what_they_say(of_runs, of_documents, rest, num_runs, nu
     assert 0.93 <= hits / trials <= 0.97
 
 
+def test_intervals_cover_with_documents_of_unlike_weight():
+    """One to five windows of each of 22 books, where the books decide as much as three runs do."""
+    weights = [2, 1, 2, 4, 1, 2, 2, 2, 2, 2, 3, 1, 1, 5, 2, 2, 3, 1, 3, 2, 1, 2]
+    rng, trials, hits = np.random.default_rng(1), 2000, 0
+    for _ in range(trials):
+        values = rng.normal(0, 0.0145, (3, 1)) + rng.normal(0, 0.06, (1, 22)) + rng.normal(0, 0.01, (3, 22))
+        found = Estimate.of(values, weights)
+        hits += found.low < 0 < found.high
+    assert 0.93 <= hits / trials <= 0.97
+    assert found.document_freedom == pytest.approx(46**2 / sum(w**2 for w in weights) - 1)
+
+
 def test_without_documents_it_is_students_interval():
     values = np.array([[0.3], [0.1], [0.25], [0.2]])
     found = Estimate.of(values)
