@@ -45,6 +45,7 @@ def _sections(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         (f"Attention, forward, {tokens} tokens", pick("times", part="attention", mode="forward")),
         ("Attention, forward and backward, peak memory above the inputs", pick("memory", part="attention")),
         (f"Training step, {step_tokens} tokens", pick("times", part="step")),
+        (f"Compiled training step, {step_tokens} tokens", pick("times", part="compiled_step")),
         (f"Training step, peak memory, {step_tokens} tokens", pick("memory", part="step")),
     ]
     sections.append(("Loss of each token of one row, peak memory and time", pick("memory", part="evaluate")))

@@ -135,7 +135,9 @@ def plan_attention(
     key_positions = keys.positions(tokens)
     table = None
     if last >= 0 and isinstance(keys.offset, int) and tokens.padding is mask:
-        of_row = {"layers": layers, "last_position": last, "kept": None if kept is None else kept.tables}
+        attention = [model.layers[index].self_attn for index in layers]
+        of_row = {"layers": [each.layer_idx for each in attention], "last_position": last}
+        of_row |= {"layer": attention[0], "kept": None if kept is None else kept.tables}
         table = _plan_table(model, of_row, keys, key_positions, tokens, inputs_embeds, common)
     # counted from the first token, which layers with a window may have dropped
     slots = tokens.past_length + inputs_embeds.shape[1]
@@ -269,8 +271,7 @@ def _plan_table(
     else:
         plan_class, keywords = RealFirstPlan, RealFirstPlan.sort(seen_mask)
     plan = plan_class(
-        **{**common, **keywords, "key_mask": pad_mask(seen_mask, keys.length)},
-        layer=model.layers[of_row["layers"][0]].self_attn,
+        **{**common, "layer": of_row["layer"], **keywords, "key_mask": pad_mask(seen_mask, keys.length)},
         device=inputs_embeds.device,
         dtype=inputs_embeds.dtype,
         offset=keys.offset,

@@ -20,7 +20,7 @@ class RowPlan(TablePlan):
     """One query: its row of the bias is a slice of the table, a mask for any kernel.
 
     Attributes:
-        layers: the indices of the layers of the group.
+        layers: the `layer_idx` of the layers of the group.
         last_position: the last position whose whole bias is in the table.
         kept: layer index → (1, H, 1, n) mask, the table from distance n − 1 down to 0, kept from step to step; `None`
             where nothing must be kept.

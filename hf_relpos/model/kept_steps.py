@@ -35,8 +35,12 @@ def state_of_tables(model: nn.Module, num_layers: int) -> SchemeState | None:
         holders.append(attention.position_embeddings)
     places += [(holder._modules, name) for holder in holders for name in holder]
     schemes = [scheme for holder in holders for scheme in holder.values()]
-    schemes = [scheme for scheme in schemes if scheme.rotates_alone or scheme.hooks & TABLE_HOOKS]
+    schemes = [scheme for scheme in schemes if _has_rotation_table(scheme) or scheme.hooks & TABLE_HOOKS]
     return SchemeState(schemes, places) if schemes else None
+
+
+def _has_rotation_table(scheme: PositionEmbedding) -> bool:
+    return getattr(scheme, "has_rotation_table", False)
 
 
 @dataclass
@@ -66,12 +70,12 @@ class KeptSteps:
     ) -> tuple[torch.Tensor, ...] | None:
         """→ the rotation of the one position of a step, out of a table that is computed once for each power of two;
         `None` where the step has more positions, or one far behind all tokens, or the scheme no such table."""
-        position = tokens.lone_position if scheme.rotates_alone else None
+        position = tokens.lone_position if _has_rotation_table(scheme) else None
         if position is None or not 0 <= position <= 2 * tokens.past_length + 64:
             return None
         table = self.rotations.get((scheme, dtype))
         if table is None or position >= table[0].shape[2]:
-            positions = torch.arange(max(64, 2 ** position.bit_length()), device=tokens.position_ids.device)
+            positions = torch.arange(max(64, 2 ** position.bit_length()), device=self.facts[0])
             table = self.rotations[scheme, dtype] = scheme("rotation", positions[None], dtype)
         return tuple(x.narrow(2, position, 1) for x in table)
 

@@ -19,8 +19,8 @@ from .functional_transforms import is_transformed
 
 # The same code may be loaded from several saved folders beside the package: each copy has an operator of its own
 _NAMESPACE = f"relpos_{zlib.crc32(__name__.encode()):08x}"
-# attributes of every module, but whether it is trained
-_INTERNAL = vars(nn.Module()).keys() - {"training"}
+# attributes that say nothing of a scheme
+_INTERNAL = {*vars(nn.Module()), "table_name", "num_table_heads"}
 
 
 class Unkeepable(Exception):
@@ -37,19 +37,21 @@ class SchemeState:
         places: further dictionaries, each with a name in it, whose entries must stay the same objects.
 
     Raises:
-        Unkeepable: for a parameter that is no plain tensor on a device.
+        Unkeepable: for a parameter that is no plain tensor with numbers on a device.
     """
 
     def __init__(self, schemes: Iterable[nn.Module], places: Iterable[tuple[dict[str, Any], str]] = ()) -> None:
-        self.places, self.dictionaries = [*places], []
+        places, self.dictionaries = [*places], []
         for part in (part for scheme in schemes for part in scheme.modules()):
             held = vars(part), part._modules, part._parameters, part._buffers
             self.dictionaries += held
-            self.places += [(each, name) for each in held for name in each.keys() - _INTERNAL]
+            places += [(each, name) for each in held for name in each.keys() - _INTERNAL]
         self.sizes = [*map(len, self.dictionaries)]
-        self.parts = [each[name] for each, name in self.places]
+        self.holders, self.names = [each for each, _ in places], [name for _, name in places]
+        self.parts = [each[name] for each, name in places]
         tensors = [part for part in self.parts if isinstance(part, torch.Tensor)]
-        if any(type(x) not in (torch.Tensor, nn.Parameter) or x.is_meta for x in tensors):
+        # those of sharded parameters have no elements between two forwards
+        if any(type(x) not in (torch.Tensor, nn.Parameter) or x.is_meta or not x.numel() for x in tensors):
             raise Unkeepable
         self.on_cpu = [(x, x.detach().clone()) for x in tensors if x.is_cpu]
         devices = {x.device for x in tensors if not x.is_cpu}
@@ -58,7 +60,7 @@ class SchemeState:
 
     def is_unchanged(self) -> bool:
         """Whether all is as it was."""
-        parts = [each.get(name) for each, name in self.places]
+        parts = map(dict.get, self.holders, self.names)
         if not all(map(is_, parts, self.parts)) or [*map(len, self.dictionaries)] != self.sizes:
             return False
         try:
@@ -96,7 +98,7 @@ def kept_table(scheme: Any, length: int, device: torch.device, is_step: bool = F
     are not kept: beside gradients, on GPUs, where a graph that is replayed would not look at the numbers, and outside
     of graphs but in steps of a generation."""
     is_compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    if device.type != "cpu" or torch.is_grad_enabled() or not (is_compiled or is_step):
+    if device.type != "cpu" or torch.is_grad_enabled() or scheme.training or not (is_compiled or is_step):
         return None
     if is_compiled:
         return _kept_table(_numbers(scheme), scheme.table_name, scheme.num_table_heads, length)

@@ -26,15 +26,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import check_implementation
+from .attention_plan import AttentionPlan
 from .attention_planner import example_embeds, plan_layers
 from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer
 from .kept_steps import kept_steps
-from .norms import RelPosDropout, build_norm
+from .norms import build_norm, drop
 from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
-from .scheme_registry import Rotates, add_biases, build_position_embeddings
+from .scheme_registry import LayerGroup, Rotates, add_biases, build_position_embeddings
 from .token_positions import TokenPositions, locate_tokens
 from .transformers_versions import (
     CACHE_NAME,
@@ -95,8 +96,9 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             Where layers differ, what they have, in the order of the layers, joined by "/".
         """
         model, embeds = self.base_model, example_embeds(self.base_model.embed_tokens, 2)
-        groups = [layer.self_attn.group for layer in model.used_layers()]
-        plans = plan_layers(model, groups, model._locate_tokens(embeds), embeds)
+        groups = [layer.self_attn.group for layer in islice(model.layers, model.config.num_hidden_layers)]
+        tokens = locate_tokens(model.config, embeds, None, None, None, groups, model.training)
+        plans = plan_layers(model, groups, tokens, embeds)
         return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,7 +151,7 @@ class RelPosModel(RelPosPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.position_embeddings = build_position_embeddings(config)
-        self.dropout = RelPosDropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.embed_norm = build_norm(config) if config.embed_norm else nn.Identity()
         self.norm = build_norm(config)
@@ -224,20 +226,14 @@ class RelPosModel(RelPosPreTrainedModel):
             check_keywords(kwargs, position_ids, self.config._attn_implementation)
         else:  # continuous batching says itself which tokens see which
             cache = None
-        tokens = self._locate_tokens(inputs_embeds, attention_mask, position_ids, cache)
-        position_ids = self._augment(tokens, inputs_embeds.shape[0])
-        layers = self.used_layers()
+        layers = [*islice(self.layers, self.config.num_hidden_layers)]
         groups = [layer.self_attn.group for layer in layers]
-        kept = kept_steps(self, groups, tokens, inputs_embeds)
-        kept_rotation = None if kept is None else partial(kept.rotation, tokens)
-        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation)
-        plans, given = plan_layers(self, groups, tokens, inputs_embeds, kept), {}
-        for group, plan in plans.items():
-            rotates = Rotates([rotations[name] for name in group.schemes if name in rotations])
-            given[group] = plan, plan.shared_bias(), rotates
+        tokens = locate_tokens(self.config, inputs_embeds, attention_mask, position_ids, cache, groups, self.training)
+        position_ids = self._augment(tokens, inputs_embeds.shape[0])
+        given = self._plan(groups, tokens, position_ids, inputs_embeds)
         if use_cache and cache is None and paged is None and tokens.cacheable:
             cache = DynamicCache(config=self.config)
-        hidden_states = self.dropout(self.embed_norm(self.position_embeddings.embed(inputs_embeds, position_ids)))
+        hidden_states = drop(self.dropout, self.embed_norm(self.position_embeddings.embed(inputs_embeds, position_ids)))
         for layer, group in zip(layers, groups):
             plan, shared_bias, rotates = given[group]
             hidden_states = layer(
@@ -252,16 +248,18 @@ class RelPosModel(RelPosPreTrainedModel):
             )
         return ModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _locate_tokens(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: Any = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> TokenPositions:
-        groups = (layer.self_attn.group for layer in self.used_layers())
-        given = (inputs_embeds, attention_mask, position_ids, cache)
-        return locate_tokens(self.config, *given, groups, self.training)
+    def _plan(
+        self, groups: list[LayerGroup], tokens: TokenPositions, position_ids: torch.Tensor, inputs_embeds: torch.Tensor
+    ) -> dict[LayerGroup, tuple[AttentionPlan, torch.Tensor | None, Rotates]]:
+        """→ what the layers of each group are given: how they attend, the bias that they share, their rotations."""
+        kept = kept_steps(self, groups, tokens, inputs_embeds)
+        kept_rotation = None if kept is None else partial(kept.rotation, tokens)
+        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation)
+        plans, given = plan_layers(self, groups, tokens, inputs_embeds, kept), {}
+        for group, plan in plans.items():
+            rotates = Rotates([rotations[name] for name in group.schemes if name in rotations])
+            given[group] = plan, plan.shared_bias(), rotates
+        return given
 
     def _augment(self, tokens: TokenPositions, batch_size: int) -> torch.Tensor:
         """→ the positions that schemes see which act on positions themselves; distances stay as they are."""
@@ -269,9 +267,6 @@ class RelPosModel(RelPosPreTrainedModel):
             return tokens.position_ids
         limit = self.config.max_position_embeddings
         return augment_starts(tokens.position_ids, tokens.documents, batch_size, limit)
-
-    def used_layers(self) -> list[RelPosDecoderLayer]:
-        return [*islice(self.layers, self.config.num_hidden_layers)]
 
 
 class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
@@ -370,7 +365,7 @@ class RelPosForTokenClassification(GenericForTokenClassification, RelPosPreTrain
         RelPosPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = RelPosModel(config)
-        self.dropout = RelPosDropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -29,11 +29,10 @@ def _is_plain_inference(hidden_states: torch.Tensor, weight: torch.Tensor) -> bo
     return is_fp32_on_cpu and not torch.is_grad_enabled() and not is_traced(hidden_states)
 
 
-class RelPosDropout(nn.Dropout):
-    """As in torch; outside of training, a call costs next to nothing."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) if self.training else hidden_states
+def drop(dropout: nn.Dropout, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What a dropout returns; outside of training without the call, which takes as long as a small operation."""
+    is_called = dropout.training or dropout._forward_hooks or dropout._forward_pre_hooks
+    return dropout(hidden_states) if is_called else hidden_states
 
 
 def build_norm(config: RelPosConfig) -> nn.Module:

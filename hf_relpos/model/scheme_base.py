@@ -220,12 +220,6 @@ class PositionEmbedding(SelfInitialized, HookCaller):
         """Checks the options that were given against `config` (raises `ValueError`); returns those to keep."""
         return options
 
-    @property
-    def rotates_alone(self) -> bool:
-        """Whether `rotation` has no parameters, gives a tuple of (1, 1, Q, ·) tensors for (1, Q) positions, and says of
-        a position what it says of it among others: then cached steps read it from a table."""
-        return False
-
     def reset_parameters(self) -> None:
         """Initialises the scheme's own parameters, through `transformers.initialization` only."""
 

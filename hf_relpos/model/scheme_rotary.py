@@ -132,7 +132,9 @@ class RotaryEmbedding(PositionEmbedding):
         return 1.0 / self.rope_theta**exponent / self.factor
 
     @property
-    def rotates_alone(self) -> bool:
+    def has_rotation_table(self) -> bool:
+        """Whether `rotation` says of a position what it says of it among others, without parameters: cached steps read
+        it from a table then. A subclass may have another `rotation`."""
         return type(self) is RotaryEmbedding and self.rope_type not in LENGTH_DEPENDENT_ROPE_TYPES
 
     def _original_length(self) -> int:
@@ -165,6 +167,9 @@ class RotaryEmbedding(PositionEmbedding):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if query.shape[2] == 1:  # a cached step: so little that it is the number of operations that counts
+            both = rotate_channels(torch.cat((query, key), dim=1), *rotation)
+            return both.split((query.shape[1], key.shape[1]), dim=1)
         return rotate_channels(query, *rotation), rotate_channels(key, *rotation)
 
 

@@ -1,5 +1,5 @@
-"""What the steps of a generation share is never stale: whatever changes between two of them, a step says what it says by a
-cache that nothing was kept with, and what a dense bias says."""
+"""What the steps of a generation share is never stale: whatever changes between two of them, a step says what it says
+by a cache that nothing was kept with, and what a dense bias says."""
 
 import copy
 
@@ -32,7 +32,7 @@ def begin(scheme, rows=2, **overrides):
 
 @torch.no_grad()
 def check(model, past, token, **given):
-    """One step, which must be that of a copy of the cache, with which nothing is kept, and that of the eager reference."""
+    """One step: that of a copy of the cache, with which nothing is kept, and that of the eager reference."""
     fresh, dense = copy.deepcopy(past), copy.deepcopy(past)
     assert fresh not in _KEPT
     step = model(token, past_key_values=past, **given).logits
@@ -190,7 +190,7 @@ def test_changed_caches(scheme, change):
 
 @pytest.mark.parametrize("scheme", KINDS)
 def test_what_a_step_is_given_besides(scheme):
-    """Positions, padding, several tokens, another kernel or precision, gradients, between steps with nothing of these."""
+    """Positions, padding, several tokens, other kernels, precision, gradients, between steps with nothing of these."""
     model, past, tokens = begin(scheme)
     length, token = 12, tokens[:, :1]
     for shift in (0, 400):
