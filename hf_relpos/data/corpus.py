@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -149,8 +150,16 @@ def load_sotu() -> Corpus:
 def _load_files(args: TextArguments) -> Corpus:
     given = {flag.removesuffix("_file"): path for flag in FILE_FLAGS if (path := getattr(args, flag))}
     lists = {split: list_files(f"{split}_file", path) for split, path in given.items()}
-    name = "+".join(dict.fromkeys(Path(path).name for path in given.values()))
-    return _read_lists(name, lists, args)
+    return _read_lists(_name_of({split: Path(path) for split, path in given.items()}), lists, args)
+
+
+def _name_of(paths: dict[str, Path]) -> str:
+    """Files that are named for their splits are called as their folder, others by their own names."""
+    folders = {Path(os.path.abspath(path)).parent for path in paths.values()}
+    named = all(path.name.partition(".")[0] == split for split, path in paths.items())
+    if named and len(folders) == 1 and (name := folders.pop().name):
+        return name
+    return "+".join(dict.fromkeys(path.name for path in paths.values()))
 
 
 def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> Corpus:
