@@ -38,7 +38,7 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        part: "attention", "step", "decode" or "evaluate".
+        part: "attention", "step", "compiled_step", "decode" or "evaluate".
         name: of the kernel or the model.
         length: N; of a cached step, the number of cached tokens.
         batch_size: B.
@@ -66,6 +66,7 @@ class Case:
         builders = {
             "attention": _build_attention,
             "step": _build_step,
+            "compiled_step": _build_step,
             "decode": _build_decode,
             "evaluate": _build_evaluation,
         }
@@ -293,6 +294,8 @@ def _build_step(case: Case) -> Callable[[], None]:
     model = _model(case).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, VOCAB_SIZE, (case.batch_size, case.length), device=case.device)
+    if case.part == "compiled_step":
+        model = torch.compile(model)
 
     def run() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()

@@ -236,7 +236,7 @@ def text_of(result: dict[str, Any]) -> str:
         groups.setdefault((record["mode"], record["dtype"], record["head_dim"]), []).append(record)
     for (mode, dtype, head_size), records in groups.items():
         title = f"{mode.replace('_', ' and ')}, {dtype}, head size {head_size}, {arguments['tokens']} tokens"
-        lines += ["", f"**{title}**, ratio to causal SDPA", "", *ratio_table(records)]
+        lines += ["", f"**{title}**, ratio to causal SDPA", "", ratio_table(records)]
     if result["skipped"]:
         reasons = dict.fromkeys(f"- {case['name']} ({case['dtype']}): {case['reason']}" for case in result["skipped"])
         lines += ["", "**Skipped**", "", *reasons]

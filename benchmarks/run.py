@@ -21,9 +21,10 @@ from hf_relpos.cli import command, parse_arguments
 from hf_relpos.environment import hardware, versions, write_json
 
 
-PARTS = ("attention", "step", "decode", "memory", "evaluate", "profile")
+PARTS = ("attention", "step", "decode", "memory", "evaluate", "profile", "compiled_step")
 # part → the name whose time and memory the ratios are to
-BASES = {"attention": "sdpa_causal", "step": "llama", "decode": "rotary"}
+BASES = {"attention": "sdpa_causal", "step": "llama", "decode": "llama", "compiled_step": "llama"}
+STEPS = ("step", "compiled_step")
 
 
 @dataclass
@@ -31,7 +32,10 @@ class BenchmarkArguments:
     """What is measured."""
 
     output_dir: str = field(metadata={"help": "Folder for benchmark.json, benchmark.md and the plots."})
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Some of {', '.join(PARTS)}."})
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS[:-1]),
+        metadata={"help": f"Some of {', '.join(PARTS)}; the last takes minutes to compile, and must be asked for."},
+    )
     kernels: list[str] = field(default_factory=lambda: list(KERNELS), metadata={"help": "Attention kernels."})
     models: list[str] = field(default_factory=model_names, metadata={"help": "Schemes, and models of others."})
     lengths: list[int] = field(
@@ -87,7 +91,7 @@ def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
             groups.append([Case("attention", name, length, rows, mode, **where) for name in args.kernels])
     for length in args.step_lengths:
         rows = max(args.step_tokens // length, 1)
-        groups.append([Case("step", name, length, rows, **where) for name in args.models])
+        groups += [[Case(part, name, length, rows, **where) for name in args.models] for part in STEPS]
     for length in args.decode_lengths:
         for rows in args.decode_batch_sizes:
             groups.append([Case("decode", name, length, rows, **where) for name in args.models])

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .kept_tables import name_scheme
+
 
 POSITION_EMBEDDINGS: dict[str, type["PositionEmbedding"]] = {}
 
@@ -200,6 +202,11 @@ class PositionEmbedding(SelfInitialized, HookCaller):
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__()
         self.start_gate: StartGate | None = None  # of those that `config.position_gates` names
+        self.num_table_heads, self.table_name = config.num_attention_heads, name_scheme(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.table_name = name_scheme(self)  # a copy is another scheme
 
     def forward(self, hook: str, *args: Any) -> Any:
         """→ what the method `hook` returns, times the gate of the scheme if it has one."""

@@ -44,30 +44,32 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 def rotate_channels(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(B, H, Q, D), (B or 1, 1, Q, R) twice → (B, H, Q, D) with the first R channels rotated."""
+    if cos.shape[-1] == x.shape[-1]:
+        return x * cos + rotate_half(x) * sin
     rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    rotary = rotary * cos + rotate_half(rotary) * sin
-    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
+    return torch.cat((rotary * cos + rotate_half(rotary) * sin, rest), dim=-1)
 
 
 @register_position_embedding("rotary")
 class RotaryEmbedding(PositionEmbedding):
     """Rotary position embedding (RoPE), whole or partial, plain or scaled for a longer context.
 
-    The first R = D · partial_rotary_factor channels of q and k at position p are rotated pairwise, (k, k + R/2), by the
-    angle p · θ_k, θ_k = rope_theta^(−2k/R), k = 0..R/2−1. The score then depends on i − j alone.
+    (x[k], x[k + R/2]) at position p, rotated by p · θ_k,  θ_k = rope_theta^(−2k/R),  k = 0..R/2−1
+
+    x is q and k; of their D channels the first R = D · partial_rotary_factor take part. The score then depends on i − j
+    alone.
 
     Options live in `config.rope_parameters`, the field of transformers: `rope_theta` 10000 and `partial_rotary_factor`
-    1.0 (the notebook that this project grew from used 0.5). `pos_embedding_kwargs` takes them too and moves them there.
-    `rope_type` is one of `ROPE_TYPES`: the scalings of transformers, with its own functions for θ, so that a checkpoint
-    means the same here and there.
+    1.0. `pos_embedding_kwargs` takes them too and moves them there. `rope_type` is one of `ROPE_TYPES`: the scalings of
+    transformers, with its own functions for θ, so that a checkpoint means the same here and there.
 
-    Differs: the angles of "dynamic" and "longrope" follow the length of the sequence, each row its own, so keys that
-    were cached at a shorter length are wrong at a longer one. transformers uses them all the same; here it is an error.
+    Differs (dynamic, longrope): the angles follow the length of the sequence, each row its own, so keys that were
+    cached at a shorter length are wrong at a longer one. transformers uses them all the same; here it is an error.
 
     Parameters: none. Past the training length: defined for every position; unseen angles, perplexity rises steeply.
-    Paper: Su et al. 2021, arXiv 2104.09864, the half-split layout is that of GPT-NeoX and Llama; linear: arXiv
-    2306.15595; yarn, and dynamic as described there: arXiv 2309.00071; longrope: arXiv 2402.13753; llama3: arXiv
-    2407.21783; proportional: arXiv 2410.06205.
+    Paper: Su et al. 2021, arXiv 2104.09864, the half-split layout is that of GPT-NeoX and Llama.
+    Paper (linear): arXiv 2306.15595. Paper (yarn, dynamic): arXiv 2309.00071. Paper (longrope): arXiv 2402.13753.
+    Paper (llama3): arXiv 2407.21783. Paper (proportional): arXiv 2410.06205.
     """
 
     kind = "relative"
@@ -129,6 +131,12 @@ class RotaryEmbedding(PositionEmbedding):
             return 1.0 / (self.rope_theta * stretch ** (self.rotary_dim / (self.rotary_dim - 2))) ** exponent
         return 1.0 / self.rope_theta**exponent / self.factor
 
+    @property
+    def has_rotation_table(self) -> bool:
+        """Whether `rotation` says of a position what it says of it among others, without parameters: cached steps read
+        it from a table then. A subclass may have another `rotation`."""
+        return type(self) is RotaryEmbedding and self.rope_type not in LENGTH_DEPENDENT_ROPE_TYPES
+
     def _original_length(self) -> int:
         """The length from which on the angles change, where transformers has it."""
         if self.rope_type == "dynamic":
@@ -159,6 +167,9 @@ class RotaryEmbedding(PositionEmbedding):
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if query.shape[2] == 1:  # a cached step: so little that it is the number of operations that counts
+            both = rotate_channels(torch.cat((query, key), dim=1), *rotation)
+            return both.split((query.shape[1], key.shape[1]), dim=1)
         return rotate_channels(query, *rotation), rotate_channels(key, *rotation)
 
 

@@ -1,5 +1,7 @@
 """The ways of `generate` beyond greedy decoding and beams: each ends in the tokens that the plain forward gives."""
 
+import copy
+
 import pytest
 import torch
 from conftest import SCHEMES, make_model, make_tokens
@@ -7,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+from hf_relpos.model.kept_tables import _TABLES
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 
 
@@ -62,27 +65,38 @@ def test_logits_to_keep(scheme):
 
 @pytest.mark.parametrize("scheme", KINDS)
 def test_a_compiled_decode_step_with_a_static_cache(scheme):
-    """One graph, without breaks and without recompilation from token to token, with left padding."""
+    """One graph, without breaks and without recompilation from token to token, with left padding. A table of the
+    distances is computed once, and again when the parameters change."""
     torch._dynamo.reset()
     model = make_model(scheme)
-    tokens, mask = make_tokens(2, 12), torch.ones(2, 20, dtype=torch.long)
+    tokens, mask, tables = make_tokens(2, 14), torch.ones(2, 20, dtype=torch.long), []
     mask[1, :4] = 0
-    expected = model(tokens, attention_mask=mask[:, :12]).logits
+    expected = model(tokens, attention_mask=mask[:, :14]).logits
     past = StaticCache(config=model.config, max_cache_len=20)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         model(tokens[:, :8], attention_mask=mask[:, :8], past_key_values=past)
-        for index in range(8, 12):
+        for index in range(8, 14):
+            if index == 12:  # as an adapter is merged; keys and values are then those of both
+                for name, parameter in model.named_parameters():
+                    parameter.data *= 1.5 if "position_embeddings" in name else 1.0
+                eager, static = make_model(scheme), copy.deepcopy(past)
+                eager.load_state_dict(model.state_dict())
             # as `generate` hands it over: a ready mask over the whole cache, and positions
             visible = torch.arange(20) <= index
             ready = (visible & mask.bool())[:, None, None, :]
             position_ids = mask[:, : index + 1].sum(-1, keepdim=True) - 1
-            step = compiled(
-                tokens[:, index : index + 1], attention_mask=ready, position_ids=position_ids, past_key_values=past
-            )
-            assert_close(step.logits[:, 0], expected[:, index], **CLOSE)
+            given = {"attention_mask": ready, "position_ids": position_ids}
+            step = compiled(tokens[:, index : index + 1], past_key_values=past, **given).logits
+            if index >= 12:
+                expected[:, index] = eager(tokens[:, index : index + 1], past_key_values=static, **given).logits[:, 0]
+            assert_close(step[:, 0], expected[:, index], **CLOSE)
+            tables.append([_TABLES[each][1] for each in model.modules() if each in _TABLES])
     assert counter.frame_count == 1
+    assert bool(tables[0]) == (scheme in ("alibi", "linear_cpb", "dape"))
+    for first, second, last, changed in zip(tables[0], tables[1], tables[3], tables[5]):
+        assert first is second is last and (changed is last) == (scheme == "alibi")
 
 
 @pytest.mark.parametrize("scheme", KINDS)
