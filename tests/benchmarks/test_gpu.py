@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -49,8 +50,12 @@ def test_a_wrong_kernel_fails(monkeypatch, tmp_path, capsys):
         return {"changed": (forward, block_backward)}
 
     monkeypatch.setattr(gpu, "_passes", lambda *call: passes(lambda out: out + 0.01))
-    with pytest.raises(SystemExit) as stopped:
-        run_gpu(monkeypatch, tmp_path, "--minutes", "0.01")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(
+            gpu, "check_groups", lambda args: [("one", partial(gpu.check_call, "causal", 16, "float32", "cpu"))]
+        )
+        patch.setattr(gpu, "time_groups", lambda *args: [])
+        run_gpu(patch, tmp_path)
     assert stopped.value.code == 2 and "checks failed" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "_passes", lambda *call: passes(lambda out: out + 1e-7 * torch.rand(())))
     assert not gpu.check_call("causal", 16, "float32", "cpu")[0]["passed"]
