@@ -32,7 +32,7 @@ from hf_relpos.results.result_file import markdown
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
-MASKS = ("causal", "all masks")
+MASKS = ("causal", "masks and groups")
 BATCH_SIZE, NUM_HEADS, LENGTH = 4, 16, 2048
 TENSOR_CORES = {"HGMMA": "wgmma", "HMMA": "mma", "FFMA": None}  # instruction → what it runs on
 
@@ -52,7 +52,7 @@ class CompileArguments:
     )
     masks: list[str] = field(
         default_factory=lambda: list(MASKS),
-        metadata={"help": "causal alone, or all masks: padding, documents and a window too."},
+        metadata={"help": "causal alone, or masks and groups: padding, documents, a window and grouped queries too."},
     )
 
     def __post_init__(self) -> None:
@@ -128,8 +128,10 @@ def compile_kernels(capability: int, head_size: int, dtype: str, masks: str) -> 
         a record for each kernel: `shared` bytes that it asks for, `available` on the card and, if it fits, the rest.
     """
     where = {"device": "meta", "dtype": DTYPES[dtype]}
+    num_groups = NUM_HEADS if masks == "causal" else NUM_HEADS // 2
     query, key, value, grad_out = (
-        torch.empty(BATCH_SIZE, LENGTH, NUM_HEADS, head_size, **where).transpose(1, 2) for _ in range(4)
+        torch.empty(BATCH_SIZE, LENGTH, num_heads, head_size, **where).transpose(1, 2)
+        for num_heads in (NUM_HEADS, num_groups, num_groups, NUM_HEADS)
     )
     table = torch.empty(NUM_HEADS, LENGTH, device="meta")
     call = TableCall(0.1)

@@ -24,7 +24,7 @@ KERNELS = {"delta", "forward", "key_value", "query", "query and table", "table"}
 SAMPLE = """
 import json
 from benchmarks.triton_compile import compile_kernels
-print(json.dumps(compile_kernels(86, 32, "float16", "all masks")))
+print(json.dumps(compile_kernels(86, 32, "float16", "masks and groups")))
 """
 
 
