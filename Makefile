@@ -6,6 +6,7 @@
 #   VLLM_PYTHON names the Python of scripts/check_vllm.py
 # make test-hf: transformers' own suites over the family and four of its own; writes docs/conformance.md
 # make docs: the guides as a site, in the folder site, and the notebooks
+# make release: the wheel and the sdist, in the folder dist, installed in a new environment and used in an empty folder
 # All make a virtual environment in .venv first, with the versions that constraints.txt pins. The oldest versions that are
 # supported: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
@@ -15,7 +16,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo sweep-demo test test-clients test-hf docs
+.PHONY: demo sweep-demo test test-clients test-hf docs release
 
 demo: $(VENV)/installed-sample
 	rm -rf demo
@@ -52,6 +53,9 @@ docs: $(VENV)/installed-docs
 	$(BIN)/python scripts/notebooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "wrote site/index.html"
+
+release: $(VENV)/installed-release
+	$(BIN)/python scripts/release.py --output_dir dist
 
 # a marker per extra, older than what it was made from after a pull that changes the requirements
 $(VENV)/installed-%: setup.py pyproject.toml $(CONSTRAINTS)

@@ -12,6 +12,7 @@ RAY = ["ray>=2.50"]
 DEMO = ["gradio>=6.31"]
 DOCS = ["jupytext>=1.19", "mkdocs-material>=9.7"]
 LORA = ["peft>=0.21"]
+RELEASE = ["build>=1.3"]
 # further clients, of the matrix of docs/clients.md alone
 MORE_CLIENTS = [
     "bitsandbytes>=0.50",
@@ -37,7 +38,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_relpos", "hf_relpos.*"]),
-    package_data={"hf_relpos.hub": ["model_card_template.md"], "hf_relpos.native": ["*.cpp", "*.h"]},
+    package_data={
+        "hf_relpos": ["py.typed"],
+        "hf_relpos.hub": ["model_card_template.md"],
+        "hf_relpos.native": ["*.cpp", "*.h"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -65,6 +70,7 @@ setup(
         "demo": DEMO,
         "docs": DOCS,
         "lora": LORA,
+        "release": RELEASE,
         "test": [*SAMPLE, "psutil", "pytest>=8", "pytest-xdist>=3.8", "tensorboard>=2.19", "trackio>=0.40"],
         "clients": [
             *SERVE,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .model.scheme_base import PositionEmbedding, Positions, register_position_embedding
     from .model.scheme_registry import list_position_embeddings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MODEL_SIZES",

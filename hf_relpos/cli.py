@@ -26,21 +26,21 @@ PROGRAM = "hf-relpos"
 # when its sub-command is called
 COMMANDS = {
     "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
-    "compare": ("hf_relpos.experiments.compare:main", "train several schemes on a text and say which is best"),
+    "compare": ("hf_relpos.experiments.commands:compare_main", "train several schemes on a text and say which is best"),
     "train": ("hf_relpos.training.commands:train_main", "train a model with a position scheme"),
-    "import": ("hf_relpos.pretrained.importing:main", "make a pretrained model of another family one of this"),
+    "import": ("hf_relpos.pretrained.commands:import_main", "make a pretrained model of another family one of this"),
     "finetune": (
         "hf_relpos.training.commands:finetune_main",
         "continue training at another length or with another scheme",
     ),
     "evaluate": ("hf_relpos.evaluation.command:main", "measure the loss by length and by position, or score a task"),
     "generate": ("hf_relpos.inference.command:main", "generate text from a prompt or a file of prompts"),
-    "demo": ("hf_relpos.demo.app:main", "show saved models side by side in the browser"),
-    "sweep": ("hf_relpos.experiments.sweep:main", "run the grid of trainings that a YAML file states"),
+    "demo": ("hf_relpos.demo.command:main", "show saved models side by side in the browser"),
+    "sweep": ("hf_relpos.experiments.commands:sweep_main", "run the grid of trainings that a YAML file states"),
     "report": ("hf_relpos.results.report:main", "make tables, plots and statistics of results"),
-    "push": ("hf_relpos.hub.push:main", "publish a saved model on the Hub, with its card"),
+    "push": ("hf_relpos.hub.command:main", "publish a saved model on the Hub, with its card"),
     "serve": ("hf_relpos.inference.serve:main", "answer requests as OpenAI's API does"),
-    "export": ("hf_relpos.pretrained.exporting:main", "write a model with rotary positions as a Llama"),
+    "export": ("hf_relpos.pretrained.commands:export_main", "write a model with rotary positions as a Llama"),
 }
 IMPORT_FILE = "import_file"
 DEBUG = "HF_RELPOS_DEBUG"

@@ -23,10 +23,24 @@ from .tasks.arguments import DataArguments
 # transformers' own Trainer never pushes a file whose name begins so
 LOCAL_RECORD = "_local_corpus.json"
 NAME_IT = "name the data with --train_file, --validation_file, --test_file, --dataset_name or --task"
+OPENING = 48  # characters of a document that its record holds
 MAX_FILES = 1000  # of a folder, whose hashes are kept one by one
 RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
 # flags that decide what the documents are; `streaming` decides only how they are read
 TEXT_FLAGS = ("text_column", "document_separator", "validation_split_percentage")
+
+
+def opening(splits: dict[str, Any]) -> str | None:
+    """The first words of a document that is held out, or else of one to train on: a prompt that fits the corpus.
+
+    Returns:
+        at most `OPENING` characters of whole words on one line; `None` where a document begins with no such word.
+    """
+    split = next((splits[name] for name in ("validation", "test", "train") if name in splits), ())
+    text = next((row["text"] for row in split), "")[: 4 * OPENING]
+    words = [word for word in text.split() if word.isprintable()]
+    line = " ".join(words)[: OPENING + 1]
+    return (line if len(line) <= OPENING else line.rpartition(" ")[0]) or None
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class UsedCorpus:
 
     Attributes:
         record: what is published of it: `name`, `fingerprint` and that of each of its `splits`, `flags` with the names
-            of files, `files` with a hash for each flag, and what was `read`.
+            of files, `files` with a hash for each flag, what was `read`, and the `opening` of a document.
         places: flag → absolute path.
         files: flag → file → hash of its bytes.
     """
@@ -53,7 +67,7 @@ class UsedCorpus:
         record = {"name": corpus.name, "fingerprint": corpus.fingerprint, "splits": corpus.split_fingerprints}
         hashes = {flag: digest(list(files.items())) for flag, files in corpus.files.items()}
         hashes |= {flag: next(iter(files.values())) for flag, files in corpus.files.items() if len(files) == 1}
-        record |= {"flags": flags, "files": hashes, "read": corpus.read.to_dict()}
+        record |= {"flags": flags, "files": hashes, "read": corpus.read.to_dict(), "opening": opening(corpus.splits)}
         return cls(record, places, corpus.files)
 
     @classmethod

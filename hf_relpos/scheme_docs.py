@@ -1,8 +1,9 @@
 """What the docstring of a scheme says.
 
 It has the scheme's full name, an equation, free paragraphs, and parts that begin with `Parameters: `, `Parameters per
-layer: `, `Past the training length: `, `Paper: ` or `Source: `, and `Differs: `. "see `Base`" in a source stands for
-the paper of that class, whose docstring may say for several schemes what they share.
+layer: `, `Past the training length: `, `Paper: ` or `Source: `, and `Differs: `. What holds for some values of
+`rope_type` alone names them: `Differs (dynamic, longrope): `. "see `Base`" in a source stands for the paper of that
+class, whose docstring may say for several schemes what they share.
 """
 
 import inspect
@@ -16,13 +17,19 @@ PARTS = ("Parameters per layer", "Parameters", "Past the training length", "Pape
 
 
 def read_docstring(cls: type[PositionEmbedding]) -> dict[str, Any]:
-    """→ `title`, `equation`, `text` (paragraphs) and those of `PARTS` that there are."""
+    """→ `title`, `equation`, `text` (paragraphs), those of `PARTS` that there are, and `special`: (part, values of
+    `rope_type`, what is said of them)."""
     paragraphs = inspect.cleandoc(cls.__doc__ or cls.__name__).split("\n\n")
-    read: dict[str, Any] = {"title": " ".join(paragraphs[0].split()), "equation": "".join(paragraphs[1:2]), "text": []}
+    read: dict[str, Any] = {"title": " ".join(paragraphs[0].split()), "equation": "".join(paragraphs[1:2])}
+    read |= {"text": [], "special": []}
     for paragraph in paragraphs[2:]:
-        text, *parts = re.split(rf"(?:^|\s)({'|'.join(PARTS)}): ", " ".join(paragraph.split()))
+        text, *parts = re.split(rf"(?:^|\s)({'|'.join(PARTS)})(?: \(([\w, ]+)\))?: ", " ".join(paragraph.split()))
         read["text"] += [text] if text else []
-        read |= dict(zip(parts[::2], parts[1::2]))
+        for part, values, says in zip(parts[::3], parts[1::3], parts[2::3]):
+            if values:
+                read["special"].append((part, values.split(", "), says))
+            else:
+                read[part] = says
     return read
 
 

@@ -4,8 +4,8 @@
 python scripts/compare.py --text my_texts/ --schemes rotary alibi linear_cpb --budget 20min
 """
 
-from hf_relpos.experiments.compare import main
+from hf_relpos.experiments.commands import compare_main
 
 
 if __name__ == "__main__":
-    main()
+    compare_main()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
+"""A page in the browser for saved models: their text side by side, the loss by position as a difference to the first
+model, the attention of a head by distance, and the learned bias.
 
 python scripts/demo.py output/alibi output/rotary
 """
 
-from hf_relpos.demo.app import main
+from hf_relpos.demo.command import main
 
 
 if __name__ == "__main__":

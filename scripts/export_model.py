@@ -4,8 +4,8 @@
 python scripts/export_model.py output/yarn output/yarn-llama
 """
 
-from hf_relpos.pretrained.exporting import main
+from hf_relpos.pretrained.commands import export_main
 
 
 if __name__ == "__main__":
-    main()
+    export_main()

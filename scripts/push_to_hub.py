@@ -4,7 +4,7 @@
 python scripts/push_to_hub.py output/alibi alice/relpos-alibi
 """
 
-from hf_relpos.hub.push import main
+from hf_relpos.hub.command import main
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python scripts/run_guides.py
 python scripts/run_guides.py --only quickstart train
 
 A block under the comment "<!-- not run: why -->" is left out; one under "<!-- file: NAME -->" is written there first.
-What a guide needs of an earlier one, it finds in the same folder.
+What a guide needs of an earlier one, it finds in the same folder. The Python of a page goes on from what stands above.
 """
 
 import os
@@ -36,7 +36,7 @@ GUIDES = (
     "publish",
     "scale",
 )
-BLOCK = re.compile(r"^(?:<!-- (not run|file): (.*) -->\n)?```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]*) -->\n)?```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FUNCTION = f'hf-relpos() {{ "{sys.executable}" -m hf_relpos "$@"; }}; python() {{ "{sys.executable}" "$@"; }}; set -e\n'
 
 
@@ -75,13 +75,27 @@ def read_blocks(page: str) -> list[Block]:
     return blocks
 
 
-def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess:
-    """Runs a block in a folder."""
+def run_block(block: Block, folder: Path, above: str = "") -> subprocess.CompletedProcess:
+    """Runs a block in a folder, one of Python after what stands `above` it on its page."""
     if block.file:
         (folder / block.file).write_text(block.code, encoding="utf-8")
-    words = ["bash", "-c", FUNCTION + block.code] if block.language == "bash" else [sys.executable, "-c", block.code]
+    words = (
+        ["bash", "-c", FUNCTION + block.code]
+        if block.language == "bash"
+        else [sys.executable, "-c", above + block.code]
+    )
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+
+
+def above(block: Block, blocks: list[Block]) -> str:
+    """The Python before a block on its page that is run and needs no file."""
+    before = blocks[: blocks.index(block)]
+    return "".join(
+        each.code
+        for each in before
+        if (each.page, each.language, each.file, each.reason) == (block.page, "python", None, None)
+    )
 
 
 @dataclass
@@ -109,7 +123,7 @@ def main() -> None:
                 print(f"left out, {block.reason}: {head}")
                 continue
             begun = time.monotonic()
-            done = run_block(block, folder)
+            done = run_block(block, folder, above(block, blocks))
             print(f"{'FAILED' if done.returncode else 'done'} in {time.monotonic() - begun:.0f} s: {head}", flush=True)
             if done.returncode:
                 failed += 1

@@ -111,6 +111,7 @@ def _section(name: str, cls: type[PositionEmbedding], model: RelPosForCausalLM) 
     points += [f"**Past the training length**: {read['Past the training length']}"]
     points += [f"**Paper**: {read.get('Paper', read.get('Source'))}"]
     points += [f"**Differs**: {read['Differs']}"] if "Differs" in read else []
+    points += [f"**{part}** ({', '.join(values)}): {says}" for part, values, says in read["special"]]
     return link_papers("\n\n".join(lines) + "\n\n" + "\n".join(f"- {point}" for point in points) + "\n")
 
 

@@ -90,7 +90,7 @@ def load_scripts(cache: Path) -> dict[str, Callable[[], None]]:
     """→ the function of each script. They are imported once, so that the calls, which are forked, begin at once."""
     os.environ |= {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from hf_relpos.experiments.sweep import main as sweep_main
+    from hf_relpos.experiments.commands import sweep_main
     from hf_relpos.training.commands import finetune_main, train_main
 
     return {"train": train_main, "finetune": finetune_main, "sweep": sweep_main}

@@ -1,10 +1,12 @@
 """The pages of `--help`: what stands first, what last, and that each flag stands there once."""
 
 import re
+import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+from conftest import ROOT
 from transformers import TrainingArguments
 
 from hf_relpos.cli import COMMANDS, main
@@ -79,3 +81,23 @@ def test_sub_commands_stand_in_the_order_of_their_use(monkeypatch, capsys):
     assert names == [*COMMANDS] and all(len(line) < 100 for line in lines)
     order = [names.index(name) for name in ("schemes", "train", "evaluate", "generate", "sweep", "report", "push")]
     assert order == sorted(order)
+
+
+LIGHT = """
+import contextlib, io, sys
+names, sys.argv[0] = sys.argv[1:], "hf-relpos"
+from hf_relpos.cli import main
+for name in names:
+    sys.argv = ["hf-relpos", name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+        main()
+    loaded = [each for each in ("torch", "transformers.modeling_utils", "datasets", "scipy") if each in sys.modules]
+    print(name, page.getvalue().split()[0], *loaded)
+"""
+
+
+def test_a_page_waits_for_no_library_that_takes_seconds():
+    """But that of training, whose flags are those of transformers; in a process of its own, where nothing is loaded."""
+    names = [name for name in PAGES if name not in ("train", "finetune")]
+    ran = subprocess.run([sys.executable, "-c", LIGHT, *names], capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.splitlines() == [f"{name} usage:" for name in names], ran.stdout + ran.stderr

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from hf_relpos.data import corpus as corpora
 from hf_relpos.hub.push import _identity
 from hf_relpos.hub.repository import repository_files
-from hf_relpos.model_corpus import LOCAL_RECORD, TEXT_FLAGS, ModelCorpus, UsedCorpus
+from hf_relpos.model_corpus import LOCAL_RECORD, TEXT_FLAGS, ModelCorpus, UsedCorpus, opening
 from hf_relpos.results.training_record import given_flags
 from hf_relpos.tasks.arguments import DataArguments
 
@@ -308,7 +308,26 @@ def test_a_file_called_as_the_built_in_corpus_is_not_taken_for_it(project, train
     model = train("--train_file", project / "sotu", "--validation_split_percentage", 50)
     assert evaluate(model)["files"] == record_of(model)["corpus"]["files"]
     assert "State of the Union" not in (model / "README.md").read_text(encoding="utf-8")
-    assert 'tokenizer("The", return_tensors' in (model / "README.md").read_text(encoding="utf-8")
+    opening = record_of(model)["corpus"]["opening"]
+    documents = [path.read_text(encoding="utf-8") for path in (project / "sotu").glob("*.txt")]
+    assert 24 < len(opening) <= 48 and sum(text.startswith(opening + " ") for text in documents) == 1
+    assert f'tokenizer("{opening}", return_tensors' in (model / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("  A short\n\ntext.\n", "A short text."),
+        ("word " * 30, ("word " * 9).strip()),
+        ("x" * 60 + " and more", None),
+        ("\x00 \u202e one \ufeff two", "one two"),
+        (" \n", None),
+    ],
+    ids=["short", "long", "one long word", "signs that are not seen", "white space"],
+)
+def test_the_opening_of_a_corpus_is_that_of_a_document_held_out(text, expected):
+    assert opening({"train": [{"text": "not this"}], "validation": [{"text": text}]}) == expected
+    assert opening({"train": [{"text": text}]}) == expected and opening({}) is None
 
 
 def test_a_data_set_in_a_folder_is_found_again(project, train, evaluate, run_script, capsys, tmp_path):

@@ -55,7 +55,9 @@ class TextArguments:
         default=None,
         metadata={"help": "Share of the training documents to evaluate on if nothing else is given; 5 by default."},
     )
-    streaming: bool | None = field(default=None, metadata={"help": "Read the data as it is needed. Needs --max_steps."})
+    streaming: bool | None = field(
+        default=None, metadata={"help": "Read the data as it is needed; in training with --max_steps."}
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A tokenizer to use instead of one trained on the corpus."}
     )

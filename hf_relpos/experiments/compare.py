@@ -1,17 +1,13 @@
 """One command from a text to an answer: which position scheme trains best on it, and which goes on past its length."""
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cli import command, parse_arguments, say_next
+from ..cli import say_next
 from ..data.corpus import load_corpus
 from ..data.files import LEFT_OUT
 from ..data.tokens import PoorTextError, evaluation_documents, train_tokenizer
@@ -28,66 +24,20 @@ from ..results.result_file import best_result, read_result
 from ..tasks.arguments import DataArguments
 from ..training.model_setup import ModelArguments, new_config
 from ..training.progress import EVALUATION_SHARE
+from .commands import CompareArguments
 from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan
 from .comparison_text import prepare_text
 from .grid import Run, check_runs
 from .progress import FAILURE, failure_of, live_table, status
 from .sweep import collect_results, run_one, signals_interrupt
-from .workers import run_here, run_in_processes, visible_gpus
+from .workers import default_num_parallel, run_here, run_in_processes
 
 
-DESCRIPTION = """\
-Compares position schemes on a text: a learning rate for each by validation loss, several seeds, and the answer with
-what is resolved and what is not.
-
-hf-relpos compare --text my_texts/ --schemes rotary alibi linear_cpb --train_length 128 --run_length 2048 --budget 20min
-"""
 TOKENS_PER_STEP = 1024
 RATES = (3e-3, 6e-3)  # tried first; then half or twice the better one
 SEEDS = (42, 1337, 3407, 1024, 365)
 SMALL = "num_hidden_layers=4,hidden_size=128,num_attention_heads=4"
 MIN_WINDOWS, MAX_WINDOWS = 8, 48  # of the run length, that are read
-
-
-@dataclass
-class CompareArguments:
-    """Which schemes, on which text, and how long it may take."""
-
-    text: str | None = field(
-        default=None,
-        metadata={"help": "A file or folder of text (txt, jsonl, parquet, csv); a built-in one by default."},
-    )
-    schemes: list[str] = field(
-        default_factory=lambda: ["rotary", "alibi", "linear_cpb"],
-        metadata={"help": "Position schemes; `hf-relpos schemes` lists them."},
-    )
-    train_length: int = field(default=128, metadata={"help": "Length in tokens that the models are trained at."})
-    run_length: int = field(default=2048, metadata={"help": "Length in tokens that they shall be good at."})
-    budget: str = field(default="20min", metadata={"help": "Time that all may take: 20min, 90s, 2h."})
-    output_dir: str = field(default="output/compare", metadata={"help": "Folder of the runs and the report."})
-    seeds: int | None = field(default=None, metadata={"help": "Seeds of each scheme; as the budget allows by default."})
-    model_size: str | None = field(
-        default=None, metadata={"help": "xsmall, small, ..; by default 4 layers of width 128, and xsmall on a GPU."}
-    )
-    vocab_size: int | None = field(
-        default=None,
-        metadata={"help": "Entries of the tokenizer, which is trained on the text; by its size by default."},
-    )
-    num_parallel: int | None = field(
-        default=None, metadata={"help": "Runs at once; by default one for each GPU, or for each core up to 4."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and what it costs, and start nothing."})
-
-
-@command
-def main() -> None:
-    (args,) = parse_arguments((CompareArguments,), DESCRIPTION)
-    try:
-        compare(args)
-    except KeyboardInterrupt:
-        with suppress(OSError):  # the terminal may be closed
-            print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
-        raise
 
 
 def compare(args: CompareArguments) -> list[str]:
@@ -235,8 +185,7 @@ class _Setup:
     def __init__(self, args: CompareArguments, paths: dict[str, Path]) -> None:
         self.args, self.paths = args, paths
         self.device = _device()
-        gpus = len(visible_gpus())
-        self.num_parallel = args.num_parallel or gpus or min(4, torch.get_num_threads())
+        self.num_parallel = args.num_parallel or default_num_parallel([])
         self.batch_size = max(1, TOKENS_PER_STEP // args.train_length)
         data = {f"{split}_file": str(path) for split, path in paths.items()}
         corpus = load_corpus(DataArguments(**data))
@@ -300,7 +249,8 @@ class _Setup:
 
     def _cost(self, scheme: str) -> Cost:
         step = measure(self._config(scheme), self.batch_size, self.args.train_length, self.device, self._bf16())
-        tokens = self.windows * self.args.run_length * len(self.lengths())
+        readings = len(self.lengths()) + 2  # the sliding baseline reads each token twice
+        tokens = self.windows * self.args.run_length * readings
         return Cost(step, EVALUATION_SHARE * step * tokens / (self.batch_size * self.args.train_length))
 
     def _bf16(self) -> bool:
@@ -335,6 +285,7 @@ class _Setup:
             evaluation = {"eval_split": "validation", "eval_lengths": [self.args.train_length], "max_windows": 400}
         else:
             evaluation = {"eval_lengths": self.lengths(), "max_windows": self.windows}
+            evaluation |= {"sliding_baseline": True} if self.args.run_length > self.args.train_length else {}
         found = []
         for seed in seeds:
             for scheme, values in rates.items():

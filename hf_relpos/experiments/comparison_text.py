@@ -22,7 +22,7 @@ MAX_CHARACTERS = 2**28  # 256 MB; what follows is not read
 
 
 def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, Path]:
-    """Writes train.jsonl, validation.jsonl and test.jsonl to a folder, unless it has them already.
+    """Writes train.jsonl, validation.jsonl and test.jsonl to a folder of the text's name, unless it has them already.
 
     Those of another text are replaced as long as nothing was trained on them.
 
@@ -31,7 +31,7 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
 
     Args:
         text: a file or folder of text, as --train_file takes it; the built-in corpus by default.
-        folder: where the files go; the runs on them are in `runs` beside it.
+        folder: where that folder goes; the runs on the files are in `runs` beside it.
         run_length: tokens that a test document should have.
 
     Returns:
@@ -40,11 +40,11 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
     Raises:
         ValueError: if there are runs on another text, if a split would be empty, or as `load_corpus`.
     """
-    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     try:
         corpus = load_corpus(TextArguments(validation_file=text))  # which is not split further
     except ValueError as error:
         raise ValueError(str(error).replace("`validation_file`", "`text`")) from error
+    paths = {split: folder / corpus.name / f"{split}.jsonl" for split in SPLITS}
     source = {"name": corpus.name, "fingerprint": corpus.fingerprint, "run_length": run_length}
     if (folder / SOURCE).is_file():
         before = read_json(folder / SOURCE)

@@ -7,12 +7,11 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import command, import_schemes, parse_arguments, parse_values, say_next
-from ..environment import write_json
+from ..cli import import_schemes, parse_values, say_next
+from ..environment import check_at_least_1, write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
 from ..results.groups import fields_to_vary
@@ -22,16 +21,12 @@ from ..training.checkpoints import damage
 from ..training.interrupt import SIGNALS
 from ..training.output_stream import SafeStream
 from ..training.train import finetune, train
+from .commands import SweepArguments
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
-from .workers import run_here, run_in_processes, run_on_ray
+from .workers import default_num_parallel, run_here, run_in_processes, run_on_ray
 
 
-DESCRIPTION = """\
-Runs the experiment that a YAML file states, and continues where an earlier call stopped.
-
-hf-relpos sweep --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
-"""
 LOG = "log.txt"
 
 
@@ -119,34 +114,14 @@ def collect_results(runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
     return results
 
 
-# --- the command
-
-
-@dataclass
-class SweepArguments:
-    """Which experiment, where its runs go, and how many run at once."""
-
-    experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
-    output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
-    scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
-    num_parallel: int = field(
-        default=1, metadata={"help": "Runs at once, each in its own process; GPUs are used in turn."}
-    )
-    executor: str = field(
-        default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}
-    )
-    cpus_per_run: float = field(default=1, metadata={"help": "CPUs that a run takes of a Ray cluster."})
-    gpus_per_run: float = field(default=0, metadata={"help": "GPUs that a run takes of a Ray cluster."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the runs and start none."})
-
-
 def _run_all(runs: Sequence[Run], root: Path, args: SweepArguments) -> list[Run]:
     """→ those that failed."""
     if args.executor == "ray":
         return run_on_ray(runs, root, run_one, args.cpus_per_run, args.gpus_per_run)
-    if args.num_parallel == 1:
+    num_parallel = min(args.num_parallel or default_num_parallel(runs), max(1, len(runs)))
+    if num_parallel == 1:
         return run_here(runs, root, run_one)
-    return run_in_processes(runs, root, run_one, args.num_parallel)
+    return run_in_processes(runs, root, run_one, num_parallel)
 
 
 @contextmanager
@@ -167,14 +142,12 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@command
-def main() -> None:
-    (args,) = parse_arguments((SweepArguments,), DESCRIPTION)
-    if args.num_parallel < 1:
-        raise ValueError(f"`num_parallel` must be at least 1, got {args.num_parallel}.")
+def sweep(args: SweepArguments) -> None:
+    """Does the runs of an experiment that are not done, and writes their results; exit code 1 if one fails."""
+    check_at_least_1("num_parallel", args.num_parallel)
     if args.executor not in ("local", "ray"):
         raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")
-    if args.executor == "ray" and args.num_parallel != 1:
+    if args.executor == "ray" and args.num_parallel not in (None, 1):
         raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
     if args.dry_run:

@@ -1,13 +1,18 @@
 """The evaluation in a model card: of one run, or of a setting as means over its seeds."""
 
+import math
 from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from huggingface_hub import EvalResult
 
 from ..model.scheme_registry import position_embedding_classes
+from ..results.estimates import Estimate
+from ..results.groups import Group
+from ..results.report_tables import exp_cell, interval_cell, mean_cell
 from ..results.result_file import escape_markdown, markdown, score_cells, split_name
 
 
@@ -36,13 +41,13 @@ def evaluation_section(
         (num_tokens,) = {cell["num_tokens"] for cell in result["lengths"].values()}
         about = (
             f"{corpus['num_documents']} documents, the same {num_tokens:,} target tokens at every length, losses in "
-            f"nats per token. {_context(result)}"
+            f"nats per token. {_context(runs)}"
         )
     if corpus.get("same_corpus_as_training") is False:
         own = corpus.get("trained_on")
         known = f", {escape_markdown(own)}" if own else ", of which nothing is recorded"
         about = f"**This is no split of the corpus that the model was trained on{known}.** {about}"
-    spread = f"Mean ± standard deviation over the {seeds_in_words(runs)}. " if len(runs) > 1 else ""
+    spread = _interval_in_words(runs, is_task) if len(runs) > 1 else ""
     return {
         "title": f"{'Score' if is_task else 'Loss'} by length: {what}",
         "about": (spread + about).strip(),
@@ -52,6 +57,13 @@ def evaluation_section(
         + escape_markdown(f"{result['pos_embedding_type']}: {split_name(result)}"),
         "failure": ("Judged by the means over the seeds. " if len(runs) > 1 else "") + _failure(result, config),
     }
+
+
+def _interval_in_words(runs: Sequence[dict[str, Any]], is_task: bool) -> str:
+    has_documents = not is_task and all(run.get("documents") for run in runs)
+    on = "on new documents" if has_documents else "on the same text" if not is_task else "on the same rows"
+    seeds = f"{len(runs)} {seeds_in_words(runs).replace(' ', ' (', 1)})"
+    return f"Means over {seeds}, with 95 % intervals for new seeds {on}. "
 
 
 def corpus_name(corpus: dict[str, Any]) -> str:
@@ -71,7 +83,8 @@ def seeds_in_words(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def mean_result(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """→ a result with the means over the runs of what was measured; all else as in the first."""
+    """→ a result with the means over the runs of what was measured, and exp of the mean loss for perplexities; all else
+    as in the first."""
     keys = [key for key in ("lengths", "in_context_score", "slope") if runs[0].get(key)]
     return {**runs[0], **{key: _mean([run[key] for run in runs]) for key in keys}} if len(runs) > 1 else runs[0]
 
@@ -81,7 +94,8 @@ def _mean(values: Sequence[Any]) -> Any:
     if any(value is None for value in values):
         return None
     if isinstance(values[0], dict):
-        return {key: _mean([value[key] for value in values]) for key in values[0]}
+        means = {key: _mean([value[key] for value in values]) for key in values[0]}
+        return means | ({"perplexity": math.exp(min(means["loss"], 700.0))} if "perplexity" in means else {})
     return mean(values) if isinstance(values[0], float) else values[0]
 
 
@@ -100,51 +114,62 @@ def failure_length(result: dict[str, Any]) -> int | None:
     return None
 
 
-def _context(result: dict[str, Any]) -> str:
-    scores = {int(token): score for token, score in result["in_context_score"].items() if score}
-    if not scores:
+def _context(runs: Sequence[dict[str, Any]]) -> str:
+    group = _group(runs)
+    found = group.in_context_scores()
+    if found is None:
         return ""
-    token, slope = max(scores), result["slope"]
-    text = f"In-context score, loss at token {token} − loss at token 50: {scores[token]['score']:+.3f}."
+    token, scores = found
+    text = f"In-context score, loss at token {token} − loss at token 50: {mean_cell(scores, 3, '+')}."
+    slopes = {seed: 1000 * slope for seed, slope in group.slopes().items()}
     return text + (
-        f" Slope of the loss past the training length: {1000 * slope['slope']:+.3f} per 1000 tokens." if slope else ""
+        f" Slope of the loss past the training length: {mean_cell(slopes, 3, '+')} per 1000 tokens." if slopes else ""
     )
 
 
+def _group(runs: Sequence[dict[str, Any]]) -> Group:
+    return Group("", {run["seed"]: run for run in runs})
+
+
 def _text_table(runs: Sequence[dict[str, Any]]) -> str:
-    train_length = runs[0]["train_length"]
-    rows = [["length", "loss", "perplexity", "median loss", "perplexity against the training length"]]
-    for length in sorted(map(int, runs[0]["lengths"])):
-        cells = [run["lengths"][str(length)] for run in runs]
-        bases = [run["lengths"].get(str(train_length)) for run in runs]
-        ratios = [100 * (cell["perplexity"] / base["perplexity"] - 1) for cell, base in zip(cells, bases) if base]
+    """Loss and perplexity, of several runs with intervals for new ones, and the change from the training length on the
+    same tokens."""
+    group = _group(runs)
+    base = group.train_length if group.train_length in group.lengths() else None
+    rows = [["length", "loss", "perplexity", "median loss", f"against {base} tokens" if base else "change"]]
+    for length in group.lengths():
+        cell = mean_result(runs)["lengths"][str(length)]
+        cells = [f"{cell['loss']:.4f}", f"{cell['perplexity']:.2f}"]
+        if len(runs) > 1:
+            losses, weights = np.stack(list(group.losses(length).values())), group.document_weights
+            cells = [_estimate_cell(losses, weights, "{:.3f}"), exp_cell(losses, weights, 2)]
+        change = "–" if base is None else "+0.0 %" if length == base else _change_cell(group, base, length)
         rows.append(
-            [
-                f"{length} (trained)" if length == train_length else f"{length}",
-                *(
-                    _with_spread([cell[key] for cell in cells], f"{{:.{digits}f}}".format)
-                    for key, digits in (("loss", 4), ("perplexity", 2), ("median_loss", 4))
-                ),
-                f"{mean(ratios):+.1f} %" if ratios else "–",
-            ]
+            [f"{length} (trained)" if length == base else f"{length}", *cells, f"{cell['median_loss']:.4f}", change]
         )
     return markdown(rows)
 
 
-def _with_spread(values: Sequence[float], as_text: Callable[[float], str]) -> str:
-    return as_text(mean(values)) + (f" ± {as_text(stdev(values))}" if len(values) > 1 else "")
+def _change_cell(group: Group, base: int, length: int) -> str:
+    """In per cent, with the interval of several runs."""
+    before, after = group.losses(base), group.losses(length)
+    change = np.stack([after[seed] - before[seed] for seed in after])
+    return _estimate_cell(change, group.document_weights, "{:+.1f} %", lambda x: 100 * math.expm1(min(x, 700.0)))
+
+
+def _estimate_cell(
+    values: np.ndarray, weights: Sequence[int], form: str, shown: Callable[[float], float] = float
+) -> str:
+    found = Estimate.of(values, weights)
+    return interval_cell(map(shown, (found.mean, found.low, found.high)), form)
 
 
 def _task_table(runs: Sequence[dict[str, Any]]) -> str:
-    """A score and, of one run, its standard error over the rows, or of several, their standard deviation."""
-    rows = [["length and kind", runs[0]["score_name"]]]
-    cells = [score_cells(run) for run in runs]
-    for condition, cell in cells[0].items():
-        if len(runs) > 1:
-            score = _with_spread([each[condition]["score"] for each in cells], "{:.3f}".format)
-        else:
-            score = f"{cell['score']:.3f} ± {cell['standard_error']:.3f}"
-        rows.append([condition, score])
+    """A score and, of one run, its standard error over the rows, or of several, its interval over the seeds."""
+    rows, group = [["length and kind", runs[0]["score_name"]]], _group(runs)
+    for condition, cell in score_cells(runs[0]).items():
+        one = f"{cell['score']:.3f} ± {cell['standard_error']:.3f}"
+        rows.append([condition, mean_cell(group.values(condition, "score"), 3) if len(runs) > 1 else one])
     return markdown(rows)
 
 

@@ -15,7 +15,7 @@ from ..model.scheme_registry import position_embedding_classes
 from ..results.result_file import escape_markdown
 from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
-from .card_evaluation import corpus_name, eval_results, evaluation_section, is_built_in, seeds_in_words
+from .card_evaluation import corpus_name, eval_results, evaluation_section, seeds_in_words
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -69,43 +69,83 @@ def model_card(
         ValueError: for a model that was imported from nobody knows where, or under no known licence.
     """
     origin, license = origin_of(config, base_model, license)
-    (architecture,) = config.get("architectures") or ["RelPosForCausalLM"]
     record = record or {}
-    records = [record, *(result["training"] for result in other_seeds)]
     base_model = base_model or record.get("base_model")
-    repository = base_model if base_model and "/" in base_model else origin
     if commands is None:
         commands = reproduction(name, record, results)
     evaluations = [[result, *other_seeds] for result in results]
-    auto_class = next(auto for auto, reference in AUTO_MAP.items() if reference.rpartition(".")[2] == architecture)
-    commit = (results[0] if results else record).get("versions", {}).get("commit")
+    repository = base_model if base_model and "/" in base_model else origin
     return ModelCard.from_template(
-        ModelCardData(
-            model_name=name,
-            library_name="transformers",
-            pipeline_tag=PIPELINE_TAGS[architecture],
-            license=license,
-            tags=[*dict.fromkeys(("relpos", "position-embedding", *position_classes(config), *(tags or ())))],
-            base_model=repository,
-            eval_results=[each for runs in evaluations for each in eval_results(runs)] or None,
-        ),
+        _metadata(config, name, license, repository, tags, evaluations),
         template_path=str(TEMPLATE),
         name=escape_markdown(name),
-        summary=_summary(config, records, base_model),
-        schemes=[scheme_facts(*item) for item in position_classes(config).items()],
+        schemes=[scheme_facts(*item, config) for item in position_classes(config).items()],
         evaluations=[evaluation_section(runs, config, pictures[i : i + 1]) for i, runs in enumerate(evaluations)],
-        auto_class=auto_class,
-        generates=auto_class == "AutoModelForCausalLM" and not any("task" in result for result in results),
-        prompt="The state of" if is_built_in(record.get("corpus")) else "The",
-        repo_id=repo_id or name,
         scheme_files=carried_names(config["pos_embedding_type"]),
-        training=_training_list(records) if record else None,
-        setting=_setting(record),
         commands="\n".join(commands) or None,
         fence=_fence("\n".join(commands)),
-        commit=_code(commit) if commit else None,
         license=license,
+        **_use(config, repo_id or name, record, results),
+        **_training(config, [record, *(result["training"] for result in other_seeds)], results, base_model),
     )
+
+
+def _metadata(
+    config: dict[str, Any],
+    name: str,
+    license: str,
+    base_model: str | None,
+    tags: Sequence[str] | None,
+    evaluations: Sequence[Sequence[dict[str, Any]]],
+) -> ModelCardData:
+    """What the Hub reads."""
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[_architecture(config)],
+        license=license,
+        tags=[*dict.fromkeys(("relpos", "position-embedding", *position_classes(config), *(tags or ())))],
+        base_model=base_model,
+        eval_results=[each for runs in evaluations for each in eval_results(runs)] or None,
+    )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    (architecture,) = config.get("architectures") or ["RelPosForCausalLM"]
+    return architecture
+
+
+def _use(
+    config: dict[str, Any], repo_id: str, record: dict[str, Any], results: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """How a model is loaded, and what it is asked to go on with."""
+    architecture, corpus = _architecture(config), record.get("corpus") or {}
+    is_of_task = "task" in (corpus.get("flags") or {}) or any("task" in result for result in results)
+    auto_class = next(auto for auto, reference in AUTO_MAP.items() if reference.rpartition(".")[2] == architecture)
+    return {
+        "auto_class": auto_class,
+        "generates": auto_class == "AutoModelForCausalLM" and not is_of_task,
+        "repo_id": repo_id,
+        "prompt": corpus.get("opening"),
+        "begins": bool(corpus),
+    }
+
+
+def _training(
+    config: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    base_model: str | None,
+) -> dict[str, Any]:
+    """What a model is and how it was made; of several seeds their records."""
+    record = records[0]
+    commit = (results[0] if results else record).get("versions", {}).get("commit")
+    return {
+        "summary": _summary(config, records, base_model),
+        "training": _training_list(records) if record else None,
+        "setting": _setting(records),
+        "commit": _code(commit) if commit else None,
+    }
 
 
 def origin_of(
@@ -131,7 +171,7 @@ def origin_of(
         if not value:
             raise ValueError(
                 f"`{name}` must be given for a model that was imported (`model_type` "
-                f"{imported_from.get('model_type')!r}), got None: --{name}, here or of `hf-relpos import`."
+                f"{imported_from.get('model_type')!r}), got None: --{name} of `hf-relpos push` or `hf-relpos import`."
             )
     return known["base_model"], known["license"]
 
@@ -157,10 +197,11 @@ def position_classes(config: dict[str, Any]) -> dict[str, type]:
     return position_embedding_classes(config["pos_embedding_type"])
 
 
-def scheme_facts(name: str, scheme: type) -> dict[str, str]:
-    """What the docstring of a scheme says: `name`, `title`, `equation`, and the rest as `text` with links."""
-    read = read_scheme(scheme)
+def scheme_facts(name: str, scheme: type, config: dict[str, Any]) -> dict[str, str]:
+    """What the docstring of a scheme says of a model of this configuration: `name`, `title`, `equation`, `text`."""
+    read, rope_type = read_scheme(scheme), (config.get("rope_parameters") or {}).get("rope_type")
     points = [f"- **{part}**: {read[part]}" for part in PARTS if part in read]
+    points += [f"- **{part}** ({rope_type}): {says}" for part, values, says in read["special"] if rope_type in values]
     text = "\n\n".join([*read["text"], "\n".join(points)])
     return {"name": name, "title": read["title"], "equation": read["equation"], "text": link_papers(text)}
 
@@ -181,7 +222,7 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
     if record.get("num_steps"):
         length = record.get("block_size", record["train_length"])
         lines.append(
-            f"Trained at a length of {length} tokens on {record['num_tokens']:,} tokens of "
+            f"Trained at a length of {length} tokens on {record['num_tokens']:,} tokens of the split train of "
             f"{corpus_name(record['corpus'])}, {seeds_in_words(records)}."
         )
     elif config.get("train_length") and not record:
@@ -258,7 +299,8 @@ def _fence(text: str) -> str:
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
-def _setting(record: dict[str, Any]) -> str:
+def _setting(records: Sequence[dict[str, Any]]) -> str:
+    record = records[0]
     machine, used = record.get("hardware"), record.get("versions", {})
     words = [f"{name} {used[name]}" for name in ("python", "hf_relpos", "torch", "transformers") if name in used]
     if machine:
@@ -268,7 +310,8 @@ def _setting(record: dict[str, Any]) -> str:
             else f"{machine['cores']} cores of {machine['cpu']}"
         )
         words.insert(0, device)
-    return escape_markdown(f"On {', '.join(words)}.") if words else ""
+    means = "Losses, time and memory are means over the seeds. " if len(records) > 1 else ""
+    return means + (escape_markdown(f"On {', '.join(words)}.") if words else "")
 
 
 def reproduction(name: str, record: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[str]:

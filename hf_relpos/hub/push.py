@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..cli import command, parse_arguments, say_next
 from ..environment import writing
 from ..file_reading import parse_json, read_json, read_text_file
-from ..messages import say_command, this_command
 from ..results.training_record import TRAINING_RECORD
 from .leaks import check_inside
 from .model_card import CARD, is_generated
@@ -27,11 +24,9 @@ from .repository import (
     INDEX,
     PICKLES,
     WEIGHTS,
-    check_loads,
     check_weights,
     folder_results,
     repository_files,
-    write_files,
 )
 
 
@@ -139,20 +134,9 @@ def publish(
     check_token(token)
     api = HfApi(token=token)
     with hub_errors(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(f"{repo_id!r} exists and is public: make it private in its settings, or leave --private.")
-        if revision and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.repo_info(repo_id, revision=revision).sha
+        repo_id, head = _prepare(api, repo_id, private, revision)
         there = api.list_repo_files(repo_id, revision=head)
-        if not overwrite:
-            record = files.get(TRAINING_RECORD)
-            record = read_json(record) if record else {}
-            check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
-        if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
-            print(f"the card of {repo_id} was edited there: it stays")
-            files = {name: content for name, content in files.items() if name != CARD}
+        files = _compare(api, repo_id, head, there, files, overwrite)
         commit = api.create_commit(
             repo_id,
             _operations(files, there),
@@ -168,6 +152,33 @@ def publish(
     if commit.oid == head:
         print(f"{repo_id} holds all of this already: nothing was sent")
     return commit
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> tuple[str, str]:
+    """Makes the repository and the branch where they are missing; → its full name and the last commit."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id!r} exists and is public: make it private in its settings, or leave "
+            "--private (--hub_private_repo in training)."
+        )
+    if revision and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id, api.repo_info(repo_id, revision=revision).sha
+
+
+def _compare(
+    api: HfApi, repo_id: str, head: str, there: Sequence[str], files: dict[str, Path | bytes], overwrite: bool
+) -> dict[str, Path | bytes]:
+    """→ the files to send: without the card if it was edited there. Refuses to replace another model."""
+    if not overwrite:
+        record = files.get(TRAINING_RECORD)
+        record = read_json(record) if record else {}
+        check_not_taken(api, repo_id, head, there, json.loads(files["config.json"]), record)
+    if CARD in there and isinstance(files[CARD], bytes) and not is_generated(_read(api, repo_id, CARD, head)):
+        print(f"the card of {repo_id} was edited there: it stays")
+        return {name: content for name, content in files.items() if name != CARD}
+    return files
 
 
 def _operations(
@@ -262,81 +273,3 @@ def _same_weights(first: Path, second: Path) -> bool:
         and (first / name).read_bytes() == (second / name).read_bytes()
         for name in names
     )
-
-
-# --- the command
-
-
-DESCRIPTION = """\
-Publishes a saved model of the family: weights, code, tokenizer, results and card, in one commit.
-
-hf-relpos push output/alibi alice/relpos-alibi
-"""
-
-
-@dataclass
-class PushArguments:
-    """Where it is pushed, and how."""
-
-    results: list[str] = field(
-        default_factory=list, metadata={"help": "Result files of scripts/evaluate.py besides those in the folder."}
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "The repository of the model that it was finetuned from."}
-    )
-    license: str | None = field(
-        default=None,
-        metadata={
-            "help": "Licence of the weights, by the Hub's name; by default that of an imported model, or apache-2.0."
-        },
-    )
-    private: bool = field(default=False, metadata={"help": "Make the repository private."})
-    revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
-    commit_message: str = field(default="Upload model", metadata={"help": "Message of the commit."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace another model of this name."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Send nothing: write the repository to --output_dir and list its files."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of a dry run; hub/REPO by default."})
-
-
-@command
-def main() -> None:
-    args, words = parse_arguments((PushArguments,), DESCRIPTION, positional="DIR REPO")
-    if len(words) != 2:
-        raise ValueError(f"two words are needed, the folder and the repository, got {words}.")
-    folder, repo_id = words
-    validate_repo_id(repo_id)
-    if not args.dry_run:
-        repo_id = full_name(repo_id)
-    files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
-    check_loads(folder)
-    check_weights(files)
-    if args.dry_run:
-        written = args.output_dir or f"hub/{repo_id}"  # beside the model it would be one more result to collect
-        write_files(files, written)
-        for name, content in sorted(files.items()):
-            size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
-            print(f"{size:>12,} {name}")
-        print(f"wrote {written}, {_trained_on(files)}; nothing was sent")
-        say_command(this_command("--dry_run"))
-        return
-    commit = publish(
-        files,
-        repo_id,
-        private=args.private or None,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.commit_message,
-        overwrite=args.overwrite,
-    )
-    print(f"pushed {repo_id}, {_trained_on(files)}: {commit.pr_url or commit.commit_url}")
-    if not (args.revision or args.create_pr):
-        say_next("generate", model_name_or_path=repo_id, prompt="")
-
-
-def _trained_on(files: dict[str, Path | bytes]) -> str:
-    """What a repository tells of the text that its model was trained on."""
-    record = read_json(files[TRAINING_RECORD]) if TRAINING_RECORD in files else {}
-    return f"trained on {record['corpus']['name']}" if record.get("corpus") else "whose corpus is not recorded"

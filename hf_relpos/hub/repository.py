@@ -79,7 +79,7 @@ def repository_files(
     Args:
         folder: of a saved model of the family.
         repo_id: what it will be called; the folder's name by default.
-        results: result files of scripts/evaluate.py besides those in the folder.
+        results: result files of `hf-relpos evaluate` besides those in the folder.
         base_model, license, tags: as in `model_card`.
 
     Returns:

@@ -120,10 +120,10 @@ def _kept_table(numbers: list[torch.Tensor], name: str, num_heads: int, length: 
     held = _numbers(scheme)
     try:
         if all(x is y or torch.equal(x, y) for x, y in zip(numbers, held, strict=True)):
-            return _read(scheme, length).clone()
+            return _read(scheme, length).clone(memory_format=torch.contiguous_format)
     except (RuntimeError, ValueError, Unkeepable):
         pass  # the graph was given numbers that are not those of the scheme, as by `torch.func.functional_call`
-    return _compute(scheme, numbers, length)
+    return _compute(scheme, numbers, length).clone(memory_format=torch.contiguous_format)
 
 
 @_kept_table.register_fake

@@ -54,21 +54,22 @@ def rotate_channels(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 class RotaryEmbedding(PositionEmbedding):
     """Rotary position embedding (RoPE), whole or partial, plain or scaled for a longer context.
 
-    The first R = D · partial_rotary_factor channels of q and k at position p are rotated pairwise, (k, k + R/2), by the
-    angle p · θ_k, θ_k = rope_theta^(−2k/R), k = 0..R/2−1. The score then depends on i − j alone.
+    (x[k], x[k + R/2]) at position p, rotated by p · θ_k,  θ_k = rope_theta^(−2k/R),  k = 0..R/2−1
+
+    x is q and k; of their D channels the first R = D · partial_rotary_factor take part. The score then depends on i − j
+    alone.
 
     Options live in `config.rope_parameters`, the field of transformers: `rope_theta` 10000 and `partial_rotary_factor`
-    1.0 (the notebook that this project grew from used 0.5). `pos_embedding_kwargs` takes them too and moves them there.
-    `rope_type` is one of `ROPE_TYPES`: the scalings of transformers, with its own functions for θ, so that a checkpoint
-    means the same here and there.
+    1.0. `pos_embedding_kwargs` takes them too and moves them there. `rope_type` is one of `ROPE_TYPES`: the scalings of
+    transformers, with its own functions for θ, so that a checkpoint means the same here and there.
 
-    Differs: the angles of "dynamic" and "longrope" follow the length of the sequence, each row its own, so keys that
-    were cached at a shorter length are wrong at a longer one. transformers uses them all the same; here it is an error.
+    Differs (dynamic, longrope): the angles follow the length of the sequence, each row its own, so keys that were
+    cached at a shorter length are wrong at a longer one. transformers uses them all the same; here it is an error.
 
     Parameters: none. Past the training length: defined for every position; unseen angles, perplexity rises steeply.
-    Paper: Su et al. 2021, arXiv 2104.09864, the half-split layout is that of GPT-NeoX and Llama; linear: arXiv
-    2306.15595; yarn, and dynamic as described there: arXiv 2309.00071; longrope: arXiv 2402.13753; llama3: arXiv
-    2407.21783; proportional: arXiv 2410.06205.
+    Paper: Su et al. 2021, arXiv 2104.09864, the half-split layout is that of GPT-NeoX and Llama.
+    Paper (linear): arXiv 2306.15595. Paper (yarn, dynamic): arXiv 2309.00071. Paper (longrope): arXiv 2402.13753.
+    Paper (llama3): arXiv 2407.21783. Paper (proportional): arXiv 2410.06205.
     """
 
     kind = "relative"

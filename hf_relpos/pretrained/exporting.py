@@ -7,21 +7,14 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..cli import command, parse_arguments
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from .conversion import EMBEDDINGS, HEAD
 from .families import LLAMA_SAME
-from .folders import copy_generation_config, new_folder, say_generation, write_tokenizer, write_weights
+from .folders import copy_generation_config, new_folder, write_tokenizer, write_weights
 from .sources import SafetensorsWeights, Source, find_source, read_config
 
 
-DESCRIPTION = """\
-Writes a model of the family as a LlamaForCausalLM with the same logits, which vLLM, llama.cpp and other programs serve.
-Its position scheme must be rotary, plain or scaled.
-
-hf-relpos export output/yarn output/yarn-llama
-"""
 # what a Llama has, in the fields of the family
 LLAMA = {
     "use_gated_mlp": True,
@@ -33,17 +26,6 @@ LLAMA = {
     "sliding_window": None,
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-
-
-@command
-def main() -> None:
-    """The command line of scripts/export_model.py."""
-    (words,) = parse_arguments((), DESCRIPTION, positional="DIR OUT")
-    if len(words) != 2:
-        raise ValueError(f"two words are needed, the saved model and the folder to write, got {words}.")
-    export_pretrained(*words)
-    print(f"wrote {words[1]}, a {LlamaForCausalLM.__name__}")
-    say_generation(words[1])
 
 
 def export_model(model: RelPosForCausalLM) -> LlamaForCausalLM:

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoTokenizer
 
-from ..cli import say_next
 from ..environment import writing
 from ..file_reading import reading
 from .sources import INDEX, TOKENIZER_FILES, Source
@@ -93,9 +92,3 @@ def _write_file(path: Path, weights: dict[str, torch.Tensor], read: Callable[[st
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def say_generation(folder: str) -> None:
-    """The next command for a model that was written with its tokenizer."""
-    if any(Path(folder).glob("tokenizer*")):
-        say_next("generate", model_name_or_path=folder, prompt="Once upon a time")

@@ -2,14 +2,12 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..cli import command, parse_arguments
 from ..file_reading import reading
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
@@ -20,46 +18,11 @@ from .folders import (
     GENERATION_CONFIG,
     copy_generation_config,
     new_folder,
-    say_generation,
     write_tokenizer,
     write_weights,
 )
 from .gguf_weights import GgufWeights
 from .sources import SafetensorsWeights, Source, find_source, read_config
-
-
-DESCRIPTION = """\
-Makes a pretrained model of another family into one of this: the same weights and logits, with the position scheme a
-field. MODEL is a folder, a repository of the Hub or a GGUF file.
-
-hf-relpos import HuggingFaceTB/SmolLM2-135M output/smollm2
-"""
-
-
-@dataclass
-class ImportArguments:
-    """Where the model comes from."""
-
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a repository of the Hub."})
-    base_model: str | None = field(
-        default=None, metadata={"help": "The repository that a folder or file comes from, for record and card."}
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the weights, by the Hub's name; by default that of its card."}
-    )
-
-
-@command
-def main() -> None:
-    """The command line of scripts/import_model.py."""
-    args, words = parse_arguments((ImportArguments,), DESCRIPTION, positional="MODEL OUT")
-    if len(words) != 2:
-        raise ValueError(f"two words are needed, the model and the folder to write, got {words}.")
-    name, folder = words
-    config = import_pretrained(name, folder, args.revision, args.base_model, args.license)
-    print(describe_import(config, name))
-    print(f"wrote {folder}")
-    say_generation(folder)
 
 
 def describe_import(config: RelPosConfig, name: str) -> str:

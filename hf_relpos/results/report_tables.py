@@ -1,12 +1,13 @@
 """The tables of a report: rows of cells, the first one the head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from .estimates import Estimate
 from .groups import Group
+from .result_file import SLIDING
 
 
 Rows = list[list[str]]
@@ -16,16 +17,20 @@ def perplexity_rows(groups: Sequence[Group]) -> Rows:
     """Perplexity by length with its interval for new runs on new text, and the ratio of the longest to the training
     length."""
     lengths = sorted({length for group in groups for length in group.lengths()})
-    rows = [["setting", "seeds", *map(str, lengths), "ratio"]]
+    sliding = any(group.has_sliding_baseline for group in groups)
+    rows = [["setting", "seeds", *(["sliding"] if sliding else []), *map(str, lengths), "ratio"]]
     for group in groups:
         weights, cells = group.document_weights, []
+        if sliding:
+            known = group.has_sliding_baseline
+            cells.append(exp_cell(np.stack(list(group.losses(SLIDING).values())), weights, 2) if known else "–")
         for length in lengths:
             known = length in group.lengths()
-            cells.append(_exp_cell(np.stack(list(group.losses(length).values())), weights, 2) if known else "–")
+            cells.append(exp_cell(np.stack(list(group.losses(length).values())), weights, 2) if known else "–")
         base, long = group.train_length, group.lengths()[-1]
         if base in group.lengths() and long > base:
             change = np.stack([after - group.losses(base)[seed] for seed, after in group.losses(long).items()])
-            cells.append(_exp_cell(change, weights, 3))
+            cells.append(exp_cell(change, weights, 3))
         else:
             cells.append("–")
         rows.append([group.label, str(len(group.by_seed)), *cells])
@@ -38,7 +43,7 @@ def score_rows(groups: Sequence[Group]) -> Rows:
     conditions.sort(key=lambda condition: int(condition.partition(" ")[0]))
     rows = [["setting", "seeds", *conditions]]
     for group in groups:
-        cells = [_mean_cell(group.values(c, "score"), 3) if c in group.conditions() else "–" for c in conditions]
+        cells = [mean_cell(group.values(c, "score"), 3) if c in group.conditions() else "–" for c in conditions]
         rows.append([group.label, str(len(group.by_seed)), *cells])
     return rows
 
@@ -51,12 +56,12 @@ def context_rows(groups: Sequence[Group], baseline: str) -> Rows:
     for group in groups:
         ours, cells = group.in_context_scores(), ["–", "–"]
         if ours is not None:
-            cells[0] = f"{_mean_cell(ours[1], 3)} @{ours[0]}"
+            cells[0] = f"{mean_cell(ours[1], 3)} @{ours[0]}"
         if ours is not None and theirs is not None and ours[0] == theirs[0] and group is not base:
             seeds = sorted({*ours[1]} & {*theirs[1]})
-            cells[1] = _mean_cell({seed: ours[1][seed] - theirs[1][seed] for seed in seeds}, 3, "+")
+            cells[1] = mean_cell({seed: ours[1][seed] - theirs[1][seed] for seed in seeds}, 3, "+")
         slopes = {seed: 1000 * slope for seed, slope in group.slopes().items()}
-        rows.append([group.label, *cells, _mean_cell(slopes, 3, "+")])
+        rows.append([group.label, *cells, mean_cell(slopes, 3, "+")])
     return rows if any(cell != "–" for row in rows[1:] for cell in row[1:]) else rows[:1]
 
 
@@ -89,17 +94,21 @@ def _count(number: int | None) -> str:
     return f"{number:,}"
 
 
-def _exp_cell(values: np.ndarray, weights: Sequence[int], digits: int) -> str:
+def exp_cell(values: np.ndarray, weights: Sequence[int], digits: int) -> str:
     """exp of a mean and of its interval: "72.10 (70.00, 74.00)"."""
     found = Estimate.of(values, weights)
-    mean, low, high = (math.exp(min(x, 700.0)) for x in (found.mean, found.low, found.high))
-    return f"{mean:.{digits}f}" + ("" if math.isnan(low) else f" ({low:.{digits}f}, {high:.{digits}f})")
+    return interval_cell((math.exp(min(x, 700.0)) for x in (found.mean, found.low, found.high)), f"{{:.{digits}f}}")
 
 
-def _mean_cell(by_seed: dict[int, float], digits: int, sign: str = "") -> str:
+def mean_cell(by_seed: dict[int, float], digits: int, sign: str = "") -> str:
+    """The mean over seeds with its interval: "4.28 (4.21, 4.35)"."""
     if not by_seed:
         return "–"
     found = Estimate.of(np.array([[value] for value in by_seed.values()]))
-    form = f"{sign}.{digits}f"
-    interval = "" if math.isnan(found.low) else f" ({found.low:{form}}, {found.high:{form}})"
-    return f"{found.mean:{form}}{interval}"
+    return interval_cell((found.mean, found.low, found.high), f"{{:{sign}.{digits}f}}")
+
+
+def interval_cell(values: Iterable[float], form: str) -> str:
+    """A mean and the ends of its interval, which is left out where it is NaN, as of one run."""
+    mean, low, high = values
+    return form.format(mean) + ("" if math.isnan(low) else f" ({form.format(low)}, {form.format(high)})")

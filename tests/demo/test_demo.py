@@ -15,13 +15,18 @@ import torch
 from conftest import ROOT, SCHEMES, make_model, make_text, make_tokenizer, save_with_tokenizer
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
-from transformers import LlamaConfig, set_seed
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from hf_relpos.cli import parse_arguments
 from hf_relpos.demo import app as demo
-from hf_relpos.demo import views as demo_parts
+from hf_relpos.demo import attention_view, bias_view, loss_view
 from hf_relpos.demo.app import load_models
-from hf_relpos.demo.views import PageModel, bias_page, generate_cards, losses_by_position, losses_page
+from hf_relpos.demo.bias_view import bias_page
+from hf_relpos.demo.command import DemoArguments
+from hf_relpos.demo.drawing import PageModel
+from hf_relpos.demo.loss_view import losses_by_position, losses_page
+from hf_relpos.demo.text_view import generate_cards
 from hf_relpos.inference.generate import sample
 
 
@@ -81,7 +86,7 @@ def test_losses_say_what_cannot_be_read(entries, monkeypatch):
         losses_by_position(learned, LONG)
     page = losses_page(entries, LONG)
     assert "<svg" in page and page.count("past the 160 positions") == 1
-    monkeypatch.setattr(demo_parts, "MAX_TOKENS", 20)
+    monkeypatch.setattr(loss_view, "MAX_TOKENS", 20)
     with pytest.raises(ValueError, match="this page reads at most 20"):
         losses_by_position(bias, TEXT)
 
@@ -204,7 +209,7 @@ def test_bias_is_the_formula(tmp_path):
     assert alibi.trained == "training length unknown"
     for scale, shift in (("linear", 0), ("logarithmic", 1)):
         axes = Figure().subplots()
-        demo_parts._draw_bias(axes, alibi, alibi.model.model.distance_bias(1000)[1].numpy(), scale)
+        bias_view.draw_bias(axes, alibi, alibi.model.model.distance_bias(1000)[1].numpy(), scale)
         for slope, line in zip((1 / 4, 1 / 16, 1 / 64, 1 / 256), axes.lines, strict=True):
             distances = line.get_xdata() - shift
             assert distances[0] == 0 and distances[-1] == 999 and 100 < len(distances) <= 400
@@ -227,6 +232,9 @@ def test_every_scheme_has_a_page(scheme):
     page = bias_page([entry], 0, 64, "linear")
     assert ("<svg" in page) == entry.model.config.has_distance_table != ("adds no bias by distance" in page)
     assert "<svg" in losses_page([entry], TEXT)
+    weights = attention_view.attention_weights(entry, TEXT, 1, 0)
+    assert_allclose(weights.sum(1), 1, atol=1e-5)
+    assert not np.triu(weights, 1).any()
     *_, page = generate_cards([entry], PROMPT, 3, 0, 1, 42)
     assert ">3 tokens<" in page
 
@@ -279,12 +287,132 @@ def test_names_a_taken_port(run_script, capsys, folders):
 
 def test_words_without_a_flag(tmp_path):
     (tmp_path / "page.yaml").write_text("port: 80\nshare: true\n", encoding="utf-8")
-    types, config = (demo.DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
+    types, config = (DemoArguments,), ["--config", str(tmp_path / "page.yaml")]
     args, names = parse_arguments(types, "", ["a", "b", *config, "--port", "81"], positional="DIR")
     assert (names, args.port, args.share, args.host) == (["a", "b"], 81, True, "127.0.0.1")
     (tmp_path / "page.yaml").write_text("words: a\n", encoding="utf-8")
     with pytest.raises(ValueError, match="unknown flag: 'words'"):
         parse_arguments(types, "", ["a", *config], positional="DIR")
+
+
+# --- losses as differences, and attention
+
+
+def cuts(entry, text):
+    """→ (end in bytes, loss) of each token, from the offsets alone."""
+    encoded = entry.tokenizer(text, return_offsets_mapping=True)
+    losses = losses_by_position(entry, text)
+    return [(len(text[:end].encode()), loss) for (_, end), loss in zip(encoded["offset_mapping"], losses)]
+
+
+def other_tokenizer(model, words):
+    """A tokenizer with tokens of its own for some words, and for all bytes: it cuts the text elsewhere."""
+    table = {**{token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    table |= {f"Ġ{word}": len(table) + index for index, word in enumerate(words)}
+    made = Tokenizer(models.WordPiece(table, continuing_subword_prefix="", unk_token="!", max_input_chars_per_word=99))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    assert len(table) <= model.config.vocab_size
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_the_loss_is_a_difference_to_the_first_model_on_the_same_tokens(entries):
+    read = [loss_view.read_losses(entry, TEXT) for entry in entries]
+    (zero, found), is_per_token = loss_view.differences(read)
+    first, second = (np.array([loss for _, loss in cuts(entry, TEXT)])[1:] for entry in entries)
+    assert is_per_token and not zero.values.any() and (found.sizes == 1).all()
+    assert_allclose(found.values, second - first, rtol=1e-3, atol=4e-4)
+    page = losses_page(entries, TEXT)
+    assert "minus linear_cpb (nats per token)" in page and f">{(second - first).mean():+.3f}</td>" in page
+    assert "Difference of the loss by position" in page and "cut the text differently" not in page
+    places, means, errors = found.means()
+    assert len(places) > 2 and (np.diff(places) > 0).all() and (errors > 0).all()
+    assert_allclose(means[0], (second - first)[:8].mean(), rtol=1e-3, atol=1e-3)
+    assert_allclose(errors[0], (second - first)[:8].std(ddof=1) / 8**0.5, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text", [TEXT, "naïve – “people” of congress and €20 äöü " * 3], ids=["ascii", "of many bytes"]
+)
+def test_tokenizers_that_cut_elsewhere_are_compared_per_byte(entries, text):
+    """Between the places where both have an end, losses are summed; in bits per byte of the text."""
+    other = PageModel("other", entries[0].model, other_tokenizer(entries[0].model, ["people"]), "#000000")
+    pair = [entries[0], other]
+    (_, found), is_per_token = loss_view.differences([loss_view.read_losses(entry, text) for entry in pair])
+    ends = [dict(), dict()]
+    for entry, sums in zip(pair, ends):
+        total = 0.0
+        for end, loss in cuts(entry, text):
+            total += 0.0 if np.isnan(loss) else loss
+            sums[end] = total
+    start = max(cuts(entry, text)[0][0] for entry in pair)
+    common = sorted(end for end in set(ends[0]) & set(ends[1]) if end >= start)
+    expected = np.diff([(ends[1][end] - ends[0][end]) / np.log(2) for end in common])
+    assert not is_per_token and len(common) > 10
+    assert_allclose(found.values, expected, rtol=1e-3, atol=2e-3)
+    assert_allclose(found.sizes, np.diff(common))
+    page = losses_page(pair, text)
+    assert f">{expected.sum() / (common[-1] - common[0]):+.3f}</td>" in page
+    assert "minus " in page and "(bits per byte)" in page and "cut the text differently" in page
+
+
+def test_models_without_a_difference_are_named(entries):
+    class Slow:
+        is_fast, unk_token_id = False, None
+        __call__ = staticmethod(lambda *given, **options: entries[0].tokenizer(*given, **options))
+
+    slow = PageModel("slow", entries[0].model, Slow(), "#000000")
+    page = losses_page([*entries, slow], TEXT)
+    assert "No difference for slow: its tokenizer does not say where in the text its tokens end." in page
+    assert page.count(">–</td>") == 2  # that of the first to itself, and that of the slow one
+    words = Tokenizer(models.WordLevel({"!": 0, "people": 1}, unk_token="!"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    unknown = PageModel("words", slow.model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="!"), "#000000")
+    page = losses_page([entries[0], unknown], "the people of congress")
+    assert "No difference for words: its tokenizer has no token for 3 places of the text." in page
+    assert 'aria-label="Loss by position"' in page and "minus" not in page
+
+
+def reference_attention(entry, text, layer, head):
+    """The weights of one head, by the model of transformers' own output."""
+    inputs = entry.tokenizer(text, return_tensors="pt")
+    entry.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = entry.model(**inputs, output_attentions=True).attentions[layer][0, head].double().numpy()
+    entry.model.set_attn_implementation("sdpa")
+    return weights
+
+
+def test_attention_is_the_mean_over_the_queries_at_each_distance(entries, monkeypatch):
+    bias, learned = entries
+    weights = reference_attention(bias, TEXT, 1, 2)
+    count = len(weights)
+    found = attention_view.attention_weights(bias, TEXT, 1, 2)
+    assert_allclose(found, weights, atol=1e-6)
+    expected = [np.mean([weights[i, i - d] for i in range(max(d, 1), count)]) for d in range(count)]
+    assert_allclose(attention_view.mean_by_distance(found), expected, atol=1e-6)
+    assert bias.model.config._attn_implementation == "sdpa"
+    page = attention_view.attention_page(entries, TEXT, 1, 2)
+    assert page.count("<svg") == 2 and 'aria-label="Attention by distance, layer 1, head 2"' in page
+    own, first = (100 * np.mean(shares) for shares in (np.diagonal(weights)[1:], weights[1:, 0]))
+    assert f">{own:.1f} %</td>" in page and f">{first:.1f} %</td>" in page
+    nearest_half = np.cumsum([sum(weights[i, i - d] for i in range(max(d, 1), count)) for d in range(count)])
+    assert f">{int((nearest_half < (count - 1) / 2).sum())}</td>" in page
+    monkeypatch.setattr(attention_view, "MAX_READ", 20)
+    assert attention_view.attention_weights(bias, TEXT, 0, 0).shape == (20, 20)
+    assert attention_view.attention_weights(learned, LONG, 0, 0).shape == (20, 20)
+
+
+def test_attention_says_what_it_cannot_show(entries):
+    page = attention_view.attention_page(entries, TEXT, 7, 0)
+    assert page.count("No layer 7: this model has layers 0 to 1") == 2 and "<svg" not in page
+    assert "No head 6: this model has heads 0 to 5" in attention_view.attention_page(entries, TEXT, 0, 6)
+    assert "a distance needs at least 2" in attention_view.attention_page(entries, "", 0, 0)
+    for value in (-1, NAN, "x", None, [0]):
+        assert "`layer` must be a number of" in attention_view.attention_page(entries, TEXT, value, 0)
+        assert "`head` must be a number of" in attention_view.attention_page(entries, TEXT, 0, value)
+    for text in BAD_TEXTS.values():
+        assert attention_view.attention_page(entries[:1], text, 0, 0).count('class="note"') == 1
 
 
 # --- in a browser
@@ -393,6 +521,16 @@ def test_page_in_a_browser(browser, server, folders, entries):
     said = f"The text has {count} tokens, past the 160 positions of the learned table."
     assert page.locator("#losses .note").all_inner_texts() == [said]
 
+    # attention: a line for each model, of the layer and head that are chosen
+    page.get_by_role("tab", name="Attention").click()
+    page.get_by_label("Text to attend to").fill(TEXT)
+    page.get_by_role("combobox", name="Head to look at").click()
+    page.get_by_role("option", name="head 3").click()
+    page.locator("#look").click()
+    plot = page.locator("#attentions .figure.wide svg[aria-label='Attention by distance, layer 0, head 3']")
+    plot.wait_for()
+    assert all(name in plot.text_content() for name in ("equal weights", "linear_cpb", "learned"))
+
     # bias: a line per head; another layer has others
     page.get_by_role("tab", name="Bias").click()
     plot = page.locator("#biases svg")
@@ -408,7 +546,7 @@ def test_page_in_a_browser(browser, server, folders, entries):
     color = "e => getComputedStyle(e).color"
     assert plot.locator("text").first.evaluate("e => getComputedStyle(e).fill") == page.locator("body").evaluate(color)
     page.set_viewport_size({"width": 400, "height": 900})
-    for name in ("Text", "Loss", "Bias"):
+    for name in ("Text", "Loss", "Attention", "Bias"):
         page.get_by_role("tab", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert not errors

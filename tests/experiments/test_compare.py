@@ -64,7 +64,7 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     (folder / "0.txt").write_text("other\n" * 999)
     assert "other" in prepare_text(str(folder), tmp_path / "text", 64)["train"].read_text()
     (tmp_path / "runs").mkdir()
-    (tmp_path / "text" / "test.jsonl").write_text("")
+    paths["test"].write_text("")
     with pytest.raises(ValueError, match="test.jsonl' is not as it was written"):
         prepare_text(str(folder), tmp_path / "text", 64)
     (folder / "0.txt").write_text("another\n" * 999)

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -39,7 +40,7 @@ def config_of(result):
 
 def result_with(perplexities, train_length=128):
     lengths = {
-        str(length): {"loss": 1.0, "perplexity": value, "median_loss": 1.0, "num_tokens": 10}
+        str(length): {"loss": math.log(value), "perplexity": value, "median_loss": 1.0, "num_tokens": 10}
         for length, value in perplexities.items()
     }
     return {**RESULT, "train_length": train_length, "lengths": lengths}
@@ -103,22 +104,66 @@ def test_names_are_shown_as_they_are():
 
 
 def test_the_card_of_a_setting_has_means_over_its_seeds():
-    """128: 100 and 110; the mean at 512 is more than 10 % above, though one seed is not."""
-    runs = []
-    for seed, perplexities in ((3, {128: 100.0, 512: 130.0}), (1, {128: 110.0, 512: 111.0})):
-        runs.append({**result_with(perplexities), "seed": seed, "training": {**RESULT["training"], "seed": seed}})
+    """Perplexity is exp of the mean loss: at 128 √(100 · 110). That at 512 is more than 10 % above, though one seed is
+    not; Student's t of two runs at 95 % is 12.706."""
+    runs, perplexities = [], {3: {128: 100.0, 512: 130.0}, 1: {128: 110.0, 512: 111.0}}
+    for seed, found in perplexities.items():
+        runs.append({**result_with(found), "seed": seed, "training": {**RESULT["training"], "seed": seed}})
     card = model_card(config_of(RESULT), "m", runs[0]["training"], runs[:1], other_seeds=runs[1:])
     text = str(card)
-    assert "| 128 (trained) | 1.0000 ± 0.0000 | 105.00 ± 7.07 | 1.0000 ± 0.0000 | +0.0 % |" in text
-    assert "| 512 | 1.0000 ± 0.0000 | 120.50 ± 13.44 | 1.0000 ± 0.0000 | +15.5 % |" in text
-    assert "Mean ± standard deviation over the seeds 1, 3." in text and "seeds 1, 3." in text.partition("## ")[0]
+    for length in (128, 512):
+        logs = [math.log(found[length]) for found in perplexities.values()]
+        mean, half = sum(logs) / 2, 12.7062 * abs(logs[0] - logs[1]) / 2
+        (row,) = re.findall(rf"^\| {length}(?: \(trained\))? \|(.*)\|$", text, re.MULTILINE)
+        loss, perplexity, _, change = (cell.strip() for cell in row.split("|"))
+        assert loss == f"{mean:.3f} ({mean - half:.3f}, {mean + half:.3f})"
+        assert perplexity == f"{math.exp(mean):.2f} ({math.exp(mean - half):.2f}, {math.exp(mean + half):.2f})"
+    logs = [math.log(found[512] / found[128]) for found in perplexities.values()]
+    mean, half = sum(logs) / 2, 12.7062 * abs(logs[0] - logs[1]) / 2
+    shown = [f"{100 * math.expm1(value):+.1f} %" for value in (mean, mean - half, mean + half)]
+    assert change == f"{shown[0]} ({shown[1]}, {shown[2]})" and change.startswith("+14.5 %")
+    said = "Means over 2 seeds (1, 3), with 95 % intervals for new seeds on the same text."
+    assert said in text and "seeds 1, 3." in text.partition("## ")[0]
     assert "- **seed**: 1, 3; of the data's order" in text
     assert "Judged by the means over the seeds. From length 512 on" in text
     assert {each.metric_name: each.metric_value for each in ModelCard(text).data.eval_results} == {
-        "Perplexity at 128": 105.0,
-        "Perplexity at 512": 120.5,
+        "Perplexity at 128": round(math.sqrt(100 * 110), 4),
+        "Perplexity at 512": round(math.sqrt(130 * 111), 4),
     }
     assert mean_result(runs[:1]) is runs[0]
+
+
+def test_the_intervals_of_a_stored_card_are_those_of_the_report():
+    """For new seeds on new documents."""
+    report = (ROOT / "docs" / "results" / "books" / "report.md").read_text(encoding="utf-8")
+    card = (ROOT / "model_cards" / "books" / "rotary.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| rotary \| 3 \|(.*)\|$", report, re.MULTILINE)
+    for cell in row.split(" | ")[:-1]:
+        assert f"| {cell.strip()} |" in card
+    assert "Means over 3 seeds (42, 1337, 3407), with 95 % intervals for new seeds on new documents." in card
+
+
+def test_a_prompt_is_of_the_corpus():
+    record = {**RESULT["training"], "corpus": {**RESULT["training"]["corpus"], "opening": 'Ask "why",\\ and'}}
+    text = str(model_card(config_of(RESULT), "m", record, [RESULT]))
+    assert f"inputs = tokenizer({json.dumps(record['corpus']['opening'])}, return_tensors" in text
+    for unknown in (RESULT["training"], None):  # of an older version; of no recorded training
+        text = str(model_card(config_of(RESULT), "m", unknown, [RESULT]))
+        assert ("begin = tokenizer.bos_token or" in text) == bool(unknown) != ('tokenizer("The"' in text)
+
+
+def test_what_differs_from_a_paper_stands_where_it_applies():
+    for rope_type, differs, papers in (
+        ("default", False, ["2104.09864"]),
+        ("yarn", False, ["2104.09864", "2309.00071"]),
+        ("dynamic", True, ["2104.09864", "2309.00071"]),
+        ("longrope", True, ["2104.09864", "2402.13753"]),
+    ):
+        config = config_of(RESULT) | {"rope_parameters": {"rope_type": rope_type}}
+        text = str(model_card(config, "m"))
+        assert ("**Differs**" in text) == differs and "notebook" not in text
+        assert sorted(set(re.findall(r"abs/(\d{4}\.\d{5})", text))) == papers
+    assert "**Differs**: one dimension" in str(model_card(config_of({**RESULT, "pos_embedding_type": "log_cpb"}), "m"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +210,7 @@ def test_every_scheme_has_a_card_without_gaps(scheme):
     text = str(model_card(config, "m", repo_id="alice/m"))
     assert not re.search(r"\{\{|\}\}|\bNone\b|\bTODO\b|More Information Needed|\bnan\b", text)
     for name in scheme.split("+"):
-        facts = scheme_facts(name, POSITION_EMBEDDINGS[name])
+        facts = scheme_facts(name, POSITION_EMBEDDINGS[name], config)
         assert facts["equation"] in text and facts["text"] in text
         assert re.search(r"\*\*(Paper|Source)\*\*: .*https://arxiv.org/abs/\d", facts["text"])
     assert 'from_pretrained("alice/m", trust_remote_code=True)' in text and 'from_pretrained("alice/m")' in text

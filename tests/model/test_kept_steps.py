@@ -9,8 +9,9 @@ from conftest import make_model, make_tokens
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
+from hf_relpos.model import kept_tables
 from hf_relpos.model.kept_steps import _KEPT
-from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS, StartGate
+from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, StartGate
 
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -277,3 +278,14 @@ def test_a_ready_mask_keeps_the_table(scheme, monkeypatch):
                 assert_close(step[:, 0], expected[:, index], **CLOSE)
             assert len(computed) == len(set(computed)), "once for a scheme"
             monkeypatch.setattr(kind, "distance_bias", bias)
+
+
+@pytest.mark.parametrize("scheme", ["linear_cpb", "alibi"])
+def test_the_operator_of_a_graph_returns_what_it_says(scheme):
+    """Its own memory, row by row, whatever the scheme returns: a graph is compiled for that."""
+    model = make_model(scheme)
+    part = next(module for module in model.modules() if isinstance(module, PositionEmbedding))
+    numbers = kept_tables._numbers(part)
+    for given in (numbers, [x + 1 for x in numbers]):
+        arguments = (given, part.table_name, part.num_table_heads, 5)
+        torch.library.opcheck(kept_tables._kept_table, arguments, test_utils=("test_schema", "test_faketensor"))

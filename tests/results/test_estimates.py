@@ -25,6 +25,18 @@ def test_intervals_cover_what_they_say(of_runs, of_documents, rest, num_runs, nu
     assert 0.93 <= hits / trials <= 0.97
 
 
+def test_intervals_cover_with_documents_of_unlike_weight():
+    """One to five windows of each of 22 books, where the books decide as much as three runs do."""
+    weights = [2, 1, 2, 4, 1, 2, 2, 2, 2, 2, 3, 1, 1, 5, 2, 2, 3, 1, 3, 2, 1, 2]
+    rng, trials, hits = np.random.default_rng(1), 2000, 0
+    for _ in range(trials):
+        values = rng.normal(0, 0.0145, (3, 1)) + rng.normal(0, 0.06, (1, 22)) + rng.normal(0, 0.01, (3, 22))
+        found = Estimate.of(values, weights)
+        hits += found.low < 0 < found.high
+    assert 0.93 <= hits / trials <= 0.97
+    assert found.document_freedom == pytest.approx(46**2 / sum(w**2 for w in weights) - 1)
+
+
 def test_without_documents_it_is_students_interval():
     values = np.array([[0.3], [0.1], [0.25], [0.2]])
     found = Estimate.of(values)
@@ -46,21 +58,28 @@ def test_what_does_not_vary_is_not_tested():
     assert math.isnan(Estimate.of(np.full((3, 4), 0.5)).p_value)
     one = Estimate.of(np.array([[0.5, 0.6]]))
     assert one.mean == pytest.approx(0.55) and math.isnan(one.low) and math.isnan(one.p_value)
-    assert one.runs_needed() is None
+    assert np.isnan(one.p_values_at(np.array([2, 9]))).all()
 
 
-def test_the_number_of_runs_that_would_resolve_a_difference():
+def test_the_p_values_of_other_numbers_of_runs():
+    """Those of the same means with the variance between runs divided by the number, and of that number itself."""
     rng = np.random.default_rng(3)
-    values = 0.01 + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.001, (1, 200))
-    found = Estimate.of(values)
-    needed = found.runs_needed()
-    assert found.p_value > 0.05 and needed > 3
-    # so many runs with the same variance resolve it, one fewer does not
-    for count, resolved in ((needed, True), (needed - 1, False)):
-        error = math.sqrt(found.run_variance * 3 / count + found.document_variance)
-        assert (abs(found.mean) / error > stats.t.ppf(0.975, count - 1)) == resolved
-    few_documents = Estimate.of(0.01 + rng.normal(0, 0.001, (3, 1)) + rng.normal(0, 0.2, (1, 5)))
-    assert few_documents.runs_needed() is None
+    found = Estimate.of(0.01 + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.001, (1, 200)))
+    counts = np.array([3, 4, 20])
+    of_runs = found.run_variance * 3 / counts
+    variance = of_runs + found.document_variance
+    freedom = variance**2 / (of_runs**2 / (counts - 1) + found.document_variance**2 / 199)
+    expected = 2 * stats.t.sf(found.mean / np.sqrt(variance), freedom)
+    assert found.p_values_at(counts) == pytest.approx(expected) and expected[0] == pytest.approx(found.p_value)
+    assert (found.p_values_at(counts, spread=2.0) > expected).all()
+
+
+def test_how_well_few_runs_tell_their_spread():
+    """80 % of the estimates lie so that the limits hold the true variance."""
+    rng = np.random.default_rng(0)
+    variances = rng.normal(0, 1, (20_000, 3)).var(axis=1, ddof=1)
+    low, high = Estimate.of(rng.normal(0, 1, (3, 5))).spread_limits()
+    assert np.mean((low * variances < 1) & (1 < high * variances)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_holm_and_p_values_in_words():

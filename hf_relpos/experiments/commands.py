@@ -1,0 +1,97 @@
+"""`hf-relpos sweep` and `hf-relpos compare`: their flags. The rest is imported when the flags were read, so that
+`--help` does not wait for it."""
+
+import shlex
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ..cli import command, parse_arguments
+
+
+SWEEP_DESCRIPTION = """\
+Runs the experiment that a YAML file states, and continues where an earlier call stopped.
+
+hf-relpos sweep --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
+"""
+COMPARE_DESCRIPTION = """\
+Compares position schemes on a text: a learning rate for each by validation loss, several seeds, and the answer with
+what is resolved and what is not.
+
+hf-relpos compare --text my_texts/ --schemes rotary alibi linear_cpb --train_length 128 --run_length 2048 --budget 20min
+"""
+
+
+@dataclass
+class SweepArguments:
+    """Which experiment, where its runs go, and how many run at once."""
+
+    experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
+    output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
+    scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
+    num_parallel: int | None = field(
+        default=None,
+        metadata={
+            "help": "Runs at once, each in its own process; GPUs are used in turn. By default one on each GPU; on a "
+            "CPU one a core, up to four, if all models are below 10M weights, else one."
+        },
+    )
+    executor: str = field(
+        default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}
+    )
+    cpus_per_run: float = field(default=1, metadata={"help": "CPUs that a run takes of a Ray cluster."})
+    gpus_per_run: float = field(default=0, metadata={"help": "GPUs that a run takes of a Ray cluster."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the runs and start none."})
+
+
+@dataclass
+class CompareArguments:
+    """Which schemes, on which text, and how long it may take."""
+
+    text: str | None = field(
+        default=None,
+        metadata={"help": "A file or folder of text (txt, jsonl, parquet, csv); a built-in one by default."},
+    )
+    schemes: list[str] = field(
+        default_factory=lambda: ["rotary", "alibi", "linear_cpb"],
+        metadata={"help": "Position schemes; `hf-relpos schemes` lists them."},
+    )
+    train_length: int = field(default=128, metadata={"help": "Length in tokens that the models are trained at."})
+    run_length: int = field(default=2048, metadata={"help": "Length in tokens that they shall be good at."})
+    budget: str = field(default="20min", metadata={"help": "Time that all may take: 20min, 90s, 2h."})
+    output_dir: str = field(default="output/compare", metadata={"help": "Folder of the runs and the report."})
+    seeds: int | None = field(default=None, metadata={"help": "Seeds of each scheme; as the budget allows by default."})
+    model_size: str | None = field(
+        default=None, metadata={"help": "xsmall, small, ..; by default 4 layers of width 128, and xsmall on a GPU."}
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Entries of the tokenizer, which is trained on the text; by its size by default."},
+    )
+    num_parallel: int | None = field(
+        default=None, metadata={"help": "Runs at once; by default one for each GPU, or for each core up to 4."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and what it costs, and start nothing."})
+
+
+@command
+def sweep_main() -> None:
+    """The command line of scripts/sweep.py."""
+    (args,) = parse_arguments((SweepArguments,), SWEEP_DESCRIPTION)
+    from .sweep import sweep
+
+    sweep(args)
+
+
+@command
+def compare_main() -> None:
+    """The command line of scripts/compare.py."""
+    (args,) = parse_arguments((CompareArguments,), COMPARE_DESCRIPTION)
+    from .compare import compare
+
+    try:
+        compare(args)
+    except KeyboardInterrupt:
+        with suppress(OSError):  # the terminal may be closed
+            print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
+        raise
