@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_relpos.results.figure_style import new_figure, save_figure
+from hf_relpos.results.result_file import markdown
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -17,11 +18,11 @@ def tables(result: dict[str, Any]) -> str:
         "rounds. A ratio is to the row of the same column that has 1.00."
     ]
     for title, records in _sections(result):
-        lines += ["", f"**{title}**", "", *_table(records)]
+        lines += ["", f"**{title}**", "", _table(records)]
     for record in result.get("profiles", []):
         lines += ["", f"**Profile of a step of {record['name']} at {record['length']}**, {record['seconds']:.2f} s", ""]
-        lines += ["| operation | share of the time |", "| --- | ---: |"]
-        lines += [f"| {name} | {100 * share:.1f} % |" for name, share in record["operations"].items()]
+        shares = [[name, f"{100 * share:.1f} %"] for name, share in record["operations"].items()]
+        lines.append(markdown([["operation", "share of the time"], *shares]))
     if result["skipped"]:
         lines += ["", "**Skipped**", ""]
         reasons: dict[tuple[str, str], set[int]] = {}
@@ -52,17 +53,14 @@ def _sections(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(title, records) for title, records in sections if records]
 
 
-def _table(records: list[dict[str, Any]]) -> list[str]:
+def _table(records: list[dict[str, Any]]) -> str:
     """Rows by name, columns by length: the ratio and the median."""
     lengths = sorted({record["length"] for record in records})
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
         by_name.setdefault(record["name"], {})[record["length"]] = record
-    header = ["", *map(str, lengths)]
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(lengths)]
-    for name, found in by_name.items():
-        lines.append("| " + " | ".join([name, *(_cell(found.get(length)) for length in lengths)]) + " |")
-    return lines
+    rows = [[name, *(_cell(found.get(length)) for length in lengths)] for name, found in by_name.items()]
+    return markdown([["", *map(str, lengths)], *rows])
 
 
 def _cell(record: dict[str, Any] | None) -> str:

@@ -177,6 +177,19 @@ def check_room(name: str, folder: str | Path, num_bytes: int, what: str) -> None
         pass
 
 
+def replace_marked(path: Path, begin: str, end: str, text: str) -> None:
+    """Writes `text` between the lines `begin` and `end` of a page.
+
+    Raises:
+        ValueError: if the page does not hold both, in this order.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(f"{begin}\n")
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{str(path)!r} must hold the line {begin!r}, and {end!r} after it.")
+    write_text(path, f"{before}{found}{text}\n{closed}{after}")
+
+
 def check_at_least_1(name: str, value: float | None) -> None:
     """Raises `ValueError` for a value below 1; `None` is left to its default."""
     if value is not None and value < 1:

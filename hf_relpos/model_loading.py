@@ -140,14 +140,19 @@ def _folders(parent: Path) -> list[str]:
     return [each.name for each in os.scandir(parent) if each.is_dir()] if os.path.isdir(parent) else []
 
 
+def about_num_weights(config: RelPosConfig) -> int:
+    """About the number of weights of a model that is not made yet: embeddings, attention and MLP without gates."""
+    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    per_layer = width * (2 * heads * config.head_dim + 2 * config.intermediate_size)
+    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2) + (config.max_positions or 0)
+    return rows * width + config.num_hidden_layers * per_layer
+
+
 def check_size(config: RelPosConfig) -> None:
     """Raises `ValueError` for a model that this machine cannot hold, before it is made."""
     if config.num_hidden_layers > MAX_LAYERS:
         raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {config.num_hidden_layers}.")
-    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
-    per_layer = width * (2 * heads * config.head_dim + 2 * config.intermediate_size)
-    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2) + (config.max_positions or 0)
-    num_weights = rows * width + config.num_hidden_layers * per_layer
+    num_weights = about_num_weights(config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * num_weights > memory:
         raise ValueError(

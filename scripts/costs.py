@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_relpos import RelPosConfig, RelPosForCausalLM
 from hf_relpos.cli import command
-from hf_relpos.environment import write_text
+from hf_relpos.environment import replace_marked
 from hf_relpos.model.configuration_relpos import MODEL_SIZES
 from hf_relpos.results.result_file import markdown
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
-BEGIN, END = "<!-- costs: made by scripts/costs.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- costs: made by scripts/costs.py -->", "<!-- end -->"
 PEAK = 989e12  # dense bf16 operations per second of an H100 SXM, by its data sheet
 SHARE = 0.3  # of the peak, on one card
 SHORTEST_STEP = 0.015  # seconds: a step of the Trainer starts some hundred kernels from Python, whatever they compute
@@ -55,14 +55,12 @@ def costs_table() -> str:
             times = [time_text(operations * tokens, tokens / of_a_step, count) for count in EFFICIENCY]
             row = [size, f"{parameters / 1e6:.1f}M", f"{operations / 1e6:.0f}M", f"{tokens / 1e6:,.0f}M", *times]
             rows.append(row)
-    return markdown(rows) + "\n"
+    return markdown(rows)
 
 
 @command
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    write_text(PAGE, head + BEGIN + costs_table() + END + rest.split(END, 1)[1])
+    replace_marked(PAGE, BEGIN, END, costs_table())
     print(f"wrote {PAGE}")
 
 

@@ -28,12 +28,20 @@ from tqdm.auto import tqdm
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.data.corpus import load_corpus
 from hf_relpos.data.tokens import evaluation_documents
-from hf_relpos.environment import check_at_least_1, hardware, peak_memory_mib, versions, write_json, write_text
+from hf_relpos.environment import (
+    check_at_least_1,
+    hardware,
+    peak_memory_mib,
+    replace_marked,
+    versions,
+    write_json,
+    write_text,
+)
 from hf_relpos.evaluation.loss_by_length import evaluate_lengths
 from hf_relpos.evaluation.task_scores import evaluate_task
 from hf_relpos.pretrained.importing import import_pretrained
 from hf_relpos.results.figure_style import figure_style, finish_axes, log2_axis, new_figure, save_figure
-from hf_relpos.results.result_file import smooth_by_position
+from hf_relpos.results.result_file import markdown, smooth_by_position
 from hf_relpos.tasks.arguments import DataArguments
 from hf_relpos.tasks.base import make_task
 from hf_relpos.training.arguments import FinetuningArguments
@@ -65,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TRAINED = {name: name for name in ("as it is, trained", "DroPE", "windows + NoPE, trained")}
 TRAINED |= {"DroPE + temperature": "DroPE"}
 TEXT, PASSKEY, NEEDLES = "text", "passkey_text", ("needle_keys", "needle_values", "variable_tracking")
-BEGIN, END = "<!-- tables: made by scripts/pretrained_evidence.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- tables: made by scripts/pretrained_evidence.py -->", "<!-- end -->"
 RESULTS, FIGURE = "evidence.json", "evidence.png"
 
 
@@ -269,11 +277,7 @@ def summarize(folder: Path, args: EvidenceArguments) -> None:
     write_text(folder / RESULTS, re.sub(r'("(?:[^"]+)":\{"num")', r"\n\1", text) + "\n")
     draw(variants, folder / FIGURE)
     if args.page:
-        path = Path(args.page)
-        before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-        if not begin:
-            raise ValueError(f"`page` {args.page!r} must hold the line {BEGIN.strip()!r}.")
-        write_text(path, before + begin + tables(variants) + END + rest.partition(END)[2])
+        replace_marked(Path(args.page), BEGIN, END, tables(variants))
 
 
 def tables(variants: dict[str, dict[str, Any]]) -> str:
@@ -282,37 +286,21 @@ def tables(variants: dict[str, dict[str, Any]]) -> str:
     lengths = list(dict.fromkeys(length for found in texts.values() for length in found["loss"]))
     places = next(iter(texts.values()))["loss_by_position"][0] if texts else []
     shown = [index for index, place in enumerate(places) if place > 512][::2]
-    lines = _table(
-        [
-            "loss",
-            *(f"near {places[index]:.0f}" for index in shown),
-            *(f"perplexity @{length}" for length in lengths),
-        ],
-        {
-            variant: [
-                *(f"{found['loss_by_position'][1][index]:.2f}" for index in shown),
-                *(f"{math.exp(min(found['loss'][length], 99)):.1f}" for length in lengths),
-            ]
-            for variant, found in texts.items()
-        },
-    )
+    near = [f"near {places[index]:.0f}" for index in shown]
+    losses = [["loss", *near, *(f"perplexity @{length}" for length in lengths)]]
+    for variant, found in texts.items():
+        by_place = (f"{found['loss_by_position'][1][index]:.2f}" for index in shown)
+        by_length = (f"{math.exp(min(found['loss'][length], 99)):.1f}" for length in lengths)
+        losses.append([variant, *by_place, *by_length])
     names = list(dict.fromkeys(name for found in variants.values() for name in found if name != TEXT))
-    head = ["score (loss of the answers)", *(name.replace(" ", " @") for name in names)]
-    lines += _table(
-        head,
-        {
-            variant: [_score(found[name]) if name in found else "" for name in names]
-            for variant, found in variants.items()
-        },
-    )
-    first = next(iter(variants.values()))
-    costs = {name: [_seconds(each), f"{each['peak_memory_mib'] / 1024:.1f} GiB"] for name, each in first.items()}
-    return "\n".join(lines + _table([f"cost, {next(iter(variants))}", "seconds", "peak memory so far"], costs))
-
-
-def _table(head: list[str], rows: dict[str, list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    return [*lines, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()), ""]
+    scores = [["score (loss of the answers)", *(name.replace(" ", " @") for name in names)]]
+    for variant, found in variants.items():
+        scores.append([variant, *(_score(found[name]) if name in found else "" for name in names)])
+    first = next(iter(variants))
+    costs = [[f"cost, {first}", "seconds", "peak memory so far"]]
+    for name, found in variants[first].items():
+        costs.append([name, _seconds(found), f"{found['peak_memory_mib'] / 1024:.1f} GiB"])
+    return "\n\n".join(map(markdown, (losses, scores, costs)))
 
 
 def _score(found: dict[str, Any]) -> str:

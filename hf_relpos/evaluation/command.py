@@ -51,6 +51,13 @@ class EvaluationArguments:
             "help": "Also compute the sliding-window perplexity of the whole split, at each length above this stride."
         },
     )
+    sliding_baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Also read the same windows in rows of the training length that move by its half: what the model "
+            "makes of the same tokens without reading past the length that it was trained at."
+        },
+    )
     train_length: int | None = field(
         default=None, metadata={"help": "Length the model was trained at, if its configuration does not say it."}
     )
@@ -78,6 +85,9 @@ def main() -> None:
     print(markdown_table([result]))
     print(corpus_note([result]))
     print(_read_text(result))
+    if row := result.get("sliding_baseline"):
+        text = f"by a sliding window of {row['length']}, the training length, on the same tokens"
+        print(f"{text}: perplexity {row['perplexity']:.2f}")
     for length, row in result.get("sliding_window", {}).items():
         tokens = row["num_tokens"]
         print(f"sliding window of {length} by {args.stride}: perplexity {row['perplexity']:.2f} on {tokens} tokens")

@@ -118,7 +118,9 @@ def _measure_text(
         longest = max(map(len, documents), default=0)
         lengths = [length for length in lengths if length <= longest] or lengths
         _check_stride(args, lengths)
-    found = evaluate_lengths(model, documents, lengths, train_length, args.tokens_per_batch, args.max_windows)
+    found = evaluate_lengths(
+        model, documents, lengths, train_length, args.tokens_per_batch, args.max_windows, args.sliding_baseline
+    )
     numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
     if args.stride is not None:
         found["sliding_window"] = {

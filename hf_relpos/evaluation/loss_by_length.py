@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..messages import Progress
+from ..results.result_file import SLIDING
 from .loss_sums import ClusteredMean, DocumentLosses, RunningLoss
 
 
@@ -80,6 +81,7 @@ def evaluate_lengths(
     train_length: int | None = None,
     tokens_per_batch: int = 16384,
     max_windows: int | None = None,
+    sliding_baseline: bool = False,
 ) -> dict[str, Any]:
     """Loss by length and by position.
 
@@ -94,6 +96,7 @@ def evaluate_lengths(
         train_length: the length the model was trained at; the slope is taken from there on.
         tokens_per_batch: tokens of one forward, at least one window.
         max_windows: read so many windows only, spread evenly over all of them.
+        sliding_baseline: whether to read the same windows in rows of `train_length` too that move by its half.
 
     Returns:
         `lengths`: "L" → `loss`, `perplexity`, `median_loss`, `num_tokens`;
@@ -105,18 +108,27 @@ def evaluate_lengths(
         `train_length`, or `None`;
         `unigram_loss`: what the frequencies of the target tokens alone would give, as a yardstick;
         `documents`: the mean losses of each document, see `DocumentLosses.summary`;
-        `num_windows`, `num_documents`: how many windows were read, from how many documents.
+        `num_windows`, `num_documents`: how many windows were read, from how many documents;
+        `sliding_baseline`: `length`, `stride`, `loss`, `perplexity`, `median_loss`, `num_tokens`, if it was asked for:
+        what a model makes of the same target tokens without ever reading past `train_length`. At a length L a token
+        has between 0 and L − 1 tokens of context, here at least half of `train_length` where the window has them.
 
     Raises:
-        ValueError: for lengths below 2, or if no document is as long as the longest length.
+        ValueError: for lengths below 2, if no document is as long as the longest length, or for a baseline without a
+            training length that is shorter than the longest length.
     """
     lengths = check_lengths(lengths, model)
+    if sliding_baseline and not (train_length and 2 <= train_length < lengths[-1]):
+        raise ValueError(
+            f"`sliding_baseline` needs a `train_length` of at least 2, below the longest of `eval_lengths`, "
+            f"{lengths[-1]}, got {train_length}."
+        )
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"`max_windows` must be at least 1, got {max_windows}.")
     longest = lengths[-1]
-    sums = {length: RunningLoss() for length in lengths}
+    sums, baseline = {length: RunningLoss() for length in lengths}, RunningLoss()
     by_position, context = np.zeros(longest), _ContextStatistics(train_length)
-    by_document, counts = DocumentLosses(lengths), Counter()
+    by_document, counts = DocumentLosses([*lengths, *([SLIDING] if sliding_baseline else [])]), Counter()
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
     available = _count_windows(documents, longest)
@@ -139,11 +151,16 @@ def evaluate_lengths(
                 sums[length].add(losses[:, targets])
                 for (document, _), row in zip(group, losses[:, targets]):
                     by_document.add(document, length, row)
+            if sliding_baseline:
+                sliding = _losses_sliding(model, tokens, train_length, tokens_per_batch)[:, targets]
+                baseline.add(sliding)
+                for (document, _), row in zip(group, sliding):
+                    by_document.add(document, SLIDING, row)
             by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
             for (document, _), row in zip(group, losses):
                 context.add(row, document)
             progress.update(len(group))
-    return {
+    found = {
         "lengths": {str(length): sums[length].summary() for length in lengths},
         "loss_by_position": [None, *(by_position[1:] / total).tolist()],
         "documents": by_document.summary(),
@@ -151,6 +168,9 @@ def evaluate_lengths(
         "num_windows": total,
         **context.summary(),
     }
+    if sliding_baseline:
+        found[SLIDING] = {"length": train_length, "stride": train_length // 2, **baseline.summary()}
+    return found
 
 
 def check_lengths(lengths: Sequence[int], model: Any = None, name: str = "eval_lengths") -> list[int]:
@@ -213,6 +233,19 @@ def _losses_in_blocks(model: Any, windows: torch.Tensor, length: int, tokens_per
         rows = [token_losses(model, batch) for batch in blocks.split(max(1, tokens_per_batch // size))]
         losses[:, start:end] = torch.cat(rows).reshape(len(windows), end - start)
     return losses.numpy()
+
+
+def _losses_sliding(model: Any, windows: torch.Tensor, length: int, tokens_per_batch: int) -> np.ndarray:
+    """(B, N) windows, read in rows of `length` that move by its half → (B, N) losses, NaN at the first token."""
+    losses = np.full(windows.shape, math.nan, dtype=np.float32)
+    for window, found in zip(windows.numpy(), losses):
+        scored = 1
+        for group in _grouped(_sliding_windows(window, length, length // 2), max(1, tokens_per_batch // length)):
+            rows = token_losses(model, torch.from_numpy(np.stack([tokens for tokens, _ in group]))).numpy()
+            for row, (_, first) in zip(rows, group):
+                found[scored : scored + length - first] = row[first:]
+                scored += length - first
+    return losses
 
 
 def _in_context_score(losses: np.ndarray, token: int) -> float | None:

@@ -29,8 +29,12 @@ class SweepArguments:
     experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
     output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
-    num_parallel: int = field(
-        default=1, metadata={"help": "Runs at once, each in its own process; GPUs are used in turn."}
+    num_parallel: int | None = field(
+        default=None,
+        metadata={
+            "help": "Runs at once, each in its own process; GPUs are used in turn. By default one on each GPU; on a "
+            "CPU one a core, up to four, if all models are below 10M weights, else one."
+        },
     )
     executor: str = field(
         default="local", metadata={"help": "local, or ray: a task for each run on a Ray cluster (extra [ray])."}

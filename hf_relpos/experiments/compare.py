@@ -30,7 +30,7 @@ from .comparison_text import prepare_text
 from .grid import Run, check_runs
 from .progress import FAILURE, failure_of, live_table, status
 from .sweep import collect_results, run_one, signals_interrupt
-from .workers import run_here, run_in_processes, visible_gpus
+from .workers import default_num_parallel, run_here, run_in_processes
 
 
 TOKENS_PER_STEP = 1024
@@ -185,8 +185,7 @@ class _Setup:
     def __init__(self, args: CompareArguments, paths: dict[str, Path]) -> None:
         self.args, self.paths = args, paths
         self.device = _device()
-        gpus = len(visible_gpus())
-        self.num_parallel = args.num_parallel or gpus or min(4, torch.get_num_threads())
+        self.num_parallel = args.num_parallel or default_num_parallel([])
         self.batch_size = max(1, TOKENS_PER_STEP // args.train_length)
         data = {f"{split}_file": str(path) for split, path in paths.items()}
         corpus = load_corpus(DataArguments(**data))
@@ -250,7 +249,8 @@ class _Setup:
 
     def _cost(self, scheme: str) -> Cost:
         step = measure(self._config(scheme), self.batch_size, self.args.train_length, self.device, self._bf16())
-        tokens = self.windows * self.args.run_length * len(self.lengths())
+        readings = len(self.lengths()) + 2  # the sliding baseline reads each token twice
+        tokens = self.windows * self.args.run_length * readings
         return Cost(step, EVALUATION_SHARE * step * tokens / (self.batch_size * self.args.train_length))
 
     def _bf16(self) -> bool:
@@ -285,6 +285,7 @@ class _Setup:
             evaluation = {"eval_split": "validation", "eval_lengths": [self.args.train_length], "max_windows": 400}
         else:
             evaluation = {"eval_lengths": self.lengths(), "max_windows": self.windows}
+            evaluation |= {"sliding_baseline": True} if self.args.run_length > self.args.train_length else {}
         found = []
         for seed in seeds:
             for scheme, values in rates.items():

@@ -19,7 +19,7 @@ from ..evaluation.evaluate import default_lengths
 from ..evaluation.loss_by_length import check_lengths
 from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
-from ..model_loading import check_size
+from ..model_loading import about_num_weights, check_size
 from ..results.training_record import RESULT_NEUTRAL_FLAGS
 from ..scheme_files import imported_files
 from ..tasks.arguments import DataArguments
@@ -52,6 +52,7 @@ class Run:
         evaluation: flags of scripts/evaluate.py.
         base: the run whose model it finetunes.
         import_files: the files that register schemes, which a worker process imports first.
+        num_weights: about how many the model has, once the run is checked.
     """
 
     place: str
@@ -60,6 +61,7 @@ class Run:
     base: "Run | None" = None
     import_files: tuple[str, ...] = field(default_factory=lambda: tuple(map(str, imported_files())))
     _key: str = field(default="", repr=False)
+    num_weights: int = 0
 
     @property
     def key(self) -> str:
@@ -273,6 +275,7 @@ def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
                 if args.extend_learned_positions:
                     configs[run].max_position_embeddings = max(configs[run].max_position_embeddings, args.block_size)
             check_size(configs[run])
+            run.num_weights = about_num_weights(configs[run])
             flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
             tested, _ = parse_values(EVALUATE_TYPES, flags)
             # runs with and without a learned table are read at the same lengths

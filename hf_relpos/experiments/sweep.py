@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import import_schemes, parse_values, say_next
-from ..environment import write_json
+from ..environment import check_at_least_1, write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
 from ..results.groups import fields_to_vary
@@ -24,7 +24,7 @@ from ..training.train import finetune, train
 from .commands import SweepArguments
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
 from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
-from .workers import run_here, run_in_processes, run_on_ray
+from .workers import default_num_parallel, run_here, run_in_processes, run_on_ray
 
 
 LOG = "log.txt"
@@ -118,9 +118,10 @@ def _run_all(runs: Sequence[Run], root: Path, args: SweepArguments) -> list[Run]
     """→ those that failed."""
     if args.executor == "ray":
         return run_on_ray(runs, root, run_one, args.cpus_per_run, args.gpus_per_run)
-    if args.num_parallel == 1:
+    num_parallel = min(args.num_parallel or default_num_parallel(runs), max(1, len(runs)))
+    if num_parallel == 1:
         return run_here(runs, root, run_one)
-    return run_in_processes(runs, root, run_one, args.num_parallel)
+    return run_in_processes(runs, root, run_one, num_parallel)
 
 
 @contextmanager
@@ -143,11 +144,10 @@ def signals_interrupt() -> Iterator[None]:
 
 def sweep(args: SweepArguments) -> None:
     """Does the runs of an experiment that are not done, and writes their results; exit code 1 if one fails."""
-    if args.num_parallel < 1:
-        raise ValueError(f"`num_parallel` must be at least 1, got {args.num_parallel}.")
+    check_at_least_1("num_parallel", args.num_parallel)
     if args.executor not in ("local", "ray"):
         raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")
-    if args.executor == "ray" and args.num_parallel != 1:
+    if args.executor == "ray" and args.num_parallel not in (None, 1):
         raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
     if args.dry_run:

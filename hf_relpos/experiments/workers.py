@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process, resource_tracker
 from pathlib import Path
 
 import torch
@@ -21,8 +21,10 @@ from .grid import Run
 from .progress import FAILURE, write_failure
 
 
+MAX_PARALLEL, TINY = 4, 10_000_000  # runs at once on a CPU; weights up to which one thread is used best
 MAX_RETRIES = 3  # of a run whose worker died
-IN_USE, INTERRUPTED = 75, 130  # exit codes of a worker: another call does the run; stopped by a signal
+# exit codes of a worker: another call does the run; stopped by a signal; not known, as the server died
+IN_USE, INTERRUPTED, LOST = 75, 130, 255
 SECONDS = 0.5  # between two looks at the runs of another call
 
 Work = Callable[[Run, Path], None]
@@ -112,7 +114,7 @@ def run_in_processes(runs: Sequence[Run], root: Path, work: Work, num_processes:
         KeyboardInterrupt: when all have saved a checkpoint and stopped; at the second one they are killed.
     """
     devices, threads = visible_gpus(), max(1, torch.get_num_threads() // num_processes)
-    processes = Processes()
+    processes = Processes(None if devices else [__name__, work.__module__])
     with ThreadPoolExecutor(num_processes) as pool:
 
         def submit(task: Task, place: int) -> Future:
@@ -135,11 +137,20 @@ class WorkerError(RuntimeError):
 
 class Processes:
     """A process for each run: a GPU is chosen before torch has seen one, memory goes back when a run is done, and one
-    that is killed takes no other with it."""
+    that is killed takes no other with it.
 
-    def __init__(self) -> None:
+    On Linux they are forked from a server that has imported `modules` once for all runs. Without `modules` each imports
+    them itself: a package that asked for GPUs while it was imported would keep all forked processes from using one.
+    """
+
+    def __init__(self, modules: list[str] | None) -> None:
         self.living: set = set()
         self.stopping = False
+        served = modules is not None and sys.platform == "linux"
+        self.context = get_context("forkserver" if served else "spawn")
+        if served:
+            self.context.set_forkserver_preload(modules)
+            resource_tracker.ensure_running()  # whose start unblocks signals
 
     def run(self, task: Task, device: str | None, num_threads: int) -> None:
         """Does a task in a process, and in another one if that dies.
@@ -157,7 +168,7 @@ class Processes:
                 return
             if code == IN_USE:
                 raise InUseError("another call does the run")
-            if code > 0 and code != INTERRUPTED:
+            if code > 0 and code not in (INTERRUPTED, LOST):
                 raise WorkerError(f"the run failed with exit code {code}")
         _, run, root, _ = task.args
         reason = f"its process was stopped {MAX_RETRIES + 1} times, at last with exit code {code} (below 0: a signal)"
@@ -166,7 +177,7 @@ class Processes:
         raise RuntimeError(reason)
 
     def _run_once(self, task: Task, device: str | None, num_threads: int) -> int:
-        process = get_context("spawn").Process(target=_work, args=(task, device, num_threads, os.getpid()))
+        process = self.context.Process(target=_work, args=(task, device, num_threads, dict(os.environ)))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait until the process can handle them
         try:
             if self.stopping:
@@ -190,9 +201,12 @@ class Processes:
                 os.kill(process.pid, number)
 
 
-def _work(task: Task, device: str | None, num_threads: int, parent: int) -> None:
-    """What a process does. One whose parent ended while it imported this file ends here."""
-    end_with_parent(parent)
+def _work(task: Task, device: str | None, num_threads: int, environment: dict[str, str]) -> None:
+    """What a process does. One whose parent ended before ends here."""
+    end_with_parent()
+    if not parent_process().is_alive():
+        sys.exit(INTERRUPTED)
+    os.environ.update(environment)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _run_on(task, device, num_threads)
@@ -251,6 +265,13 @@ def run_on_ray(
         if references:
             ray.wait(references, num_returns=len(references))
         raise
+
+
+def default_num_parallel(runs: Sequence[Run]) -> int:
+    """How many runs at once: one on each GPU; without one, as many as threads where all models are tiny (two runs of
+    one thread take less time than one after the other with two), else one."""
+    tiny = all(run.num_weights <= TINY for run in runs)
+    return len(visible_gpus()) or (min(MAX_PARALLEL, torch.get_num_threads()) if tiny else 1)
 
 
 def visible_gpus() -> list[str]:

@@ -31,12 +31,9 @@ def check_implementation(config: PreTrainedConfig, attn_implementation: str | No
         )
 
 
-def row_mask(bias: torch.Tensor, key_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    """The additive mask of one query that sees all keys but padding: (H, K) fp32 bias → (B or 1, H, 1, K)."""
-    mask = bias[None, :, None]
-    if key_mask is not None:
-        mask = hide(mask, key_mask[:, None, None], query)
-    return _fit(mask, query)
+def row_mask(bias: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The additive mask of one query that sees all keys: (H, K) fp32 bias → (1, H, 1, K)."""
+    return _fit(bias[None, :, None], query)
 
 
 def eager_attention_forward(

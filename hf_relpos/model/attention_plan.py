@@ -8,7 +8,7 @@ Shape letters: B batch, H query heads, G key and value heads, Q query length, K 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -20,15 +20,14 @@ from .attention_key_bias import add_key_bias, dense_key_bias
 from .attention_mask import (
     hide,
     merge_position_bias,
-    row_mask,
 )
 from .functional_transforms import is_differentiated_again, is_transformed
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup, PositionEmbeddings, add_biases
+from .token_positions import KeyPositions
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
+class AttentionInputs(NamedTuple):
     """What one layer brings to its plan.
 
     Attributes:
@@ -53,7 +52,7 @@ class AttentionInputs:
             return self
         key_bias = mask_key_bias(self.key_bias, key_mask)
         query, key, value = add_key_bias(self.query, self.key, self.value, key_bias, scaling)
-        return replace(self, query=query, key=key, value=value, key_bias=None)
+        return self._replace(query=query, key=key, value=value, key_bias=None)
 
 
 def mask_key_bias(key_bias: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
@@ -106,6 +105,16 @@ class AttentionPlan:
     def shared_bias(self) -> torch.Tensor | None:
         """What the schemes that layers share add to the scores, computed once per forward."""
         return None
+
+    def advance(self, keys: KeyPositions, num_slots: int) -> bool:
+        """Makes the plan of one token that of the next one; → whether that can be.
+
+        Args:
+            keys: those that the next token sees, without padding among them.
+            num_slots: how many tokens there are with it, those that a window has dropped among them.
+        """
+        is_whole = keys.length == keys.offset + 1 and (self.group.window is None or keys.length < self.group.window)
+        return is_whole and self.mask is None and self.key_mask is None and not self.keywords
 
     def attend(
         self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
@@ -181,6 +190,9 @@ class DensePlan(AttentionPlan):
     def name(self) -> str:
         return f"{self.implementation}:dense_bias"
 
+    def advance(self, keys: KeyPositions, num_slots: int) -> bool:
+        return False
+
     def shared_bias(self) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32 or `None`."""
         return self.schemes.dense_bias(self.positions, self.span, names=self.group.schemes)
@@ -224,6 +236,11 @@ class TablePlan(AttentionPlan):
     documents: torch.Tensor | None = None
 
     @property
+    def seen_mask(self) -> torch.Tensor | None:
+        """(B, K) boolean, False on padding, or `None`, as the kernel takes it."""
+        return self.key_mask
+
+    @property
     def name(self) -> str:
         device_type = self.device.type
         is_autocast = torch.is_autocast_enabled(device_type)
@@ -233,6 +250,9 @@ class TablePlan(AttentionPlan):
         table = query.new_zeros(1, 64) if table is None else table
         call = TableCall(scaling=1.0, window=self.group.window)
         return f"distance_bias:{select_kernel(query, query, table, call).name}"
+
+    def advance(self, keys: KeyPositions, num_slots: int) -> bool:
+        return False
 
     def shared_bias(self) -> torch.Tensor | None:
         """→ (H, span) fp32 or `None`."""
@@ -254,7 +274,7 @@ class TablePlan(AttentionPlan):
             self._table(layer, inputs, shared_bias),
             scaling=layer.scaling,
             offset=self.offset,
-            key_mask=self.key_mask,
+            key_mask=self.seen_mask,
             documents=self.documents,
             window=self.group.window,
         )
@@ -293,49 +313,6 @@ class FlexTablePlan(TablePlan):
 
 
 @dataclass(kw_only=True)
-class RowPlan(TablePlan):
-    """One query, as in a step of generation: its row of the bias is a slice of the table, a mask for any kernel.
-
-    Attributes:
-        kept: layer index → (H, n) table from distance n − 1 down to 0, kept from step to step with the cache of keys;
-            `None` where tables must not be kept.
-    """
-
-    kept: dict[int, torch.Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.implementation}:row_bias"
-
-    @property
-    def num_seen(self) -> int:
-        """The number of keys that the query sees, padding among them."""
-        return min(self.offset + 1, self.group.window or self.offset + 1)
-
-    def shared_bias(self) -> torch.Tensor | None:
-        is_kept = self._kept_table(self.layer) is not None
-        return None if is_kept else super().shared_bias()
-
-    def _attend(
-        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        seen = slice(self.offset + 1 - self.num_seen, self.offset + 1)
-        inputs_seen = replace(inputs, key=inputs.key[:, :, seen], value=inputs.value[:, :, seen])
-        key_mask = None if self.key_mask is None else self.key_mask[:, seen]
-        table = self._kept_table(layer)
-        if table is None:
-            table = self._table(layer, inputs, shared_bias).flip(1)
-            if self.kept is not None:
-                self.kept[layer.layer_idx] = table
-        row = table[:, table.shape[1] - self.num_seen :]
-        return self._call(layer, inputs_seen, row_mask(row, key_mask, inputs.query), **kwargs)
-
-    def _kept_table(self, layer: nn.Module) -> torch.Tensor | None:
-        table = None if self.kept is None else self.kept.get(layer.layer_idx)
-        return table if table is not None and table.shape[1] >= self.num_seen else None
-
-
-@dataclass(kw_only=True)
 class SplitPlan(AttentionPlan):
     """The first queries by a table, the last ones by a dense (Q, K) bias.
 
@@ -351,6 +328,9 @@ class SplitPlan(AttentionPlan):
     def name(self) -> str:
         return f"{self.first.name}+{self.last.name}"
 
+    def advance(self, keys: KeyPositions, num_slots: int) -> bool:
+        return False
+
     def shared_bias(self) -> torch.Tensor | None:
         """→ (H, span) fp32 or `None`."""
         return self.first.shared_bias()
@@ -362,12 +342,12 @@ class SplitPlan(AttentionPlan):
         num_first = inputs.query.shape[2] - self.last.positions.query.shape[1]
         slots = self.first.offset + num_first
         query, key, value = inputs.query[:, :, :num_first], inputs.key[:, :, :slots], inputs.value[:, :, :slots]
-        head, _ = self.first.attend(layer, replace(inputs, query=query, key=key, value=value), shared_bias, **kwargs)
+        head, _ = self.first.attend(layer, inputs._replace(query=query, key=key, value=value), shared_bias, **kwargs)
         if shared_bias is not None:
             # a window hides what is further away than the table reaches
             distance = self.last.positions.distance.clamp(max=shared_bias.shape[1] - 1)
             shared_bias = shared_bias[:, distance].transpose(0, 1)
-        tail_inputs = replace(inputs, query=inputs.query[:, :, num_first:])
+        tail_inputs = inputs._replace(query=inputs.query[:, :, num_first:])
         tail, _ = self.last.attend(layer, tail_inputs, shared_bias, **kwargs)
         return torch.cat((head, tail), dim=1), None
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,16 +17,18 @@ from transformers.utils import logging
 
 from .attention_mask import check_implementation
 from .attention_native import native_is_ready
+from .attention_padded import RealFirstPlan
 from .attention_plan import (
     TABLE_PLANS,
     AttentionPlan,
     DensePlan,
     KeyBiasPlan,
-    RowPlan,
     SplitPlan,
     TablePlan,
 )
+from .attention_row import RowPlan
 from .functional_transforms import assert_async, is_batched, is_tracing, is_transformed
+from .kept_steps import KeptSteps
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup
 from .token_positions import (
@@ -60,8 +61,50 @@ class FrozenLengthCache(Cache):
         return length.clone() if isinstance(length, torch.Tensor) else length
 
 
+def plan_layers(
+    model: nn.Module,
+    groups: Sequence[LayerGroup],
+    tokens: TokenPositions,
+    inputs_embeds: torch.Tensor,
+    kept: KeptSteps | None = None,
+) -> dict[LayerGroup, AttentionPlan]:
+    """→ the plan of each group of layers.
+
+    Args:
+        model: the decoder, with `config`, `layers` and `position_embeddings`.
+        groups: that of each layer.
+        tokens: where the tokens of the forward stand.
+        inputs_embeds: (B, Q, C).
+        kept: what earlier steps of a generation left.
+
+    Raises:
+        ValueError: for an attention implementation that would drop a bias.
+    """
+    is_plain = kept is not None and tokens.attention_mask is None
+    if is_plain and kept.plans and all(_advance(plan, layer, tokens) for layer, plan in kept.plans):
+        return {plan.group: plan for _, plan in kept.plans}
+    layers: dict[LayerGroup, list[int]] = {}
+    for index, group in enumerate(groups):
+        layers.setdefault(group, []).append(index)
+    plans = {group: plan_attention(model, group, layers[group], tokens, inputs_embeds, kept) for group in layers}
+    if kept is not None:
+        kept.plans = [(layers[group][0], plan) for group, plan in plans.items()] if is_plain else []
+    return plans
+
+
+def _advance(plan: AttentionPlan, layer_idx: int, tokens: TokenPositions) -> bool:
+    """Makes the plan of the last step that of this one; → whether that can be."""
+    keys = locate_keys(tokens, layer_idx)
+    return isinstance(keys.offset, int) and plan.advance(keys, tokens.past_length + 1)
+
+
 def plan_attention(
-    model: nn.Module, group: LayerGroup, layers: Sequence[int], tokens: TokenPositions, inputs_embeds: torch.Tensor
+    model: nn.Module,
+    group: LayerGroup,
+    layers: Sequence[int],
+    tokens: TokenPositions,
+    inputs_embeds: torch.Tensor,
+    kept: KeptSteps | None = None,
 ) -> AttentionPlan:
     """How the layers of a group attend in a forward.
 
@@ -71,6 +114,7 @@ def plan_attention(
         layers: their indices.
         tokens: where the tokens of the forward stand.
         inputs_embeds: (B, Q, C).
+        kept: what earlier steps of a generation left.
 
     Raises:
         ValueError: for an attention implementation that would drop the bias of the group.
@@ -79,7 +123,7 @@ def plan_attention(
     implementation = config._attn_implementation
     if group.has_bias:
         check_implementation(config, implementation)
-    keys, layer = locate_keys(tokens, layers[0]), model.layers[layers[0]].self_attn
+    keys = locate_keys(tokens, layers[0])
     common = {"group": group, "implementation": implementation, "schemes": model.position_embeddings}
     common |= {"key_mask": keys.mask}
     # extra dimensions of queries and keys hold numbers per key, where the scores are not needed for each pair
@@ -91,7 +135,8 @@ def plan_attention(
     key_positions = keys.positions(tokens)
     table = None
     if last >= 0 and isinstance(keys.offset, int) and tokens.padding is mask:
-        table = _plan_table(model, layer, keys, key_positions, tokens, inputs_embeds, common)
+        of_row = {"layers": layers, "last_position": last, "kept": None if kept is None else kept.tables}
+        table = _plan_table(model, of_row, keys, key_positions, tokens, inputs_embeds, common)
     # counted from the first token, which layers with a window may have dropped
     slots = tokens.past_length + inputs_embeds.shape[1]
     if table is not None and (last == math.inf or slots <= last + 1):
@@ -196,29 +241,36 @@ def _plan_mask(
 
 def _plan_table(
     model: nn.Module,
-    layer: nn.Module,
+    of_row: dict[str, Any],
     keys: KeyPositions,
     key_positions: torch.Tensor,
     tokens: TokenPositions,
     inputs_embeds: torch.Tensor,
     common: dict[str, Any],
 ) -> TablePlan | None:
-    """→ the plan with a table, or `None` where distances are not those of the slots."""
+    """→ the plan with a table, or `None` where distances are not those of the slots.
+
+    Args:
+        of_row: what a `RowPlan` has beside the others.
+    """
     group, query_length = common["group"], inputs_embeds.shape[1]
     slots = keys.offset + query_length
     seen_mask = None if keys.mask is None else keys.mask[:, :slots]
     # a traced graph cannot inspect values
     by_construction = (tokens.is_counted or query_length == 1) and tokens.padding is None and tokens.documents is None
-    if not by_construction:
-        if is_tracing(key_positions) or not is_contiguous(key_positions[:, :slots], seen_mask, tokens.documents):
+    plan_class, keywords = TABLE_PLANS[common["implementation"]], {}
+    if by_construction or not is_tracing(key_positions):
+        if not by_construction and not is_contiguous(key_positions[:, :slots], seen_mask, tokens.documents):
             return None
-    plan_class = TABLE_PLANS[common["implementation"]]
-    kept = _kept_tables(model, tokens) if query_length == 1 else None
-    if query_length == 1 and not plan_class.needs_mask:
-        plan_class = RowPlan
+        if query_length == 1 and not plan_class.needs_mask:
+            plan_class, keywords = RowPlan, of_row
+    elif plan_class.needs_mask or not _may_be_sorted(tokens, keys, group):
+        return None
+    else:
+        plan_class, keywords = RealFirstPlan, RealFirstPlan.sort(seen_mask)
     plan = plan_class(
-        **{**common, "key_mask": pad_mask(seen_mask, keys.length)},
-        layer=layer,
+        **{**common, **keywords, "key_mask": pad_mask(seen_mask, keys.length)},
+        layer=model.layers[of_row["layers"][0]].self_attn,
         device=inputs_embeds.device,
         dtype=inputs_embeds.dtype,
         offset=keys.offset,
@@ -227,12 +279,18 @@ def _plan_table(
     )
     if plan_class.needs_mask:
         plan.mask = make_mask(model, group, tokens, inputs_embeds, tokens.mask_of(group.layer_type))
-    if kept is not None:  # room for the steps to come
+    if of_row["kept"] is not None:  # room for the steps to come
         plan.span = max(64, 2 ** keys.offset.bit_length())
         plan.span = min(plan.span, group.window or plan.span)
-    if isinstance(plan, RowPlan):
-        plan.kept = kept
     return plan
+
+
+def _may_be_sorted(tokens: TokenPositions, keys: KeyPositions, group: LayerGroup) -> bool:
+    """Whether in a graph the real tokens of each row can be put first, so that distances are those of the slots."""
+    is_whole = keys.length == tokens.position_ids.shape[1] and isinstance(keys.offset, int) and keys.offset == 0
+    is_counted = tokens.is_counted and tokens.padding is not None and tokens.documents is None
+    # a window counts slots, padding among them; `torch.func.vmap` has another kernel
+    return is_whole and is_counted and group.window is None and not is_batched(tokens.padding)
 
 
 def _pair_positions(
@@ -278,24 +336,3 @@ def _warn_of_dense_bias(model: nn.Module, group: LayerGroup, tokens: TokenPositi
     logger.warning_once(
         f"The position bias is computed for each pair of tokens, which takes more time and memory: {reason}."
     )
-
-
-# --- tables that steps of a generation share
-
-# cache of keys → what the tables were computed from, and `RowPlan.kept`; not an attribute of the cache, which others
-# copy and flatten
-_KEPT_TABLES: WeakKeyDictionary[Cache, tuple[list, dict[int, torch.Tensor]]] = WeakKeyDictionary()
-
-
-def _kept_tables(model: nn.Module, tokens: TokenPositions) -> dict[int, torch.Tensor] | None:
-    """→ the tables that earlier steps left with the cache, layer index → table; `None` where none may be kept."""
-    if tokens.cache is None or torch.is_grad_enabled() or is_tracing(tokens.position_ids):
-        return None
-    layers = (layer.self_attn.position_embeddings.parameters() for layer in model.layers)
-    parameters = chain(model.position_embeddings.parameters(), *layers)
-    # when they change, the tables are computed again
-    state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
-    kept = _KEPT_TABLES.get(tokens.cache)
-    if kept is None or kept[0] != state:
-        kept = _KEPT_TABLES[tokens.cache] = state, {}
-    return kept[1]

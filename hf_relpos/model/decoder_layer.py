@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import TreeSpec, tree_unflatten
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,9 +22,9 @@ from .attention_plan import AttentionInputs, AttentionPlan
 from .cached_beside import add_with_beside
 from .configuration_relpos import RelPosConfig
 from .feed_forward import RelPosMLP
-from .norms import RelPosRMSNorm, build_norm
+from .norms import RelPosDropout, RelPosRMSNorm, build_norm
 from .scheme_base import Positions
-from .scheme_registry import Rotation, build_position_embeddings, layer_groups
+from .scheme_registry import Rotates, Rotation, build_position_embeddings, layer_groups
 from .transformers_versions import add_to_cache, takes_cache
 
 
@@ -40,6 +39,8 @@ class RelPosAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        # a configuration takes long to read an attribute
+        self.num_heads, self.qk_norm = config.num_attention_heads, config.qk_norm
         self.is_causal = True
         width, bias = config.hidden_size, config.attention_bias
         query_width, key_width = (
@@ -49,8 +50,8 @@ class RelPosAttention(nn.Module):
         self.k_proj = nn.Linear(width, key_width, bias=bias)
         self.v_proj = nn.Linear(width, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=config.attention_out_bias)
-        if config.qk_norm is not None:
-            widths = (query_width, key_width) if config.qk_norm == "layer" else (self.head_dim, self.head_dim)
+        if self.qk_norm is not None:
+            widths = (query_width, key_width) if self.qk_norm == "layer" else (self.head_dim, self.head_dim)
             self.q_norm, self.k_norm = (RelPosRMSNorm(each, config.rms_norm_eps) for each in widths)
         self.group = layer_groups(config)[layer_idx]
         self.sliding_window = self.group.window  # where attention functions of transformers look for it
@@ -68,7 +69,7 @@ class RelPosAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        if self.config.qk_norm is not None:
+        if self.qk_norm is not None:
             query, key = self._norm_queries_and_keys(query, key)
         query = query.view(head_shape).transpose(1, 2)  # (B, H, Q, D)
         key = key.view(head_shape).transpose(1, 2)  # (B, G, Q, D)
@@ -76,7 +77,9 @@ class RelPosAttention(nn.Module):
         for rotate, rotation in rotations:
             query, key = rotate(query, key, rotation)
         shard_heads = self._head_slicer(query)
-        key_bias = self.position_embeddings.key_bias(hidden_states)  # (B, H, Q) or None
+        key_bias = None  # or (B, H, Q)
+        if self.group.has_key_bias:
+            key_bias = self.position_embeddings.key_bias(hidden_states)
         if key_bias is not None:
             key_bias = shard_heads(key_bias.transpose(0, 1)).transpose(0, 1)
         if cache is not None:
@@ -91,8 +94,8 @@ class RelPosAttention(nn.Module):
 
         inputs = AttentionInputs(query, key, value, key_bias, shard_heads, attend)
         output, weights = plan.attend(self, inputs, shared_bias, **kwargs)
-        # some plans widen the heads, and vLLM's function lays them end to end
-        output = output.reshape(*input_shape, query.shape[1], -1)[..., : self.head_dim]
+        if output.shape[-1] != self.head_dim:  # some plans widen the heads, and vLLM's function lays them end to end
+            output = output.reshape(*input_shape, query.shape[1], -1)[..., : self.head_dim]
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
     def score_bias(
@@ -114,7 +117,7 @@ class RelPosAttention(nn.Module):
 
     def _norm_queries_and_keys(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, Q, H·D), (B, Q, G·D) → the same shapes, normed over each head or over all of them."""
-        if self.config.qk_norm == "head":
+        if self.qk_norm == "head":
             heads = (each.unflatten(-1, (-1, self.head_dim)) for each in (query, key))
             query, key = (norm(each).flatten(-2) for norm, each in zip((self.q_norm, self.k_norm), heads))
             return query, key
@@ -150,7 +153,7 @@ class RelPosAttention(nn.Module):
 
     def _head_slicer(self, query: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """→ a function from (H, ..) values of all heads to those of this rank; the gradient is that of all heads."""
-        if not self.group.has_bias or query.shape[1] == self.config.num_attention_heads:
+        if not self.group.has_bias or query.shape[1] == self.num_heads:
             return _all_heads
         mesh = self._mesh(query)
         return lambda values: _LocalHeads.apply(values, mesh)
@@ -190,13 +193,6 @@ class _LocalHeads(torch.autograd.Function):
         return torch.cat(gathered), None
 
 
-def _rotations(rotates: tuple[Sequence[Callable], TreeSpec] | None, factors: Sequence[torch.Tensor]) -> list[Rotation]:
-    if rotates is None:
-        return []
-    functions, structure = rotates
-    return list(zip(functions, tree_unflatten(list(factors), structure)))
-
-
 class RelPosDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RelPosConfig, layer_idx: int) -> None:
         super().__init__()
@@ -209,7 +205,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         self.mlp = RelPosMLP(config)
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):  # as in GPT-2: all add to one residual stream
             projection.initial_scale = (2 * config.num_hidden_layers) ** -0.5
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RelPosDropout(config.hidden_dropout)
 
     @takes_cache
     def forward(
@@ -219,7 +215,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         shared_bias: torch.Tensor | None = None,
         *factors: torch.Tensor,  # what the schemes computed for their rotations
         plan: AttentionPlan | None = None,
-        rotates: tuple[Sequence[Callable], TreeSpec] | None = None,  # of the schemes, and the structure of `factors`
+        rotates: Rotates | None = None,  # of the schemes
         cache: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -227,7 +223,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states) if self.norms_before else hidden_states,
             shared_bias,
             plan,
-            _rotations(rotates, factors),
+            () if rotates is None else rotates.join(factors),
             cache=cache,
             **kwargs,
         )

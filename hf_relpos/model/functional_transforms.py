@@ -14,7 +14,15 @@ logger = logging.get_logger(__name__)
 
 def is_tracing(tensor: torch.Tensor) -> bool:
     """Whether Python cannot look at the values: a graph is traced, or `torch.func.vmap` has many tensors in one."""
-    return import_utils.is_tracing(tensor) or is_batched(tensor)
+    return is_traced(tensor) or is_batched(tensor)
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a graph is traced. transformers knows all ways of it, and takes as long as several operations: a plain
+    tensor on a CPU can only be in the two that have no tensors of their own."""
+    if type(tensor) is torch.Tensor and tensor.is_cpu:
+        return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return import_utils.is_tracing(tensor)
 
 
 def is_batched(tensor: Any) -> bool:

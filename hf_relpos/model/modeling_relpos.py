@@ -5,11 +5,12 @@ this file: `scheme_base.py` has the interface, `scheme_registry.py` the choice.
 """
 
 import inspect
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -25,15 +26,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import check_implementation
-from .attention_plan import AttentionPlan
-from .attention_planner import example_embeds, plan_attention
+from .attention_planner import example_embeds, plan_layers
 from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer
-from .norms import build_norm
+from .kept_steps import kept_steps
+from .norms import RelPosDropout, build_norm
 from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
-from .scheme_registry import LayerGroup, add_biases, build_position_embeddings
+from .scheme_registry import Rotates, add_biases, build_position_embeddings
 from .token_positions import TokenPositions, locate_tokens
 from .transformers_versions import (
     CACHE_NAME,
@@ -94,7 +95,8 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
             Where layers differ, what they have, in the order of the layers, joined by "/".
         """
         model, embeds = self.base_model, example_embeds(self.base_model.embed_tokens, 2)
-        plans = model._plans(model._locate_tokens(embeds), embeds)
+        groups = [layer.self_attn.group for layer in model.used_layers()]
+        plans = plan_layers(model, groups, model._locate_tokens(embeds), embeds)
         return "/".join(dict.fromkeys(plan.name for plan in plans.values()))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -147,7 +149,7 @@ class RelPosModel(RelPosPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.position_embeddings = build_position_embeddings(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RelPosDropout(config.hidden_dropout)
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.embed_norm = build_norm(config) if config.embed_norm else nn.Identity()
         self.norm = build_norm(config)
@@ -224,24 +226,26 @@ class RelPosModel(RelPosPreTrainedModel):
             cache = None
         tokens = self._locate_tokens(inputs_embeds, attention_mask, position_ids, cache)
         position_ids = self._augment(tokens, inputs_embeds.shape[0])
-        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype)
-        plans, biases, rotates, factors = self._plans(tokens, inputs_embeds), {}, {}, {}
+        layers = self.used_layers()
+        groups = [layer.self_attn.group for layer in layers]
+        kept = kept_steps(self, groups, tokens, inputs_embeds)
+        kept_rotation = None if kept is None else partial(kept.rotation, tokens)
+        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation)
+        plans, given = plan_layers(self, groups, tokens, inputs_embeds, kept), {}
         for group, plan in plans.items():
-            biases[group] = plan.shared_bias()
-            pairs = [rotations[name] for name in group.schemes if name in rotations]
-            leaves, structure = tree_flatten([rotation for _, rotation in pairs])
-            rotates[group], factors[group] = (tuple(rotate for rotate, _ in pairs), structure), leaves
+            rotates = Rotates([rotations[name] for name in group.schemes if name in rotations])
+            given[group] = plan, plan.shared_bias(), rotates
         if use_cache and cache is None and paged is None and tokens.cacheable:
             cache = DynamicCache(config=self.config)
         hidden_states = self.dropout(self.embed_norm(self.position_embeddings.embed(inputs_embeds, position_ids)))
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            group = layer.self_attn.group
+        for layer, group in zip(layers, groups):
+            plan, shared_bias, rotates = given[group]
             hidden_states = layer(
                 hidden_states,
-                biases[group],
-                *factors[group],
-                plan=plans[group],
-                rotates=rotates[group],
+                shared_bias,
+                *rotates.factors,
+                plan=plan,
+                rotates=rotates,
                 use_cache=use_cache,
                 **{CACHE_NAME: cache if paged is None else paged},
                 **kwargs,
@@ -255,9 +259,9 @@ class RelPosModel(RelPosPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> TokenPositions:
-        has_position_bias = any(group.has_position_bias for group in self._layer_groups())
+        groups = (layer.self_attn.group for layer in self.used_layers())
         given = (inputs_embeds, attention_mask, position_ids, cache)
-        return locate_tokens(self.config, *given, has_position_bias, self.training)
+        return locate_tokens(self.config, *given, groups, self.training)
 
     def _augment(self, tokens: TokenPositions, batch_size: int) -> torch.Tensor:
         """→ the positions that schemes see which act on positions themselves; distances stay as they are."""
@@ -266,18 +270,8 @@ class RelPosModel(RelPosPreTrainedModel):
         limit = self.config.max_position_embeddings
         return augment_starts(tokens.position_ids, tokens.documents, batch_size, limit)
 
-    def _layer_groups(self) -> dict[LayerGroup, list[int]]:
-        """→ the groups of layers and the indices of their layers."""
-        groups: dict[LayerGroup, list[int]] = {}
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            groups.setdefault(layer.self_attn.group, []).append(index)
-        return groups
-
-    def _plans(self, tokens: TokenPositions, inputs_embeds: torch.Tensor) -> dict[LayerGroup, AttentionPlan]:
-        return {
-            group: plan_attention(self, group, layers, tokens, inputs_embeds)
-            for group, layers in self._layer_groups().items()
-        }
+    def used_layers(self) -> list[RelPosDecoderLayer]:
+        return [*islice(self.layers, self.config.num_hidden_layers)]
 
 
 class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
@@ -376,7 +370,7 @@ class RelPosForTokenClassification(GenericForTokenClassification, RelPosPreTrain
         RelPosPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = RelPosModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RelPosDropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .kept_tables import name_scheme
+
 
 POSITION_EMBEDDINGS: dict[str, type["PositionEmbedding"]] = {}
 
@@ -200,6 +202,11 @@ class PositionEmbedding(SelfInitialized, HookCaller):
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__()
         self.start_gate: StartGate | None = None  # of those that `config.position_gates` names
+        self.num_table_heads, self.table_name = config.num_attention_heads, name_scheme(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.table_name = name_scheme(self)  # a copy is another scheme
 
     def forward(self, hook: str, *args: Any) -> Any:
         """→ what the method `hook` returns, times the gate of the scheme if it has one."""
@@ -212,6 +219,12 @@ class PositionEmbedding(SelfInitialized, HookCaller):
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
         """Checks the options that were given against `config` (raises `ValueError`); returns those to keep."""
         return options
+
+    @property
+    def rotates_alone(self) -> bool:
+        """Whether `rotation` has no parameters, gives a tuple of (1, 1, Q, ·) tensors for (1, Q) positions, and says of
+        a position what it says of it among others: then cached steps read it from a table."""
+        return False
 
     def reset_parameters(self) -> None:
         """Initialises the scheme's own parameters, through `transformers.initialization` only."""

@@ -1,15 +1,18 @@
 """All position schemes by name: what a `pos_embedding_type` selects, and how several act together."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import ismethod
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .kept_tables import kept_table
 from .scheme_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
 from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions, StartGate
 from .scheme_content import ForgetGate  # noqa: F401
@@ -104,6 +107,11 @@ class LayerGroup:
         return "distance_bias" in self.hooks and not (is_dense or self.has_score_bias)
 
     @property
+    def has_table_of_layer(self) -> bool:
+        """Whether each layer has a scheme of its own that is a function of the distance."""
+        return any("distance_bias" in cls.hooks and not cls.shared_across_layers for cls in self.classes)
+
+    @property
     def layer_type(self) -> str:
         """The name that transformers has for layers with and without a window."""
         return "full_attention" if self.window is None else "sliding_attention"
@@ -119,6 +127,27 @@ def layer_groups(config: Any) -> list[LayerGroup]:
 
 # a scheme's `rotate` and what it needs, computed once per forward
 Rotation = tuple[Callable, Any]
+
+
+class Rotates:
+    """The rotations of a group of layers without the tensors in them, which a layer is given as such: they may come
+    back moved, gathered or as a part of another graph.
+
+    Attributes:
+        factors: the tensors.
+    """
+
+    def __init__(self, rotations: list[Rotation]) -> None:
+        self.rotations = rotations
+        self.factors, self.structure = tree_flatten([needed for _, needed in rotations])
+
+    def join(self, factors: Sequence[torch.Tensor]) -> list[Rotation]:
+        """→ the rotations with these tensors in the place of `factors`."""
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and len(factors) == len(self.factors) and all(map(is_, factors, self.factors)):
+            return self.rotations
+        needed = tree_unflatten(list(factors), self.structure)
+        return [(rotate, each) for (rotate, _), each in zip(self.rotations, needed)]
 
 
 class PositionEmbeddings(nn.ModuleDict):
@@ -138,11 +167,26 @@ class PositionEmbeddings(nn.ModuleDict):
             inputs_embeds = scheme("embed", inputs_embeds, positions)
         return inputs_embeds
 
-    def rotations(self, positions: torch.Tensor, dtype: torch.dtype) -> dict[str, Rotation]:
-        """(B or 1, Q) → name of a scheme → its `rotate` and what that needs, for the schemes that transform q and k."""
-        schemes = self._with("rotation").items()
-        prepared = {name: (_rotate(scheme), scheme("rotation", positions, dtype)) for name, scheme in schemes}
-        return {name: pair for name, pair in prepared.items() if pair[1] is not None}
+    def rotations(
+        self,
+        positions: torch.Tensor,
+        dtype: torch.dtype,
+        kept_rotation: Callable[[PositionEmbedding, torch.dtype], Any] | None = None,
+    ) -> dict[str, Rotation]:
+        """→ name of a scheme → its `rotate` and what that needs, for the schemes that transform q and k.
+
+        Args:
+            positions: (B or 1, Q).
+            dtype: of queries and keys.
+            kept_rotation: scheme, dtype → what it needs, where that is at hand, else `None`.
+        """
+        rotations = {}
+        for name, scheme in self._with("rotation").items():
+            needed = kept_rotation(scheme, dtype) if kept_rotation is not None else None
+            needed = scheme("rotation", positions, dtype) if needed is None else needed
+            if needed is not None:
+                rotations[name] = _rotate(scheme), needed
+        return rotations
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """(B, Q, C) → the sum of the schemes' key biases, (B, H, Q) fp32, or `None`."""
@@ -181,13 +225,17 @@ class PositionEmbeddings(nn.ModuleDict):
                 bias = scheme("dense_bias", positions)
                 terms.append(bias if shard_heads is None else shard_heads(bias.transpose(0, 1)).transpose(0, 1))
             else:
-                table = distance_table(scheme, length, positions.distance.device)
+                device, is_step = positions.distance.device, positions.distance.shape[1] == 1
+                table = kept_table(scheme, length, device, is_step)
+                table = distance_table(scheme, length, device) if table is None else table
                 table = table if shard_heads is None else shard_heads(table)
                 terms.append(table[:, positions.distance].movedim(0, 1))
         return add_biases(terms)
 
     def _with(self, *hooks: str, names: Iterable[str] | None = None) -> dict[str, PositionEmbedding]:
         """The schemes, or some by name, that have any of the hooks."""
+        if not self._modules:  # a layer calls this more than once for each token
+            return {}
         chosen = {name: scheme for name, scheme in self.items() if names is None or name in names}
         return {name: scheme for name, scheme in chosen.items() if not scheme.hooks.isdisjoint(hooks)}
 
@@ -199,6 +247,9 @@ def _rotate(scheme: PositionEmbedding) -> Callable:
 
 def distance_table(scheme: PositionEmbedding, length: int, device: torch.device) -> torch.Tensor:
     """→ (H, length) fp32: `distance_bias` on the distances 0..length−1, outside of autocast."""
+    kept = kept_table(scheme, length, device)
+    if kept is not None:
+        return kept
     with torch.autocast(device.type, enabled=False):
         return scheme("distance_bias", torch.arange(length, device=device))
 

@@ -44,9 +44,10 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 def rotate_channels(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(B, H, Q, D), (B or 1, 1, Q, R) twice → (B, H, Q, D) with the first R channels rotated."""
+    if cos.shape[-1] == x.shape[-1]:
+        return x * cos + rotate_half(x) * sin
     rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    rotary = rotary * cos + rotate_half(rotary) * sin
-    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
+    return torch.cat((rotary * cos + rotate_half(rotary) * sin, rest), dim=-1)
 
 
 @register_position_embedding("rotary")
@@ -129,6 +130,10 @@ class RotaryEmbedding(PositionEmbedding):
             stretch = self.factor * length.clamp(min=original) / original - (self.factor - 1)
             return 1.0 / (self.rope_theta * stretch ** (self.rotary_dim / (self.rotary_dim - 2))) ** exponent
         return 1.0 / self.rope_theta**exponent / self.factor
+
+    @property
+    def rotates_alone(self) -> bool:
+        return type(self) is RotaryEmbedding and self.rope_type not in LENGTH_DEPENDENT_ROPE_TYPES
 
     def _original_length(self) -> int:
         """The length from which on the angles change, where transformers has it."""

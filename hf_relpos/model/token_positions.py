@@ -3,15 +3,14 @@
 Shape letters: B batch, Q query length, K key length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.utils import import_utils
 
-from .functional_transforms import is_tracing
+from .functional_transforms import is_traced, is_tracing
 from .position_augmentation import sample_positions
 
 
@@ -41,6 +40,15 @@ class TokenPositions:
     span: int | None
 
     @property
+    def lone_position(self) -> int | None:
+        """The one position of all queries, where it can be known without a wait for a device."""
+        if self.is_counted and self.attention_mask is None and isinstance(self.past_length, int):
+            return self.past_length
+        position_ids = self.position_ids
+        is_one = position_ids.numel() == 1 and position_ids.is_cpu and not position_ids.is_floating_point()
+        return int(position_ids) if is_one else None
+
+    @property
     def padding(self) -> torch.Tensor | None:
         """(B, K) mask, 0 on padding, or `None`."""
         mask = self.attention_mask
@@ -57,7 +65,7 @@ def locate_tokens(
     attention_mask: Any,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
-    has_position_bias: bool,
+    groups: Iterable[Any],
     training: bool,
 ) -> TokenPositions:
     """Reads what a forward was given about positions.
@@ -66,7 +74,7 @@ def locate_tokens(
         config: of the model.
         inputs_embeds: (B, Q, C).
         attention_mask, position_ids, cache: as in `RelPosModel.forward`.
-        has_position_bias: whether any scheme adds a bias that depends on the positions of queries and keys.
+        groups: the `LayerGroup` of each layer.
         training: whether positions may be drawn at random.
 
     Raises:
@@ -85,7 +93,7 @@ def locate_tokens(
     if is_counted:
         position_ids = count_positions(mask, past_length, query_length, inputs_embeds.device)
     elif mask is None or mask.ndim == 2:  # a ready mask says nothing about positions
-        documents, cacheable = inspect_positions(position_ids, mask, past_length, cache is not None, has_position_bias)
+        documents, cacheable = inspect_positions(position_ids, mask, past_length, cache is not None, groups)
     if training and config.position_sampling is not None and cache is None:
         span, is_counted, cacheable = config.max_position_embeddings, False, False
         position_ids = sample_positions(config.position_sampling, position_ids, mask, documents, batch_size, span)
@@ -94,8 +102,7 @@ def locate_tokens(
 
 def is_exported(tensor: torch.Tensor) -> bool:
     """Whether the graph is exported to runtimes that know only the operators of torch."""
-    is_traced = import_utils.is_tracing(tensor)
-    return is_traced and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
+    return is_traced(tensor) and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling())
 
 
 def cached_length(cache: Cache | None) -> int | torch.Tensor:
@@ -134,8 +141,11 @@ def count_positions(
     attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, query_length: int, device: torch.device
 ) -> torch.Tensor:
     """→ (B or 1, Q): the index of each query among the real tokens of its row; 0 on padding before the first one."""
+    is_plain = attention_mask is None or attention_mask.ndim != 2
+    if is_plain and query_length == 1 and isinstance(past_length, int):  # a cached step
+        return torch.full((1, 1), past_length, device=device)
     slots = past_length + torch.arange(query_length, device=device)
-    if attention_mask is None or attention_mask.ndim != 2:
+    if is_plain:
         return slots[None]
     counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted.index_select(1, slots)
@@ -171,7 +181,7 @@ def inspect_positions(
     attention_mask: torch.Tensor | None,
     past_length: int | torch.Tensor,
     has_cache: bool,
-    needs_distance: bool,
+    groups: Iterable[Any],
 ) -> tuple[torch.Tensor | None, bool]:
     """What given positions mean: the documents of a packed row, and whether later tokens can be cached after them.
 
@@ -180,7 +190,8 @@ def inspect_positions(
         attention_mask: (B, K), 0 on padding, or `None`.
         past_length: number of tokens in the cache.
         has_cache: whether there is one.
-        needs_distance: whether any scheme needs the positions of cached keys, which are found again by counting.
+        groups: the `LayerGroup` of each layer; a position bias needs the positions of cached keys, which are found
+            again by counting.
 
     Returns:
         (B or 1, Q) document indices or `None`, see `find_documents`, and whether a cache may hold these tokens.
@@ -197,6 +208,7 @@ def inspect_positions(
     documents = find_documents(position_ids, recent)
     if is_tracing(position_ids):
         return documents, True
+    needs_distance = any(group.has_position_bias for group in groups)
     cacheable = documents is None and not (needs_distance and _has_gaps(position_ids, recent))
     if has_cache and not cacheable:
         raise ValueError(

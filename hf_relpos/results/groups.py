@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .result_file import other_corpus_mark, score_cells
+from .result_file import SLIDING, other_corpus_mark, score_cells
 
 
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
@@ -109,8 +109,13 @@ class Group:
         """seed → `key` under a condition: `perplexity` or `loss` of a text, `score` or `loss` of a task."""
         return {seed: score_cells(result)[condition][key] for seed, result in self.by_seed.items()}
 
-    def losses(self, length: int) -> dict[int, np.ndarray]:
-        """seed → the mean loss of each document, in nats, see `document_weights`."""
+    @property
+    def has_sliding_baseline(self) -> bool:
+        """Whether the windows were read by a sliding window of the training length too."""
+        return self.document_weights != [1] and all(SLIDING in result for result in self.by_seed.values())
+
+    def losses(self, length: int | str) -> dict[int, np.ndarray]:
+        """seed → the mean loss of each document, in nats, see `document_weights`; also of the sliding baseline."""
         if self.document_weights == [1]:
             values = self.values(str(length), "loss")
             return {seed: np.array([value]) for seed, value in values.items()}

@@ -14,8 +14,10 @@ import numpy as np
 
 from .estimates import CONFIDENCE, Estimate, holm, p_text
 from .groups import Group
+from .result_file import SLIDING
 
 
+MAX_SEEDS = 200  # more are not thought of
 Matrix = dict[int, np.ndarray]  # seed → a value for each document
 
 
@@ -90,9 +92,20 @@ class Answer:
                 return Pair(first, second, _negative(pair.difference), pair.corrected)
         raise KeyError((first, second))
 
-    def runs_needed(self, pair: Pair) -> int | None:
-        """How many seeds would resolve a pair, beside all others; `None` if seeds alone cannot."""
-        return pair.difference.runs_needed((1 - CONFIDENCE) / max(1, len(self.pairs)))
+    def seeds_needed(self, pair: Pair) -> list[int | None]:
+        """How many seeds would resolve a pair beside all others, if the means stay: where seeds vary as little as can
+        be (see `Estimate.spread_limits`), as they did, and as much as can be; `None` for more than 200, or if the
+        documents leave too much doubt."""
+        counts = np.arange(pair.difference.num_runs + 1, MAX_SEEDS + 1)
+        names = {pair.first, pair.second}
+        others = [each.difference.p_values_at(counts) for each in self.pairs if {each.first, each.second} != names]
+        low, high = pair.difference.spread_limits()
+        found = []
+        for spread in (low, 1.0, high):
+            rows = np.stack([pair.difference.p_values_at(counts, spread), *others])
+            corrected = (holm(column)[0] for column in rows.T.tolist())
+            found.append(next((int(n) for n, p in zip(counts, corrected) if p < 1 - CONFIDENCE), None))
+        return found
 
 
 def answers(groups: Sequence[Group]) -> list[Answer]:
@@ -116,6 +129,11 @@ def _questions(groups: Sequence[Group]) -> list[Question]:
             found.append(
                 Question("Whose loss changes with the length?", text, changes_between(base, long), is_change=True)
             )
+            if all(group.has_sliding_baseline for group in groups):
+                text = f"from a sliding window of {base} to {long} tokens"
+                values = changes_between(SLIDING, long)
+                title = "Who gains over a sliding window of the training length?"
+                found.append(Question(title, text, values, is_change=True))
     elif lengths:
         found = [_length_question(length) for length in dict.fromkeys((lengths[0], lengths[-1]))]
     return found
@@ -125,7 +143,7 @@ def _length_question(length: int) -> Question:
     return Question(f"Which is best at {length}?", f"at {length} tokens", lambda group: group.losses(length))
 
 
-def changes_between(base: int, long: int) -> Callable[[Group], Matrix]:
+def changes_between(base: int | str, long: int) -> Callable[[Group], Matrix]:
     """Group → seed → the log ratio of each document's perplexity at a length to that at another."""
 
     def values(group: Group) -> Matrix:
@@ -198,10 +216,10 @@ def _about_levels(answer: Answer) -> list[str]:
         else:
             unclear.append(f"{label} ({difference_text(answer.question, pair.difference)}; {_needed(answer, pair)})")
     found = [first]
-    if clear:
-        found.append(f"Worse, resolved: {', '.join(clear)}.")
     if unclear:
         found.append(f"Not resolved from it {_evidence(answer)}: {', '.join(unclear)}.")
+    if clear:
+        found.append(f"Worse, resolved: {', '.join(clear)}.")
     return found
 
 
@@ -232,11 +250,13 @@ def _needed(answer: Answer, pair: Pair) -> str:
     """How many seeds would resolve a pair."""
     if pair.difference.num_runs < 2:
         return "one seed says nothing"
-    needed = answer.runs_needed(pair)
-    if needed is None:
-        return "more seeds alone would not resolve it" if pair.difference.run_variance else "the runs do not vary"
-    # the corrected test of all pairs may want a few more than the runs that there are
-    return f"about {max(needed, pair.difference.num_runs + 1)} seeds would resolve it"
+    if not pair.difference.run_variance:
+        return "the runs do not vary"
+    least, likely, most = answer.seeds_needed(pair)
+    if likely is None:
+        return f"more seeds alone {'would' if least is None else 'may'} not resolve it"
+    words = f"about {likely} seeds would resolve it"
+    return words if least == most else f"{words}, {least} to {most or f'over {MAX_SEEDS}'} at 80 % confidence"
 
 
 def level_text(question: Question, value: Estimate) -> str:

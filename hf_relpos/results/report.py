@@ -104,6 +104,10 @@ def _perplexity_note(groups: Sequence[Group], text: str) -> str:
     else:
         note += "which holds for new seeds on this text. "
     note += "Ratio: perplexity at the longest length / at the training length."
+    if any(group.has_sliding_baseline for group in groups):
+        note += " Sliding: rows of the training length that move by its half, so that no token is read past it and few "
+        note += "have little context: what falls from the training length to a longer one, and not from here, is that "
+        note += "longer rows have fewer beginnings."
     unigram = groups[0].first.get("unigram_loss")
     return note + (f" The frequencies of tokens alone give {math.exp(unigram):.1f}." if unigram else "")
 

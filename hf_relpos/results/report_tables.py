@@ -7,6 +7,7 @@ import numpy as np
 
 from .estimates import Estimate
 from .groups import Group
+from .result_file import SLIDING
 
 
 Rows = list[list[str]]
@@ -16,9 +17,13 @@ def perplexity_rows(groups: Sequence[Group]) -> Rows:
     """Perplexity by length with its interval for new runs on new text, and the ratio of the longest to the training
     length."""
     lengths = sorted({length for group in groups for length in group.lengths()})
-    rows = [["setting", "seeds", *map(str, lengths), "ratio"]]
+    sliding = any(group.has_sliding_baseline for group in groups)
+    rows = [["setting", "seeds", *(["sliding"] if sliding else []), *map(str, lengths), "ratio"]]
     for group in groups:
         weights, cells = group.document_weights, []
+        if sliding:
+            known = group.has_sliding_baseline
+            cells.append(exp_cell(np.stack(list(group.losses(SLIDING).values())), weights, 2) if known else "–")
         for length in lengths:
             known = length in group.lengths()
             cells.append(exp_cell(np.stack(list(group.losses(length).values())), weights, 2) if known else "–")

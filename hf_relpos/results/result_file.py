@@ -14,6 +14,7 @@ from .schema import check_schema
 
 # the runs of an experiment, in the folder of scripts/sweep.py and in those of docs/results
 RESULTS = "results.jsonl"
+SLIDING = "sliding_baseline"  # of a result: the same tokens by a sliding window of the training length
 REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versions", "hardware", "corpus")
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")

@@ -100,6 +100,7 @@ TEXT_RESULT = _object(
         **RESULT,
         "lengths": _by_number(LOSSES, 1),
         "loss_by_position": {"type": ["array", "object"]},
+        "sliding_baseline": LOSSES,
         "in_context_score": _by_number(_object({"score": NUMBER, **ESTIMATE}, "score standard_error", True)),
         "slope": _object({"slope": NUMBER, **ESTIMATE}, "slope standard_error", True),
     }

@@ -70,6 +70,31 @@ def test_lengths_are_scored_on_the_same_targets(lengths):
     json.dumps(result, allow_nan=False)
 
 
+def test_the_sliding_baseline_reads_the_same_targets_in_rows_of_the_training_length():
+    """Rows of 10 that move by 5: a token has the last 5 to 9 tokens before it, or all where there are fewer."""
+    model = make_model("rotary")
+    result = evaluate_lengths(model, DOCUMENTS, (16, 64), 10, tokens_per_batch=100, sliding_baseline=True)
+    targets = [p for p in range(64) if p % 16]
+    by_document, numbers = {}, []
+    for index, document in enumerate(DOCUMENTS):
+        for start in range(0, len(document) - 63, 64):
+            window = document[start : start + 64]
+            for p in targets:
+                end = min(64, 10 if p < 10 else p + 5 - (p - 10) % 5)  # of the first row that holds the token
+                loss = loss_of(model, window[max(0, end - 10) : p], window[p])
+                by_document.setdefault(index, []).append(loss)
+                numbers.append(loss)
+    row = result["sliding_baseline"]
+    assert (row["length"], row["stride"], row["num_tokens"]) == (10, 5, len(numbers))
+    assert row["num_tokens"] == result["lengths"]["16"]["num_tokens"]
+    assert row["loss"] == pytest.approx(np.mean(numbers), abs=1e-5)
+    means = [np.mean(losses) for losses in by_document.values()]
+    assert result["documents"]["loss"]["sliding_baseline"] == pytest.approx(means, abs=1e-5)
+    for train_length in (None, 64):
+        with pytest.raises(ValueError, match="`sliding_baseline` needs a `train_length`"):
+            evaluate_lengths(model, DOCUMENTS, (16, 64), train_length, sliding_baseline=True)
+
+
 def test_nothing_depends_on_the_batch():
     model = make_model("alibi")
     results = [evaluate_lengths(model, DOCUMENTS, [16, 64], 16, tokens_per_batch=size) for size in (1, 100, 10**6)]

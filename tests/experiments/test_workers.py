@@ -61,6 +61,11 @@ def wait_for_ctrl_c(run: Run, root) -> None:
     raise KeyboardInterrupt
 
 
+def note_parent(run: Run, root) -> None:
+    """A run that says who started its process, and what it was told."""
+    (root / run.key).write_text(f"{os.getppid()} {os.environ.get('TOLD_LATER')}")
+
+
 def order(root) -> list[str]:
     path = root / "order.txt"
     return path.read_text().split() if path.exists() else []
@@ -139,6 +144,18 @@ def test_a_worker_that_dies_is_replaced_and_takes_no_other_with_it(tmp_path, mon
     assert "stopped 2 times, at last with exit code -9" in (runs[1].folder(tmp_path) / "failure.txt").read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each process imports everything itself")
+def test_workers_come_from_one_process_that_has_imported_everything(tmp_path, monkeypatch):
+    """With the environment of the call, not that of the first one; with GPUs each is a process of its own."""
+    for index, gpus in enumerate(([], [], ["0"])):
+        monkeypatch.setenv("TOLD_LATER", str(index))
+        monkeypatch.setattr(workers, "visible_gpus", lambda gpus=gpus: gpus)
+        assert run_in_processes([make_run(f"a{index}")], tmp_path, note_parent, 1) == []
+    parents, told = zip(*((tmp_path / f"a{index}").read_text().split() for index in range(3)))
+    assert told == ("0", "1", "2")
+    assert parents[0] == parents[1] != str(os.getpid()) == parents[2]
+
+
 CALL = """
 import sys
 from pathlib import Path
@@ -152,19 +169,34 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_workers_stop_in_order_with_the_sweep(number, tmp_path):
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_workers_stop_in_order_with_the_sweep(send, tmp_path):
+    """Whether the signal comes to the sweep alone, or to all of its processes, as from a terminal that closes."""
     script = tmp_path / "call.py"
     script.write_text(CALL)
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "experiments")))
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     while len(order(tmp_path)) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(number)
+    send(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode
     for key in "ab":
         assert (tmp_path / "runs" / key / "checkpoint").read_text() == "True"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "weights", "expected"),
+    [([], [3_000_000], 3), ([], [3_000_000, 60_000_000], 1), (["0", "1"], [60_000_000], 2), ([], [], 3)],
+)
+def test_how_many_runs_at_once(gpus, weights, expected, monkeypatch):
+    monkeypatch.setattr(workers, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 3)
+    runs = [Run("here", {}, {}, num_weights=number) for number in weights]
+    assert workers.default_num_parallel(runs) == expected

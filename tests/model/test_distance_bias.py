@@ -17,8 +17,8 @@ from hf_relpos.model import attention_cpu, attention_torch, scheme_registry
 from hf_relpos.model.attention_distance_bias import _attend, _attend_backward, distance_bias_attention
 from hf_relpos.model.attention_kernel import TableCall, select_kernel
 from hf_relpos.model.attention_native import native_is_ready
-from hf_relpos.model.attention_planner import _KEPT_TABLES
 from hf_relpos.model.attention_torch import BlockKernel
+from hf_relpos.model.kept_steps import _KEPT
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.model.scheme_distance_bias import FIRE
 from hf_relpos.model.scheme_registry import PositionEmbeddings
@@ -579,16 +579,16 @@ def test_tables_are_computed_anew_when_the_weights_change():
     with torch.no_grad():
         past = model(tokens[:, :10], use_cache=True).past_key_values
         model(tokens[:, 10:11], past_key_values=past)
-        assert past in _KEPT_TABLES
+        assert past in _KEPT
         for layer in model.model.layers:
             for parameter in layer.self_attn.position_embeddings.parameters():
                 parameter.mul_(3.0)
         step = model(tokens[:, 11:], past_key_values=past).logits
-        del _KEPT_TABLES[past]
+        del _KEPT[past]
         past.crop(-1)
         assert torch.equal(step, model(tokens[:, 11:], past_key_values=past).logits)
     del past
-    assert not len(_KEPT_TABLES), "tables live as long as their cache"
+    assert not len(_KEPT), "tables live as long as their cache"
 
 
 def test_a_long_sequence_needs_no_matrix_of_pairs():

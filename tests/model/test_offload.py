@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import infer_auto_device_map
 
 from hf_relpos import PositionEmbedding, register_position_embedding
+from hf_relpos.model.attention_planner import plan_layers
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 
 
@@ -146,7 +147,8 @@ def test_a_plan_moves_with_all_its_tensors(scheme):
     packed = torch.arange(15).remainder(8)[None].expand(2, -1)
     for given in ({}, {"attention_mask": MASK}, {"position_ids": packed}):
         embeds = model.embed_tokens(TOKENS)
-        for plan in model._plans(model._locate_tokens(embeds, **given), embeds).values():
+        groups = [layer.self_attn.group for layer in model.used_layers()]
+        for plan in plan_layers(model, groups, model._locate_tokens(embeds, **given), embeds).values():
             moved = plan.to("meta", non_blocking=True)
             assert type(moved) is type(plan) and moved.schemes is plan.schemes
             tensors = list(tensors_of(moved))

@@ -46,21 +46,28 @@ def test_what_does_not_vary_is_not_tested():
     assert math.isnan(Estimate.of(np.full((3, 4), 0.5)).p_value)
     one = Estimate.of(np.array([[0.5, 0.6]]))
     assert one.mean == pytest.approx(0.55) and math.isnan(one.low) and math.isnan(one.p_value)
-    assert one.runs_needed() is None
+    assert np.isnan(one.p_values_at(np.array([2, 9]))).all()
 
 
-def test_the_number_of_runs_that_would_resolve_a_difference():
+def test_the_p_values_of_other_numbers_of_runs():
+    """Those of the same means with the variance between runs divided by the number, and of that number itself."""
     rng = np.random.default_rng(3)
-    values = 0.01 + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.001, (1, 200))
-    found = Estimate.of(values)
-    needed = found.runs_needed()
-    assert found.p_value > 0.05 and needed > 3
-    # so many runs with the same variance resolve it, one fewer does not
-    for count, resolved in ((needed, True), (needed - 1, False)):
-        error = math.sqrt(found.run_variance * 3 / count + found.document_variance)
-        assert (abs(found.mean) / error > stats.t.ppf(0.975, count - 1)) == resolved
-    few_documents = Estimate.of(0.01 + rng.normal(0, 0.001, (3, 1)) + rng.normal(0, 0.2, (1, 5)))
-    assert few_documents.runs_needed() is None
+    found = Estimate.of(0.01 + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.001, (1, 200)))
+    counts = np.array([3, 4, 20])
+    of_runs = found.run_variance * 3 / counts
+    variance = of_runs + found.document_variance
+    freedom = variance**2 / (of_runs**2 / (counts - 1) + found.document_variance**2 / 199)
+    expected = 2 * stats.t.sf(found.mean / np.sqrt(variance), freedom)
+    assert found.p_values_at(counts) == pytest.approx(expected) and expected[0] == pytest.approx(found.p_value)
+    assert (found.p_values_at(counts, spread=2.0) > expected).all()
+
+
+def test_how_well_few_runs_tell_their_spread():
+    """80 % of the estimates lie so that the limits hold the true variance."""
+    rng = np.random.default_rng(0)
+    variances = rng.normal(0, 1, (20_000, 3)).var(axis=1, ddof=1)
+    low, high = Estimate.of(rng.normal(0, 1, (3, 5))).spread_limits()
+    assert np.mean((low * variances < 1) & (1 < high * variances)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_holm_and_p_values_in_words():

@@ -5,14 +5,16 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
+from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.groups import group_results
-from hf_relpos.results.questions import answers, sentences
+from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
 from hf_relpos.results.report import write_report
 from hf_relpos.results.result_file import RESULTS, read_result, read_results, smooth_by_position, write_results
 
@@ -82,10 +84,12 @@ def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
     assert unpaired > 0.05 > alibi.corrected
     assert best.pair("none", "alibi").difference.mean == pytest.approx(0.02)
     assert (best.best, long.best, changes.question.is_change) == ("alibi", "alibi", True)
-    first, worse, unclear = sentences(best)
+    first, unclear, worse = sentences(best)
     assert first.startswith("Best at 128 tokens: **alibi** (perplexity 53.52, ")
     assert worse.startswith("Worse, resolved: none (+2.0 %, +1.8 % to +2.2 %)") and "5 seeds" in unclear
-    assert re.search(r"rotary \(\+2.2 %, .*; about \d+ seeds would resolve it\)", unclear)
+    assert re.search(
+        r"rotary \(\+2.2 %, .*; about \d+ seeds would resolve it, \d+ to \d+ at 80 % confidence\)", unclear
+    )
 
 
 def test_a_change_with_the_length_is_tested_itself(results):
@@ -99,6 +103,24 @@ def test_a_change_with_the_length_is_tested_itself(results):
     assert "perplexity rises: **rotary** (+65." in words
 
 
+def test_what_is_gained_over_a_sliding_window_is_asked_where_it_was_read(results, tmp_path):
+    """alibi falls from 128 to 512, and by nothing from a sliding window: it had fewer beginnings."""
+    for index, result in enumerate(results):
+        losses = {length: [cell["loss"], cell["loss"] + 0.1] for length, cell in result["lengths"].items()}
+        gain = 0.0 if result["pos_embedding_type"] == "alibi" else 0.3
+        losses["sliding_baseline"] = [loss + gain + 1e-4 * (index % 7) for loss in losses["512"]]
+        result["documents"] = {"num_tokens": [100, 100], "loss": losses}
+        result["sliding_baseline"] = {"length": 128, "stride": 64, "loss": 4.0, "perplexity": 54.6}
+    groups = group_results(results)
+    words = " ".join(sentences(answers(groups)[3]))
+    assert "From a sliding window of 128 to 512 tokens, perplexity falls: **none** (-25.9 %), **rotary**" in words
+    write_report(results, tmp_path, title="Sliding")
+    page = (tmp_path / "report.md").read_text()
+    assert "| setting | seeds | sliding | 128 |" in page and "few have little context" in page
+    del results[0]["sliding_baseline"]
+    assert len(answers(group_results(results))) == 3
+
+
 def test_documents_widen_the_interval(results):
     """Two documents that disagree about alibi: its lead holds for other seeds, not for other text."""
     for result in results:
@@ -106,9 +128,27 @@ def test_documents_widen_the_interval(results):
         shift = 0.5 if result["pos_embedding_type"] == "alibi" else 0.0
         documents = {length: [loss - shift, loss + shift] for length, loss in losses.items()}
         result["documents"] = {"num_tokens": [100, 100], "loss": documents}
-    pair = answers(group_results(results))[0].pair("alibi", "none")
+    answer = answers(group_results(results))[0]
+    pair = answer.pair("alibi", "none")
     assert pair.difference.num_documents == 2 and pair.difference.mean == pytest.approx(-0.02) and not pair.resolved
-    assert pair.difference.runs_needed() is None
+    assert answer.seeds_needed(pair) == [None, None, None]
+
+
+def test_the_seeds_that_would_resolve_a_pair_are_those_of_holms_test():
+    """A pair beside 44 others that are resolved is tested at 5 %, not at 5 % / 45."""
+    rng = np.random.default_rng(1)
+
+    def estimate(mean: float, of_runs: float) -> Estimate:
+        runs = np.array([-1.0, 0.0, 1.0]) * of_runs  # their variance is of_runs²
+        return Estimate.of(mean + runs[:, None] + rng.normal(0, 1e-6, (1, 400)))
+
+    close = Pair("a", "b", estimate(0.01, 0.01), 1.0)
+    pairs = [close, *(Pair("a", str(i), estimate(1.0, 0.001), 0.0) for i in range(44))]
+    answer = Answer(Question("", "", lambda group: {}), {}, pairs, {})
+    least, likely, most = answer.seeds_needed(close)
+    alone = next(n for n in range(4, 99) if close.difference.p_values_at(np.array([n]))[0] < 0.05)
+    assert likely == alone == 7 and least < likely < most
+    assert answer.seeds_needed(answer.pair("b", "a")) == [least, likely, most]
 
 
 @pytest.mark.parametrize(
