@@ -88,6 +88,7 @@ class RowPlan(TablePlan):
             others = (kept.get(other) for other in self.layers)
             mask = next((each for each in others if each is not None and each.device == inputs.query.device), None)
         if mask is None:
-            mask = row_mask(self._table(layer, inputs, shared_bias).flip(1), inputs.query)
+            # a kernel would copy one that does not lie head by head
+            mask = row_mask(self._table(layer, inputs, shared_bias).flip(1), inputs.query).contiguous()
         kept[layer.layer_idx] = mask
         return mask
