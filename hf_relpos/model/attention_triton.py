@@ -98,7 +98,8 @@ class _Launch:
         Raises:
             Exception: of Triton, if the kernel cannot be compiled or launched.
         """
-        name = "query_and_table_kernel" if flags.get("ADD_TABLE") else kernel.__name__
+        name = "grouped_key_value_kernel" if flags.get("IS_GROUPED") else kernel.__name__
+        name = "query_and_table_kernel" if flags.get("ADD_TABLE") else name
         *preferred, last = tiles_for(name, self.precision, self.flags["BLOCK_D"], shared_memory(self.device))
         for tiles in preferred:
             try:

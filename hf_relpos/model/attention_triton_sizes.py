@@ -99,6 +99,12 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tiles]]] = {
         ("ieee", 256): {SMALL: Tiles(16, 16, 8, 1)},
     },
 }
+# several query heads for a key head: what counts them takes registers
+TILES["grouped_key_value_kernel"] = TILES["key_value_kernel"] | {
+    ("half", 32): {SMALL: Tiles(32, 64, 4, 2)},
+    ("half", 64): {SMALL: Tiles(32, 64, 4, 2)},
+    ("half", 128): {SMALL: Tiles(32, 32, 4, 2), LARGE: Tiles(16, 64, 4, 2)},
+}
 # with the gradient of the table beside that of the queries
 TILES["query_and_table_kernel"] = TILES["query_kernel"] | {("half", 64): {SMALL: Tiles(64, 32, 4, 2)}}
 
