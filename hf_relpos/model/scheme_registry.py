@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .functional_transforms import is_traced
 from .kept_tables import kept_table
 from .scheme_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
 from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions, StartGate
@@ -225,7 +226,9 @@ class PositionEmbeddings(nn.ModuleDict):
                 bias = scheme("dense_bias", positions)
                 terms.append(bias if shard_heads is None else shard_heads(bias.transpose(0, 1)).transpose(0, 1))
             else:
-                device, is_step = positions.distance.device, positions.distance.shape[1] == 1
+                device = positions.distance.device
+                # asking for the size would fix it in a program that is exported
+                is_step = not is_traced(positions.distance) and positions.distance.shape[1] == 1
                 table = kept_table(scheme, length, device, is_step)
                 table = distance_table(scheme, length, device) if table is None else table
                 table = table if shard_heads is None else shard_heads(table)
