@@ -40,8 +40,8 @@ test: $(VENV)/installed-test
 
 # bertviz asks for boto3, of which it uses nothing and whose dependencies are older than ours
 test-clients: $(VENV)/installed-test $(VENV)/installed-clients
-	$(PYTEST) tests/test_clients.py tests/test_adapters.py tests/inference tests/model/test_triton.py tests/model/test_x_transformers.py \
-	    tests/experiments tests/demo
+	$(PYTEST) tests/test_clients.py tests/test_adapters.py tests/inference tests/model/test_triton.py tests/benchmarks/test_triton_compile.py \
+	    tests/model/test_x_transformers.py tests/experiments tests/demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps bertviz==1.4.1
 	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py
 

@@ -44,6 +44,7 @@ class Case:
         batch_size: B.
         mode: "forward" or "forward_backward", of an attention kernel.
         device, dtype: where and in what the inputs are.
+        num_heads, head_dim: H and D, of an attention kernel.
     """
 
     part: str
@@ -53,6 +54,8 @@ class Case:
     mode: str = ""
     device: str = "cpu"
     dtype: str = "float32"
+    num_heads: int = NUM_HEADS
+    head_dim: int = HEAD_DIM
 
     def build(self) -> Callable[[], None]:
         """→ a function that runs the case once.
@@ -91,9 +94,9 @@ def rotary_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tab
 
 
 def sdpa_dense_bias(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    length = query.shape[2]
-    if NUM_HEADS * length**2 * 4 > MAX_DENSE_MIB * 2**20:
-        raise Unsupported(f"the bias alone would take {NUM_HEADS * length**2 * 4 // 2**20} MiB")
+    num_heads, length = query.shape[1:3]
+    if num_heads * length**2 * 4 > MAX_DENSE_MIB * 2**20:
+        raise Unsupported(f"the bias alone would take {num_heads * length**2 * 4 // 2**20} MiB")
     slots = torch.arange(length, device=query.device)
     distance = slots[:, None] - slots
     bias = table[:, distance.clamp(min=0)].masked_fill(distance < 0, torch.finfo(table.dtype).min)
@@ -201,13 +204,14 @@ KERNELS: dict[str, tuple[Callable, str | None]] = {
 
 def _build_attention(case: Case) -> Callable[[], None]:
     kernel, kind = KERNELS[case.name]
-    shape = (case.batch_size, case.length, NUM_HEADS, HEAD_DIM)
+    shape = (case.batch_size, case.length, case.num_heads, case.head_dim)
     options = {"device": case.device, "dtype": getattr(torch, case.dtype)}
     # as the layers lay them out
     inputs = [torch.randn(shape, **options).transpose(1, 2) for _ in range(3)]
     grad_out = torch.randn(shape, **options).transpose(1, 2)
     with torch.device(case.device):
-        scheme = AlibiBias(RelPosConfig.from_size("xsmall", pos_embedding_type="alibi"))
+        sizes = {"hidden_size": case.num_heads * case.head_dim, "num_attention_heads": case.num_heads}
+        scheme = AlibiBias(RelPosConfig(pos_embedding_type="alibi", **sizes))
         # a learned table that has come to look like ALiBi's, where most weights underflow
         table = distance_table(scheme, case.length, torch.device(case.device))
     has_gradient = case.mode == "forward_backward"

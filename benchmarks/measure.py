@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.cases import HEAD_DIM, NUM_HEADS, Case, Unsupported
+from benchmarks.cases import Case, Unsupported
 
 
 PEAK_SIZE = 2048
@@ -131,8 +131,8 @@ def _record(case: Case, samples: list[float], base: list[float] | None, peak: fl
 
 def count_flops(case: Case) -> int:
     """Floating point operations of causal attention: two products forward and five backward for each visible pair."""
-    pairs = case.batch_size * NUM_HEADS * case.length * (case.length + 1) // 2
-    return 2 * HEAD_DIM * pairs * (7 if case.mode == "forward_backward" else 2)
+    pairs = case.batch_size * case.num_heads * case.length * (case.length + 1) // 2
+    return 2 * case.head_dim * pairs * (7 if case.mode == "forward_backward" else 2)
 
 
 def _one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ def tables(result: dict[str, Any]) -> str:
         "rounds. A ratio is to the row of the same column that has 1.00."
     ]
     for title, records in _sections(result):
-        lines += ["", f"**{title}**", "", _table(records)]
+        lines += ["", f"**{title}**", "", ratio_table(records)]
     for record in result.get("profiles", []):
         lines += ["", f"**Profile of a step of {record['name']} at {record['length']}**, {record['seconds']:.2f} s", ""]
         shares = [[name, f"{100 * share:.1f} %"] for name, share in record["operations"].items()]
@@ -54,7 +54,7 @@ def _sections(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(title, records) for title, records in sections if records]
 
 
-def _table(records: list[dict[str, Any]]) -> str:
+def ratio_table(records: list[dict[str, Any]]) -> str:
     """Rows by name, columns by length: the ratio and the median."""
     lengths = sorted({record["length"] for record in records})
     by_name: dict[str, dict[int, dict[str, Any]]] = {}

@@ -5,9 +5,11 @@ machine stands beside it in `_local_corpus.json`, which is not.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .tasks.arguments import DataArguments
 # transformers' own Trainer never pushes a file whose name begins so
 LOCAL_RECORD = "_local_corpus.json"
 NAME_IT = "name the data with --train_file, --validation_file, --test_file, --dataset_name or --task"
+PLAIN_WORD = re.compile(r"[^/\\@=_<>{}]{1,24}")
 OPENING = 48  # characters of a document that its record holds
 MAX_FILES = 1000  # of a folder, whose hashes are kept one by one
 RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
@@ -34,12 +37,13 @@ def opening(splits: dict[str, Any]) -> str | None:
     """The first words of a document that is held out, or else of one to train on: a prompt that fits the corpus.
 
     Returns:
-        at most `OPENING` characters of whole words on one line; `None` where a document begins with no such word.
+        at most `OPENING` characters of whole words on one line, up to the first that is no plain one, as a path, an
+        address or a key; `None` where a document begins with no plain word.
     """
     split = next((splits[name] for name in ("validation", "test", "train") if name in splits), ())
     text = next((row["text"] for row in split), "")[: 4 * OPENING]
-    words = [word for word in text.split() if word.isprintable()]
-    line = " ".join(words)[: OPENING + 1]
+    words = (word for word in text.split() if word.isprintable())
+    line = " ".join(takewhile(PLAIN_WORD.fullmatch, words))[: OPENING + 1]
     return (line if len(line) <= OPENING else line.rpartition(" ")[0]) or None
 
 

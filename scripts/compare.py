@@ -4,8 +4,8 @@
 python scripts/compare.py --text my_texts/ --schemes rotary alibi linear_cpb --budget 20min
 """
 
-from hf_relpos.experiments.commands import compare_main
+from hf_relpos.experiments.commands import compare_main as main
 
 
 if __name__ == "__main__":
-    compare_main()
+    main()

@@ -4,8 +4,8 @@
 python scripts/export_model.py output/yarn output/yarn-llama
 """
 
-from hf_relpos.pretrained.commands import export_main
+from hf_relpos.pretrained.commands import export_main as main
 
 
 if __name__ == "__main__":
-    export_main()
+    main()

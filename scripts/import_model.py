@@ -4,8 +4,8 @@
 python scripts/import_model.py HuggingFaceTB/SmolLM2-135M output/smollm2
 """
 
-from hf_relpos.pretrained.commands import import_main
+from hf_relpos.pretrained.commands import import_main as main
 
 
 if __name__ == "__main__":
-    import_main()
+    main()

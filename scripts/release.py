@@ -32,7 +32,7 @@ COMMANDS = (
     "hf-relpos push output/model somebody/model --dry_run true --output_dir output/preview",
 )
 # of the wheel alone: it takes what it is allowed
-LONG_COMMANDS = ("hf-relpos compare --schemes none alibi --train_length 32 --run_length 64 --seeds 2 --budget 6min",)
+COMPARISON = "hf-relpos compare --schemes none alibi --train_length 32 --run_length 64 --seeds 2 --budget {}"
 PROGRAMS = {
     "remote_code.py": """
 import sys
@@ -97,9 +97,10 @@ def run(words: list[str], **options: object) -> str:
 
 @dataclass
 class ReleaseArguments:
-    """Where the archives go."""
+    """Where the archives go, and how long the comparison may take."""
 
     output_dir: str = field(default="dist", metadata={"help": "Folder of the wheel and the sdist."})
+    budget: str = field(default="6min", metadata={"help": "Time of `hf-relpos compare`; more on a busy machine."})
 
 
 @command
@@ -111,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         venv.create(Path(name) / "venv", with_pip=True)
         for archive, lines, options in (
-            (archives[0], (*COMMANDS, *LONG_COMMANDS), ()),
+            (archives[0], (*COMMANDS, COMPARISON.format(args.budget)), ()),
             (archives[1], COMMANDS, ("--force-reinstall", "--no-deps")),
         ):
             print(f"{archive.name}: {archive.stat().st_size / 1000:.0f} kB, installed and used", flush=True)

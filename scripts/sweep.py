@@ -4,8 +4,8 @@
 python scripts/sweep.py --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
 """
 
-from hf_relpos.experiments.commands import sweep_main
+from hf_relpos.experiments.commands import sweep_main as main
 
 
 if __name__ == "__main__":
-    sweep_main()
+    main()

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
-from hf_relpos import list_position_embeddings
+from hf_relpos import __version__, list_position_embeddings
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.report import write_report
@@ -212,3 +213,13 @@ def learning_rates(results):
         tried = [result for result in results if float(result["training"]["recipe"]["learning_rate"]) == rate]
         for group in group_results(tried):
             yield group, rate, group.first["lengths"]["128"]["perplexity"]
+
+
+# --- the release
+
+
+def test_the_version_stands_in_one_place_and_has_its_changes():
+    heading = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert heading[1] in (__version__, "Unreleased") and (PACKAGE / "py.typed").is_file()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and "version" not in citation

@@ -322,8 +322,10 @@ def test_a_file_called_as_the_built_in_corpus_is_not_taken_for_it(project, train
         ("x" * 60 + " and more", None),
         ("\x00 \u202e one \ufeff two", "one two"),
         (" \n", None),
+        ("Dear you, /home/alice/notes is mine", "Dear you,"),
+        ("alice@example.org wrote", None),
     ],
-    ids=["short", "long", "one long word", "signs that are not seen", "white space"],
+    ids=["short", "long", "one long word", "signs that are not seen", "white space", "a path", "an address"],
 )
 def test_the_opening_of_a_corpus_is_that_of_a_document_held_out(text, expected):
     assert opening({"train": [{"text": "not this"}], "validation": [{"text": text}]}) == expected

@@ -144,7 +144,7 @@ def _text_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
 def _bias_tab(gradio: Any, entries: Sequence[PageModel]) -> None:
     configs = [entry.model.config for entry in entries]
     curved = [config for config in configs if config.has_distance_table]
-    first = 0, min(MAX_DISTANCES, max(256, *(4 * (config.train_length or 0) for config in configs))), "linear"
+    first = 0, min(MAX_DISTANCES, max([256, *(4 * (config.train_length or 0) for config in curved)])), "linear"
     with gradio.Row(visible=bool(curved)):
         layers = range(max((config.num_hidden_layers for config in curved), default=1))
         inputs = [

@@ -13,7 +13,6 @@ from ..data.files import LEFT_OUT
 from ..data.tokens import PoorTextError, evaluation_documents, train_tokenizer
 from ..environment import check_at_least_1
 from ..messages import time_text
-from ..model.attention_cpu import cpu_has_fast_bf16
 from ..model.configuration_relpos import RelPosConfig
 from ..model.scheme_registry import position_embedding_classes
 from ..processes import only_owner
@@ -22,6 +21,7 @@ from ..results.questions import answers, sentences
 from ..results.report import write_report
 from ..results.result_file import best_result, read_result
 from ..tasks.arguments import DataArguments
+from ..training.arguments import has_fast_bf16
 from ..training.model_setup import ModelArguments, new_config
 from ..training.progress import EVALUATION_SHARE
 from .commands import CompareArguments
@@ -254,7 +254,7 @@ class _Setup:
         return Cost(step, EVALUATION_SHARE * step * tokens / (self.batch_size * self.args.train_length))
 
     def _bf16(self) -> bool:
-        return torch.cuda.is_bf16_supported() if self.device == "cuda" else cpu_has_fast_bf16()
+        return has_fast_bf16(use_cpu=self.device != "cuda")
 
     def _config(self, scheme: str) -> RelPosConfig:
         settings = {"pos_embedding_type": scheme, "vocab_size": self.vocab_size, **self._size()}

@@ -46,7 +46,7 @@ def has_fast_bf16(use_cpu: bool) -> bool:
     """Whether bf16 is faster than fp32 where a run would compute: on GPUs that have it, and on CPUs with matrix units
     for it (AMX)."""
     if torch.accelerator.is_available() and not use_cpu:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has_fast_bf16()
 
 

@@ -19,6 +19,16 @@ def test_bf16_is_the_default_where_it_is_faster(has_matrix_units, monkeypatch):
     assert RelPosTrainingArguments(output_dir="x", bf16=True, use_cpu=True).bf16
 
 
+def test_bf16_by_emulation_is_no_reason_to_take_it(monkeypatch):
+    """As on GPUs of before 2020, where it is slower than fp32."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not arguments.has_fast_bf16(use_cpu=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert arguments.has_fast_bf16(use_cpu=False)
+
+
 def test_the_recipe_is_the_notebooks(tmp_path):
     args = RelPosTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     assert (args.learning_rate, str(args.lr_scheduler_type.value), args.max_grad_norm) == (2e-4, "constant", 1.0)
