@@ -224,7 +224,7 @@ def parse_arguments(
 
 def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ...]:
     """Flags as a YAML file has them → one instance of each dataclass; raises `ValueError` as `parse_arguments` does."""
-    parser, unknown = make_parser(types), set(values)
+    parser, unknown = _parser(tuple(types)), set(values)
     for action in parser._actions:
         unknown.discard(action.dest)
     if unknown:
@@ -233,6 +233,12 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
     parsed = parser.parse_args_into_dataclasses(_words(values, parser))
     _check_numbers(parsed)
     return parsed
+
+
+@functools.cache
+def _parser(types: tuple[type, ...]) -> Any:
+    """A sweep parses the flags of hundreds of runs."""
+    return make_parser(types)
 
 
 def import_schemes(files: Sequence[str]) -> None:

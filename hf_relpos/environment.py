@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,19 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on, and the commit of the code if it is a git checkout."""
     names = ("hf_relpos", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found |= {name: version for name in names if (version := package_version(name)) is not None}
     with suppress(OSError, subprocess.CalledProcessError):
         if _git("--show-prefix") == "hf_relpos/":  # not an environment inside somebody else's repository
             found["commit"] = _git("--short", "HEAD")
     return found
+
+
+@cache
+def package_version(name: str) -> str | None:
+    """The version of an installed package, `None` if there is none; looked up once."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
 
 
 def _git(*arguments: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from ..cli import as_list, import_schemes, nearest, parse_values
 from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
 from ..data.files import content_hash
-from ..environment import versions
+from ..environment import package_version
 from ..evaluation.command import EvaluationArguments
 from ..evaluation.evaluate import default_lengths
 from ..evaluation.loss_by_length import check_lengths
@@ -69,7 +69,7 @@ class Run:
         if not self._key:
             facts = {k: _number(value) for k, value in self.settings.items() if k not in RESULT_NEUTRAL_FLAGS}
             base = self.base and self.base.key
-            content = {"version": versions().get("hf_relpos"), "settings": facts, "texts": _texts(facts), "base": base}
+            content = {"version": package_version("hf_relpos"), "settings": facts, "texts": _texts(facts), "base": base}
             schemes = imported_files(str(self.settings.get("pos_embedding_type")))
             content |= {"schemes": [_digest(str(file)) for file in schemes]} if schemes else {}
             self._key = _hash(content)
