@@ -12,8 +12,10 @@ from conftest import ROOT
 from hf_relpos import __version__, list_position_embeddings
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.groups import group_results
+from hf_relpos.results.questions import answers, sentences
 from hf_relpos.results.report import write_report
-from hf_relpos.results.result_file import RESULTS, read_results
+from hf_relpos.results.report_tables import perplexity_rows
+from hf_relpos.results.result_file import RESULTS, markdown, read_results
 
 
 PACKAGE = ROOT / "hf_relpos"
@@ -192,8 +194,13 @@ def test_the_results_take_little_room():
 def test_the_results_page_holds_no_other_figure():
     """Each line of a table, and each sentence of an answer, stands in a report or is made from the result files."""
     reports = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in EXPERIMENTS)
+    for path in sorted((ROOT / "docs" / "results").glob("*/*/results.jsonl")):
+        groups = group_results(read_results(path), ("recipe.learning_rate",))
+        answered = [f"- {line}" for answer in answers(groups) for line in sentences(answer)]
+        reports += "\n".join([markdown(perplexity_rows(groups)), *answered])
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    said = [line for line in page.splitlines() if line.startswith(("| ", "- Best at ", "- Worse, ", "- Not resolved "))]
+    begins = ("| ", "- Best at ", "- Worse, ", "- Not resolved ", "- From ")
+    said = [line for line in page.splitlines() if line.startswith(begins)]
     others = [line for line in said if line not in reports and "---" not in line]
     results = read_results(ROOT / "docs" / "results" / "books_learning_rates" / RESULTS)
     found = {(group.label, rate): perplexity for group, rate, perplexity in learning_rates(results)}
