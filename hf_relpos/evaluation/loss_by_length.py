@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -126,9 +127,10 @@ def evaluate_lengths(
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"`max_windows` must be at least 1, got {max_windows}.")
     longest = lengths[-1]
-    sums, baseline = {length: RunningLoss() for length in lengths}, RunningLoss()
+    readings = [*([SLIDING] if sliding_baseline else []), *lengths]  # the longest length last
+    sums = {reading: RunningLoss() for reading in readings}
     by_position, context = np.zeros(longest), _ContextStatistics(train_length)
-    by_document, counts = DocumentLosses([*lengths, *([SLIDING] if sliding_baseline else [])]), Counter()
+    by_document, counts = DocumentLosses(readings), Counter()
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
     available = _count_windows(documents, longest)
@@ -146,16 +148,14 @@ def evaluate_lengths(
         for group in _grouped(windows, max(1, tokens_per_batch // longest)):
             tokens = torch.from_numpy(np.stack([window for _, window in group]))
             counts.update(tokens[:, targets].flatten().tolist())
-            for length in lengths:
-                losses = _losses_in_blocks(model, tokens, length, tokens_per_batch)
-                sums[length].add(losses[:, targets])
+            for reading in readings:
+                if reading == SLIDING:
+                    losses = _losses_sliding(model, tokens, train_length, tokens_per_batch)
+                else:
+                    losses = _losses_in_blocks(model, tokens, reading, tokens_per_batch)
+                sums[reading].add(losses[:, targets])
                 for (document, _), row in zip(group, losses[:, targets]):
-                    by_document.add(document, length, row)
-            if sliding_baseline:
-                sliding = _losses_sliding(model, tokens, train_length, tokens_per_batch)[:, targets]
-                baseline.add(sliding)
-                for (document, _), row in zip(group, sliding):
-                    by_document.add(document, SLIDING, row)
+                    by_document.add(document, reading, row)
             by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
             for (document, _), row in zip(group, losses):
                 context.add(row, document)
@@ -169,7 +169,7 @@ def evaluate_lengths(
         **context.summary(),
     }
     if sliding_baseline:
-        found[SLIDING] = {"length": train_length, "stride": train_length // 2, **baseline.summary()}
+        found[SLIDING] = {"length": train_length, "stride": train_length // 2, **sums[SLIDING].summary()}
     return found
 
 
@@ -239,12 +239,8 @@ def _losses_sliding(model: Any, windows: torch.Tensor, length: int, tokens_per_b
     """(B, N) windows, read in rows of `length` that move by its half → (B, N) losses, NaN at the first token."""
     losses = np.full(windows.shape, math.nan, dtype=np.float32)
     for window, found in zip(windows.numpy(), losses):
-        scored = 1
-        for group in _grouped(_sliding_windows(window, length, length // 2), max(1, tokens_per_batch // length)):
-            rows = token_losses(model, torch.from_numpy(np.stack([tokens for tokens, _ in group]))).numpy()
-            for row, (_, first) in zip(rows, group):
-                found[scored : scored + length - first] = row[first:]
-                scored += length - first
+        parts = _scored_once(model, window, length, length // 2, tokens_per_batch)
+        found[1:] = np.concatenate([*chain.from_iterable(parts)])
     return losses
 
 
@@ -327,14 +323,22 @@ def evaluate_sliding(
         for document in documents:
             if len(document) < 2:
                 continue
-            for group in _grouped(_sliding_windows(document, length, stride), max(1, tokens_per_batch // length)):
-                scored = token_losses(model, torch.tensor(np.stack([tokens for tokens, _ in group]))).numpy()
-                for row, (_, first) in zip(scored, group):
-                    losses.add(row[first:])
-                progress.update(len(group))
+            for parts in _scored_once(model, document, length, stride, tokens_per_batch):
+                for scored in parts:
+                    losses.add(scored)
+                progress.update(len(parts))
     if not losses.count:
         raise ValueError("the corpus is too short: no document has two tokens.")
     return {"stride": stride, **losses.summary()}
+
+
+def _scored_once(
+    model: Any, document: Sequence[int], length: int, stride: int, tokens_per_batch: int
+) -> Iterator[list[np.ndarray]]:
+    """→ batch by batch, for each place of a sliding window the losses of the tokens that none before it has scored."""
+    for group in _grouped(_sliding_windows(document, length, stride), max(1, tokens_per_batch // length)):
+        rows = token_losses(model, torch.from_numpy(np.stack([tokens for tokens, _ in group]))).numpy()
+        yield [row[first:] for row, (_, first) in zip(rows, group)]
 
 
 def _sliding_windows(document: Sequence[int], length: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:

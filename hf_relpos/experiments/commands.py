@@ -3,7 +3,8 @@
 
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from ..cli import command, parse_arguments
@@ -80,7 +81,8 @@ def sweep_main() -> None:
     (args,) = parse_arguments((SweepArguments,), SWEEP_DESCRIPTION)
     from .sweep import sweep
 
-    sweep(args)
+    with _resumable():
+        sweep(args)
 
 
 @command
@@ -89,8 +91,15 @@ def compare_main() -> None:
     (args,) = parse_arguments((CompareArguments,), COMPARE_DESCRIPTION)
     from .compare import compare
 
-    try:
+    with _resumable():
         compare(args)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """An interrupt says how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be closed
             print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Sweeps: the runs of an experiment, one after another, in several processes or on a Ray cluster, each only once."""
 
-import shlex
 import shutil
 import signal
 import sys
@@ -158,13 +157,8 @@ def sweep(args: SweepArguments) -> None:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before", flush=True)
     with only_owner(root, seconds=-1):  # where nothing can be written no run is started
         pass
-    try:
-        with signals_interrupt(), live_table(runs, root):
-            failed = _run_all(todo, root, args)
-    except KeyboardInterrupt:
-        with suppress(OSError):  # the terminal may be closed
-            print(f"interrupted; what is done is kept. To go on:\n{shlex.join(sys.orig_argv)}", file=sys.stderr)
-        raise
+    with signals_interrupt(), live_table(runs, root):
+        failed = _run_all(todo, root, args)
     for run in failed:
         print(f"failed: {run.label}: {failure_of(run, root) or 'see above'}", file=sys.stderr)
     results = collect_results(runs, root)

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from ..model.scheme_registry import position_embedding_classes
 from ..results.estimates import Estimate
 from ..results.groups import Group
+from ..results.questions import changes_between
 from ..results.report_tables import exp_cell, interval_cell, mean_cell
 from ..results.result_file import escape_markdown, markdown, score_cells, split_name
 
@@ -152,8 +153,7 @@ def _text_table(runs: Sequence[dict[str, Any]]) -> str:
 
 def _change_cell(group: Group, base: int, length: int) -> str:
     """In per cent, with the interval of several runs."""
-    before, after = group.losses(base), group.losses(length)
-    change = np.stack([after[seed] - before[seed] for seed in after])
+    change = np.stack([*changes_between(base, length)(group).values()])
     return _estimate_cell(change, group.document_weights, "{:+.1f} %", lambda x: 100 * math.expm1(min(x, 700.0)))
 
 

@@ -229,8 +229,7 @@ class PositionEmbeddings(nn.ModuleDict):
                 device = positions.distance.device
                 # asking for the size would fix it in a program that is exported
                 is_step = not is_traced(positions.distance) and positions.distance.shape[1] == 1
-                table = kept_table(scheme, length, device, is_step)
-                table = distance_table(scheme, length, device) if table is None else table
+                table = distance_table(scheme, length, device, is_step)
                 table = table if shard_heads is None else shard_heads(table)
                 terms.append(table[:, positions.distance].movedim(0, 1))
         return add_biases(terms)
@@ -248,9 +247,10 @@ def _rotate(scheme: PositionEmbedding) -> Callable:
     return partial(scheme, "rotate") if ismethod(scheme.rotate) else scheme.rotate
 
 
-def distance_table(scheme: PositionEmbedding, length: int, device: torch.device) -> torch.Tensor:
-    """→ (H, length) fp32: `distance_bias` on the distances 0..length−1, outside of autocast."""
-    kept = kept_table(scheme, length, device)
+def distance_table(scheme: PositionEmbedding, length: int, device: torch.device, is_step: bool = False) -> torch.Tensor:
+    """→ (H, length) fp32: `distance_bias` on the distances 0..length−1, outside of autocast; in a step of a generation
+    it may be kept."""
+    kept = kept_table(scheme, length, device, is_step)
     if kept is not None:
         return kept
     with torch.autocast(device.type, enabled=False):

@@ -7,6 +7,7 @@ import numpy as np
 
 from .estimates import Estimate
 from .groups import Group
+from .questions import changes_between
 from .result_file import SLIDING
 
 
@@ -17,20 +18,16 @@ def perplexity_rows(groups: Sequence[Group]) -> Rows:
     """Perplexity by length with its interval for new runs on new text, and the ratio of the longest to the training
     length."""
     lengths = sorted({length for group in groups for length in group.lengths()})
-    sliding = any(group.has_sliding_baseline for group in groups)
-    rows = [["setting", "seeds", *(["sliding"] if sliding else []), *map(str, lengths), "ratio"]]
+    readings = [*([SLIDING] if any(group.has_sliding_baseline for group in groups) else []), *lengths]
+    rows = [["setting", "seeds", *("sliding" if each == SLIDING else str(each) for each in readings), "ratio"]]
     for group in groups:
         weights, cells = group.document_weights, []
-        if sliding:
-            known = group.has_sliding_baseline
-            cells.append(exp_cell(np.stack(list(group.losses(SLIDING).values())), weights, 2) if known else "–")
-        for length in lengths:
-            known = length in group.lengths()
-            cells.append(exp_cell(np.stack(list(group.losses(length).values())), weights, 2) if known else "–")
+        for each in readings:
+            known = group.has_sliding_baseline if each == SLIDING else each in group.lengths()
+            cells.append(exp_cell(np.stack(list(group.losses(each).values())), weights, 2) if known else "–")
         base, long = group.train_length, group.lengths()[-1]
         if base in group.lengths() and long > base:
-            change = np.stack([after - group.losses(base)[seed] for seed, after in group.losses(long).items()])
-            cells.append(exp_cell(change, weights, 3))
+            cells.append(exp_cell(np.stack(list(changes_between(base, long)(group).values())), weights, 3))
         else:
             cells.append("–")
         rows.append([group.label, str(len(group.by_seed)), *cells])
