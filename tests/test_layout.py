@@ -102,6 +102,7 @@ def test_a_saved_folder_needs_torch_and_transformers_only():
         "attention_distance_bias",
         "configuration_relpos",
         "token_positions",
+        "key_positions",
     ],
 )
 def test_no_scheme_is_named_where_schemes_are_used(name):

@@ -22,9 +22,9 @@ from .attention_mask import (
     merge_position_bias,
 )
 from .functional_transforms import is_differentiated_again, is_transformed
+from .key_positions import KeyPositions
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup, PositionEmbeddings, add_biases
-from .token_positions import KeyPositions
 
 
 class AttentionInputs(NamedTuple):

@@ -29,20 +29,18 @@ from .attention_plan import (
 from .attention_row import RowPlan
 from .functional_transforms import assert_async, is_batched, is_tracing, is_transformed
 from .kept_steps import KeptSteps
-from .scheme_base import Positions
-from .scheme_registry import LayerGroup
-from .token_positions import (
+from .key_positions import (
     KeyPositions,
-    TokenPositions,
+    check_ready_mask,
     document_starts,
-    flash_lengths,
     is_contiguous,
-    is_exported,
     locate_keys,
     pad_mask,
-    same_document,
     visible_keys,
 )
+from .scheme_base import Positions
+from .scheme_registry import LayerGroup
+from .token_positions import TokenPositions, flash_lengths, is_exported, same_document
 from .transformers_versions import CACHE_NAME
 
 
@@ -119,7 +117,7 @@ def plan_attention(
     Raises:
         ValueError: for an attention implementation that would drop the bias of the group.
     """
-    config, mask, window = model.config, tokens.mask_of(group.layer_type), group.window
+    config, mask = model.config, tokens.mask_of(group.layer_type)
     implementation = config._attn_implementation
     if group.has_bias:
         check_implementation(config, implementation)
@@ -146,7 +144,7 @@ def plan_attention(
     if not is_dense:
         return _plan_mask(model, tokens, inputs_embeds, common)
     first = max(math.floor(last) + 1 - tokens.past_length, 0) if table is not None else 0
-    positions, span = _pair_positions(keys, key_positions, tokens, mask, window, first)
+    positions, span = _pair_positions(keys, key_positions, tokens, mask, group, first)
     if implementation == "sdpa":
         _warn_of_dense_bias(model, group, tokens, is_late=table is not None)
     dense = DensePlan(**common, positions=positions, span=span)
@@ -299,7 +297,7 @@ def _pair_positions(
     key_positions: torch.Tensor,
     tokens: TokenPositions,
     mask: torch.Tensor | None,
-    window: int | None,
+    group: LayerGroup,
     first: int,
 ) -> tuple[Positions, int]:
     """→ positions and distances of the queries from `first` on to all keys, and an upper bound of the distances."""
@@ -312,8 +310,11 @@ def _pair_positions(
     else:
         span = max(span, int(distance.max()) + 1)
     slots = torch.arange(first, tokens.position_ids.shape[1], device=query.device) + keys.offset
-    visible = visible_keys(slots, keys, tokens.documents, mask, window)
-    starts = None if window is None else document_starts(tokens)
+    visible = visible_keys(slots, keys, tokens.documents, mask, group.window)
+    is_first = isinstance(tokens.past_length, int) and tokens.past_length == 0
+    if mask is not None and mask.ndim == 4 and not is_first and group.has_position_bias:
+        check_ready_mask(visible, key_positions, tokens.position_ids)
+    starts = None if group.window is None else document_starts(tokens)
     starts = starts[:, first:] if starts is not None and starts.shape[1] > 1 else starts
     return Positions(query, key_positions, distance.clamp(min=0), visible, starts), span
 

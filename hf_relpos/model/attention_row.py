@@ -12,7 +12,7 @@ from torch import nn
 
 from .attention_mask import hide, row_mask
 from .attention_plan import AttentionInputs, TablePlan
-from .token_positions import KeyPositions
+from .key_positions import KeyPositions
 
 
 @dataclass(kw_only=True)

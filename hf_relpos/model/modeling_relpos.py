@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -31,12 +32,13 @@ from .attention_planner import example_embeds, plan_layers
 from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer
 from .kept_steps import kept_steps
+from .key_positions import pad_to_cache
 from .norms import build_norm, drop
 from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
 from .scheme_registry import LayerGroup, Rotates, add_biases, build_position_embeddings
-from .token_positions import TokenPositions, locate_tokens
+from .token_positions import TokenPositions, locate_tokens, simplify_mask
 from .transformers_versions import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -293,6 +295,18 @@ class RelPosForCausalLM(RelPosPreTrainedModel, GenerationMixin):
         self.post_init()
 
     generate = takes_cache(GenerationMixin.generate)
+
+    def create_masks_for_generate(
+        self, config: RelPosConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> Any:
+        """The mask that `generate` gives `forward` beside a static cache: a ready one, as in transformers, or with a
+        position bias (B, width of the cache), from which the positions of the keys are counted."""
+        if not self.config.has_position_bias:
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
+        attention_mask = simplify_mask(attention_mask)
+        if attention_mask is None or attention_mask.shape[1] == inputs_embeds.shape[1]:  # nothing is cached yet
+            return attention_mask
+        return pad_to_cache(attention_mask, kwargs[CACHE_NAME])
 
     @takes_cache
     @can_return_tuple

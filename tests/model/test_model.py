@@ -25,6 +25,8 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 RELATIVE = [s for s in SCHEMES if all(POSITION_EMBEDDINGS[part].kind != "absolute" for part in schemes_of(s))]
 # order and content alone matter: positions say where documents start, and nothing else
 PLACELESS = ["none", "fox", "cope"]
+# a window counts slots, padding among them
+WITHOUT_WINDOWS = [s for s in SCHEMES if make_config(s).sliding_window is None]
 ABSOLUTE = [s for s in SCHEMES if s not in RELATIVE]
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -88,19 +90,46 @@ def test_cached_decoding_with_left_padding_is_the_unpadded_forward(scheme, imple
         assert_close(logits[row, pad:], expected, **CLOSE)
 
 
-@each_scheme
+def pad_between(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """→ (3, n + 3) rows with three tokens of padding each, all of it before the last token, and their mask."""
+    mask = torch.ones(3, tokens.shape[1] + 3, dtype=torch.long)
+    mask[0, :3] = mask[1, 2:5] = mask[2, [0, 1, 4]] = 0
+    return torch.zeros_like(mask).masked_scatter(mask.bool(), tokens), mask
+
+
+@pytest.mark.parametrize(
+    ("scheme", "padding"), [(each, "left") for each in SCHEMES] + [(each, "between") for each in WITHOUT_WINDOWS]
+)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate_with_left_padding_is_greedy_decoding_by_hand(scheme, cache):
+def test_generate_with_padding_is_greedy_decoding_by_hand(scheme, padding, cache):
     model = make_model(scheme)
     model.generation_config.eos_token_id = None
-    padded, mask = pad_left(make_tokens(3, 7), [0, 2, 5])
+    tokens = make_tokens(3, 7)
+    padded, mask = pad_left(tokens, [0, 2, 5]) if padding == "left" else pad_between(tokens)
     options = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
     output = model.generate(padded, attention_mask=mask, max_new_tokens=9, do_sample=False, **options)
-    for row, pad in enumerate((0, 2, 5)):
-        tokens = padded[row : row + 1, pad:]
-        for _ in range(9):
-            tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
-        assert output[row, pad:].tolist() == tokens[0].tolist()
+    for row in range(3):
+        prompt, generated = padded[row, mask[row].bool()], output.sequences[row, padded.shape[1] :]
+        expected = model(torch.cat((prompt, generated))[None]).logits[0, len(prompt) - 1 : -1]
+        assert_close(torch.stack([scores[row] for scores in output.scores]), expected, **CLOSE)
+        assert generated.tolist() == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("scheme", WITHOUT_WINDOWS)
+def test_a_ready_mask_with_gaps_beside_a_cache(scheme):
+    """It does not say whether the hidden keys are padding, which positions skip, or tokens. Rotations need no
+    positions of the keys."""
+    model = make_model(scheme)
+    tokens, mask = pad_between(make_tokens(3, 7))
+    expected = model(tokens, attention_mask=mask).logits[:, -1]
+    past = model(tokens[:, :9], attention_mask=mask[:, :9]).past_key_values
+    step = dict(input_ids=tokens[:, 9:], position_ids=torch.full((3, 1), 6), past_key_values=past)
+    if any(group.has_position_bias for group in layer_groups(model.config)):
+        with pytest.raises(ValueError, match="^`attention_mask` of 4 dimensions beside a cache must hide no key"):
+            model(**step, attention_mask=mask.bool()[:, None, None])
+    else:
+        assert_close(model(**step, attention_mask=mask.bool()[:, None, None]).logits[:, 0], expected, **CLOSE)
 
 
 @each_scheme
