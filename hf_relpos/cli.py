@@ -26,7 +26,7 @@ PROGRAM = "hf-relpos"
 # when its sub-command is called
 COMMANDS = {
     "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
-    "check": ("hf_relpos.check_command:main", "try a position scheme on a tiny model: causality, padding, caches, .."),
+    "check": ("hf_relpos.check_command:main", "try a position scheme on a tiny model: causality, padding, caches"),
     "compare": ("hf_relpos.experiments.commands:compare_main", "train several schemes on a text and say which is best"),
     "train": ("hf_relpos.training.commands:train_main", "train a model with a position scheme"),
     "import": ("hf_relpos.pretrained.commands:import_main", "make a pretrained model of another family one of this"),

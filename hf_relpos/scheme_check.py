@@ -21,13 +21,13 @@ from transformers.utils import logging as transformers_logging
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 from .model.scheme_base import HOOKS, POSITION_EMBEDDINGS
-from .model.scheme_registry import position_embedding_classes
+from .model.scheme_registry import build_position_embeddings, position_embedding_classes
 from .scheme_docs import lacking_in_card
 from .scheme_files import imported_schemes
 
 
 # weights large enough that every part of the model matters; no dropout, so that a forward can be repeated
-TINY = dict(vocab_size=97, hidden_size=32, num_attention_heads=4, head_dim=8, max_position_embeddings=160)
+TINY = dict(vocab_size=97, num_attention_heads=4, head_dim=8, max_position_embeddings=160)
 TINY |= dict(train_length=16, initializer_range=0.15, embedding_multiplier=2.0, hidden_dropout=0.0)
 TINY |= dict(pad_token_id=0, eos_token_id=1)
 LENGTH, LONG = 40, 160  # tokens, past the training length of 16, and ten times that
@@ -38,14 +38,7 @@ HALF = 0.05  # 8 bits of mantissa through two layers; what breaks in bf16 is off
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
-
-    Attributes:
-        check: its name.
-        passed: whether the scheme is as it must be.
-        text: what was compared, in numbers.
-        hooks: one of them is at fault; empty if the check passed.
-    """
+    """What a check found: its name, whether the scheme passed, what was compared, and hooks of which one is at fault."""
 
     check: str
     passed: bool
@@ -132,10 +125,16 @@ def check_imported(config: RelPosConfig) -> None:
     """The quick checks for the schemes of a model that come out of files of the user's, once in a process.
 
     Raises:
-        ValueError: if one of them does not pass: a training would give numbers that mean nothing.
+        ValueError: if one of them does not pass, since a training would give numbers that mean nothing.
     """
-    for name in imported_schemes(config.pos_embedding_type):
+    names = imported_schemes(config.pos_embedding_type)
+    with _undisturbed():
+        for layer in (None, *range(min(config.num_hidden_layers, 1 + config.pos_embedding_type.count("/")))):
+            if names:
+                build_position_embeddings(config, layer)
+    for name in names:
         cls, fields = POSITION_EMBEDDINGS[name], {"num_attention_heads": config.num_attention_heads}
+        fields["train_length"] = 64  # a scheme may be for the length of its training alone
         given = config.pos_embedding_kwargs or {}
         fields["pos_embedding_kwargs"] = {option: given[option] for option in cls.defaults if option in given}
         if cls.uses_rope_parameters:
@@ -150,7 +149,7 @@ def _quick_refusal(cls: type, name: str, fields: str) -> str | None:
     try:
         with _undisturbed():
             Subject(name, fields).model()
-    except Exception:  # options that fit other sizes: the run says what is wrong, if anything
+    except Exception:  # its options are for the sizes of its own model
         return None
     return check_position_embedding(name, QUICK, **fields).refusal
 
@@ -198,6 +197,7 @@ class Subject:
         num_layers = max(2, pos_embedding_type.count("/") + 1)
         self.fields = {**TINY, "num_hidden_layers": num_layers, "pos_embedding_type": pos_embedding_type, **fields}
         self.name, self.num_heads = pos_embedding_type, self.fields["num_attention_heads"]
+        self.fields.setdefault("hidden_size", 8 * self.num_heads)
         self.is_relative = all(c.kind == "relative" for c in position_embedding_classes(pos_embedding_type).values())
 
     def fresh(self, seed: int = 0, **changes: Any) -> RelPosForCausalLM:

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import MIXES, SCHEMES
+from conftest import MIXES, SCHEMES, save_with_tokenizer
 from torch import nn
 
-from hf_relpos import PositionEmbedding, check_position_embedding, register_position_embedding
+from hf_relpos import PositionEmbedding, RelPosConfig, check_position_embedding, register_position_embedding
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.scheme_check import CHECKS, QUICK, Subject
 
@@ -377,13 +377,17 @@ def test_the_command_goes_on_with_what_passes(run):
     assert status == 0 and out.startswith("alibi\n") and "\nrotary+log_cpb\n" in out
 
 
-@pytest.mark.parametrize("name", ["train", "sweep", "compare"])
+@pytest.mark.parametrize("name", ["train", "finetune", "sweep", "compare"])
 def test_no_training_begins_with_a_scheme_that_sees_the_future(name, run, tmp_path):
     flags = {
         "train": ["--pos_embedding_type", "leaking", "--train_file", "missing.txt", "--output_dir", "out"],
+        "finetune": ["--model_name_or_path", "saved", "--pos_embedding_type", "leaking", "--output_dir", "out"],
         "sweep": ["--experiment", "experiment.yaml", "--output_dir", "out"],
         "compare": ["--text", "missing.txt", "--schemes", "leaking", "alibi", "--output_dir", "out"],
     }[name]
+    if name == "finetune":
+        save_with_tokenizer(tmp_path / "saved", "alibi")
+        flags += ["--train_file", "missing.txt", "--block_size", "16"]
     train = "train: {max_steps: 1}\ngrid: {pos_embedding_type: [leaking]}\nevaluate: {eval_lengths: [16]}\n"
     (tmp_path / "experiment.yaml").write_text(train)
     status, out, error = run("leaking", LEAK, name, "--import_file", "leaking.py", *flags)
@@ -392,7 +396,7 @@ def test_no_training_begins_with_a_scheme_that_sees_the_future(name, run, tmp_pa
 
 
 def test_the_quick_checks_run_once_in_a_process(run, monkeypatch):
-    from hf_relpos import RelPosConfig, scheme_check
+    from hf_relpos import scheme_check
 
     run("honest", GOOD, "schemes", "--import_file", "honest.py")
     called, check = [], scheme_check.check_position_embedding
@@ -402,3 +406,41 @@ def test_the_quick_checks_run_once_in_a_process(run, monkeypatch):
     for scheme in ("honest", "honest", "honest+alibi", "alibi"):
         scheme_check.check_imported(RelPosConfig(pos_embedding_type=scheme))
     assert called == [("honest", QUICK)]
+
+
+SIZED = """kind, defaults = "relative", {"width": 3}
+
+    def __init__(self, config, width):
+        super().__init__(config)
+        self.length, self.num_heads = config.train_length, config.num_attention_heads
+        if width > 1 and config.hidden_size != 52:
+            raise ValueError("other sizes")
+
+    def distance_bias(self, distance):
+        assert len(distance) <= self.length
+        return -distance.float().expand(self.num_heads, -1)"""
+
+
+def test_a_scheme_for_the_sizes_of_its_model_is_not_refused(run):
+    from hf_relpos.scheme_check import check_imported
+
+    run("honest", SIZED, "schemes", "--import_file", "honest.py")
+    fields = dict(pos_embedding_type="honest", num_attention_heads=13, train_length=16)
+    check_imported(RelPosConfig(**fields, hidden_size=52, pos_embedding_kwargs={"width": 2}))
+    check_imported(RelPosConfig(**fields, hidden_size=104, pos_embedding_kwargs={"width": 1}))
+    with pytest.raises(ValueError, match="^other sizes$"):
+        check_imported(RelPosConfig(**fields, hidden_size=104))
+
+
+def test_what_cannot_be_built_is_refused_before_the_corpus_is_read(run):
+    code = (
+        GOOD
+        + """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("constants", __import__("torch").ones(4))"""
+    )
+    flags = ["--pos_embedding_type", "honest", "--train_file", "missing.txt", "--output_dir", "out"]
+    status, out, error = run("honest", code, "train", "--import_file", "honest.py", *flags)
+    assert status == 2 and "position embedding 'honest': the buffer `constants` would not come back" in error
