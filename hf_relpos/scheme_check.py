@@ -38,7 +38,7 @@ HALF = 0.05  # 8 bits of mantissa through two layers; what breaks in bf16 is off
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: its name, whether the scheme passed, what was compared, and hooks of which one is at fault."""
+    """What a check found: its name, whether the scheme passed, what was compared, hooks of which one is at fault."""
 
     check: str
     passed: bool
