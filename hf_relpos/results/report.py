@@ -73,7 +73,7 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     found, figures = answers(groups), draw_figures(groups, baseline)
     first, rest = (figures[:1], figures[1:]) if len(groups) > 1 else ([], figures)
     sections = [Section("Answer", notes=[line for answer in found for line in sentences(answer)])]
-    sections += [Section(heading, image=image) for heading, image in first]
+    sections += [Section(each.heading, image=each.image, caption=each.caption) for each in first]
     if groups[0].score_name:
         note = f"{text}. {groups[0].score_name}, by the length of the rows in tokens and their kind, with the 95 % "
         note += "interval over the seeds, which ignores the limits 0 and 1."
@@ -88,7 +88,7 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
         )
         note += "past the training length. Below 0 more context helps. Intervals over the seeds."
         sections.append(Section("Use of the context", [note], context_rows(groups, baseline), is_detail=True))
-    sections += [Section(heading, image=image, is_detail=True) for heading, image in rest]
+    sections += [Section(each.heading, image=each.image, caption=each.caption, is_detail=True) for each in rest]
     for answer in found:
         if answer.pairs:
             heading = f"All pairs: {answer.question.title}"
