@@ -104,7 +104,8 @@ def evaluate_lengths(
         `loss_by_position`: entry p is the mean loss of a token with p tokens before it, at the longest length (`None`
         at 0);
         `in_context_score`: "t" → `score` and `standard_error` of the loss at token t − that at token 50, t = 250, 500,
-        1000; the loss at a token is the mean over the tokens within 10 % of it; `None` where the windows are too short;
+        1000; the loss at a token is the mean over the tokens within 10 % of it; `None` where the windows are too short.
+        It compares different places of the text: only differences between models on the same text mean something;
         `slope`: `slope` (nats per token) and `standard_error` of the straight line through the losses past
         `train_length`, or `None`;
         `unigram_loss`: what the frequencies of the target tokens alone would give, as a yardstick;
@@ -266,7 +267,7 @@ def _slope_past(losses: np.ndarray, train_length: int | None) -> float | None:
 
 
 class _ContextStatistics:
-    """What the loss does with more context, over windows that are clustered by document."""
+    """How the loss differs between early and late places, over windows that are clustered by document."""
 
     def __init__(self, train_length: int | None) -> None:
         self.train_length, self.num_documents, self.last_document = train_length, 0, -1

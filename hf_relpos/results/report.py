@@ -17,8 +17,10 @@ from .report_figures import draw_figures
 from .report_page import Section, as_html, as_markdown
 from .report_tables import context_rows, perplexity_rows, score_rows, setup_rows
 from .result_file import (
+    CONTEXT_NOTE,
     RESULTS,
     best_result,
+    context_notes,
     corpus_note,
     escape_markdown,
     markdown_table,
@@ -83,10 +85,7 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     sections += [_pair_section(answer, text) for answer in found if answer.pairs]
     sections.append(Section("What was trained", [], setup_rows(groups)))
     if not groups[0].score_name:
-        note = (
-            f"{text}. In-context score: loss at a late token − loss at token 50, in nats; slope: nats per 1000 tokens "
-        )
-        note += "past the training length. Below 0 more context helps. Intervals over the seeds."
+        note = f"{text}. {CONTEXT_NOTE} Intervals over the seeds."
         sections.append(Section("Use of the context", [note], context_rows(groups, baseline), is_detail=True))
     sections += [Section(each.heading, image=each.image, caption=each.caption, is_detail=True) for each in rest]
     for answer in found:
@@ -200,8 +199,9 @@ def main() -> None:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
         table = markdown_table(results, names)
-        write_text(folder / "table.md", f"{table}\n\n{escape_markdown(corpus_note(results, names))}\n")
-        print(table)
+        notes = [*context_notes(results), corpus_note(results, names)]
+        write_text(folder / "table.md", "\n\n".join([table, *map(escape_markdown, notes)]) + "\n")
+        print("\n".join([table, *context_notes(results)]))
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
     print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
     if model := _best_model(args, results):

@@ -94,6 +94,12 @@ def banner(run: TrainingRun, num_steps: int, first_step: int = 0) -> list[str]:
         f"{num_steps:,} steps of {' × '.join(batch)}: {tokens}",
         f"on {_device_text(args)}, in {dtype}; output: {args.output_dir}",
     ]
+    longest = run.data.longest_document
+    if longest is not None and longest < args.block_size:
+        lines.append(
+            f"warning: no document has {args.block_size:,} tokens, the longest has {longest:,}: nothing is learned of "
+            f"longer contexts; --block_size {longest} is as much, or --cross_document_attention true joins documents"
+        )
     passes = _passes(run, num_steps)
     if passes is not None and passes > PASSES:
         steps = int(num_steps * PASSES / passes)

@@ -9,7 +9,7 @@ from helpers import refusal
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_relpos.evaluation.evaluate import default_lengths
-from hf_relpos.results.result_file import REQUIRED_KEYS, labels
+from hf_relpos.results.result_file import CONTEXT_NOTE, REQUIRED_KEYS, labels
 
 
 def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_path, run_script, capsys):
@@ -28,6 +28,7 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
     for plot in ("loss_by_position.png", "perplexity_by_length.png"):
         assert (tmp_path / "eval" / plot).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert CONTEXT_NOTE in printed
     assert "| linear_cpb (42) |" in printed and "sliding window of 64 by 16: perplexity" in printed
     assert labels([result, result | {"seed": 7}, result | {"model": "other"}]) == [
         "linear_cpb (42), linear_cpb",

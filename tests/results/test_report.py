@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 
 from hf_relpos import RelPosConfig
@@ -16,7 +17,14 @@ from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
 from hf_relpos.results.report import write_report
-from hf_relpos.results.result_file import RESULTS, read_result, read_results, smooth_by_position, write_results
+from hf_relpos.results.result_file import (
+    CONTEXT_NOTE,
+    RESULTS,
+    read_result,
+    read_results,
+    smooth_by_position,
+    write_results,
+)
 
 
 SEEDS = (42, 1337, 3407, 1024, 365)
@@ -229,6 +237,21 @@ def test_the_page_holds_everything_in_one_file(results, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
 
 
+def test_score_and_slope_stand_beside_what_they_compare(results, run_script, tmp_path, capsys):
+    """The loss at two places of a text: no sentence calls a sign good or bad by itself."""
+    paths = write_report(results, tmp_path)
+    assert CONTEXT_NOTE in paths[0].read_text(encoding="utf-8") and CONTEXT_NOTE in paths[1].read_text(encoding="utf-8")
+    write_results(tmp_path / RESULTS, results)
+    run_script("report", "--results", tmp_path / RESULTS, "--output_dir", tmp_path / "table")
+    assert CONTEXT_NOTE in capsys.readouterr().out
+    assert CONTEXT_NOTE in (tmp_path / "table" / "table.md").read_text(encoding="utf-8")
+    assert "by themselves they do not say whether more context helps" in CONTEXT_NOTE
+    places = [*ROOT.glob("hf_relpos/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    for path in places:
+        text = " ".join(path.read_text(encoding="utf-8").split()).lower()
+        assert not re.search(r"below 0[^.]{0,20}context", text), path
+
+
 def test_finetuning_is_drawn_against_its_steps(tmp_path):
     results = [
         make_result("alibi", seed, 4 - steps / 1000, 512, num_steps=steps, base_train_length=128)
@@ -264,7 +287,7 @@ def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, t
     printed = capsys.readouterr()
     assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in names[2:])
     table = (tmp_path / "report" / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + 4 + 2 and "| none (1337) |" in table
+    assert len(table.splitlines()) == 2 + 4 + 4 and "| none (1337) |" in table
     assert table.endswith("\n\nText: books, split test.\n")
 
 
@@ -308,7 +331,7 @@ def test_a_table_of_files_names_what_sets_runs_apart(run_script, tmp_path, capsy
     files = [tmp_path / f"{index}.json" for index in range(3)]
     run_script("report", "--results", *files, "--output_dir", tmp_path / "out")
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:-4]] == [
         "| alibi 10 steps (1)",
         "| alibi 20 steps (1)",
         "| gpt2",
