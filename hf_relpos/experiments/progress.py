@@ -23,7 +23,7 @@ from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
 from .grid import Run
 
 
-PROGRESS, FAILURE = "progress.json", "failure.txt"
+PROGRESS, FAILURE, LOG = "progress.json", "failure.txt", "log.txt"
 ACTIVE = ("training", "evaluating")
 
 
@@ -115,11 +115,13 @@ def live_table(
         console: of rich, by default on stderr.
     """
     console, stop, begun = console or Console(file=sys.__stderr__, soft_wrap=True), threading.Event(), time.time()
+    told: dict[str, set[str]] = {"runs": set(), "warnings": set()}
 
     def follow() -> None:
         if console.is_terminal:
             with Live(progress_table(runs, root, begun), console=console, auto_refresh=False) as live:
                 while not stop.wait(seconds):
+                    _tell_warnings(console, [(run, status(run, root, begun)) for run in runs], root, told)
                     live.update(progress_table(runs, root, begun), refresh=True)
                 live.update(progress_table(runs, root, begun), refresh=True)
             return
@@ -135,6 +137,7 @@ def live_table(
                     words = [state["state"], *filter(None, _numbers(state))]
                     console.print(f"{run.key}  {run.label}: {', '.join(words)}", highlight=False)
                 seen[run.key] = state["state"]
+            _tell_warnings(console, found, root, told)
             if due:
                 console.print(_summary(found, root, begun), highlight=False)
                 said = time.time()
@@ -148,6 +151,20 @@ def live_table(
     finally:
         stop.set()
         thread.join()
+
+
+def _tell_warnings(console: Any, found: list[tuple[Run, dict]], root: Path, told: dict[str, set[str]]) -> None:
+    """Prints what the logs of runs that take steps warn of, once for all runs that are warned of the same."""
+    for run, state in found:
+        if "step" not in state or run.key in told["runs"]:
+            continue
+        told["runs"].add(run.key)
+        with suppress(OSError):
+            lines = (run.folder(root) / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in dict.fromkeys(lines):
+                if line.startswith("warning: ") and line not in told["warnings"]:
+                    told["warnings"].add(line)
+                    console.print(f"{run.key}  {run.label}: {line}", highlight=False)
 
 
 def progress_table(runs: Sequence[Run], root: Path, begun: float) -> Table:

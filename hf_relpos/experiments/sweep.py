@@ -22,11 +22,8 @@ from ..training.output_stream import SafeStream
 from ..training.train import finetune, train
 from .commands import SweepArguments
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
-from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
+from .progress import FAILURE, LOG, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
 from .workers import default_num_parallel, run_here, run_in_processes, run_on_ray
-
-
-LOG = "log.txt"
 
 
 # --- one run

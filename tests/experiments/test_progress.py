@@ -72,6 +72,21 @@ def test_without_a_terminal_lines_come_at_intervals(runs, tmp_path):
     assert 8 <= len(lines) <= 24 and "\x1b" not in output.getvalue()
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_runs_are_warned_of_is_told_once(is_terminal, runs, tmp_path):
+    """Their logs are read by nobody."""
+    output = io.StringIO()
+    console = Console(file=output, soft_wrap=True, force_terminal=is_terminal, width=200)
+    for run in runs[:2]:
+        run.folder(tmp_path).mkdir(parents=True)
+        (run.folder(tmp_path) / "log.txt").write_text("alibi, 7M\nwarning: no document has 512 tokens\nstep 1\n")
+    with live_table(runs, tmp_path, seconds=0.02, console=console):
+        for run in runs[:2]:
+            write(run, tmp_path, step=10)
+        time.sleep(0.3)
+    assert output.getvalue().count("warning: no document has 512 tokens") == 1
+
+
 def test_a_failure_of_an_earlier_call_is_no_failure_of_this_one(runs, tmp_path):
     runs[0].folder(tmp_path).mkdir(parents=True)
     failure = runs[0].folder(tmp_path) / "failure.txt"
