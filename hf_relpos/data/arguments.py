@@ -30,16 +30,17 @@ class TextArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "A data set of the Hub or a local folder that datasets.load_dataset takes; --train_file or the "
-            "built-in corpus by default."
+            "help": "A data set of the Hub or a local folder that datasets.load_dataset takes; by default "
+            "--train_file, the saved model's text or the built-in one."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "A txt, jsonl, parquet or csv file to train on, also as gz, bz2, xz, zst, or a folder of one kind; "
-            "the built-in corpus by default."
+            "help": "Text to train on: a txt, jsonl, parquet or csv file, or any other of plain text such as md, py or "
+            "html, also as gz, bz2, xz, zst; or a folder of one kind. By default the saved model's text, or the "
+            "built-in one."
         },
     )
     validation_file: str | None = field(
@@ -69,7 +70,8 @@ class TextArguments:
         metadata={"help": "Read the data as it is needed; in training with --max_steps. false by default."},
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer to use; by default one is trained on the corpus."}
+        default=None,
+        metadata={"help": "A tokenizer to use; by default the saved model's, or one that is trained on the corpus."},
     )
     cross_document_attention: bool | None = field(
         default=None, metadata={"help": "Let a block's tokens attend to the documents before theirs; false by default."}

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -18,11 +19,12 @@ from .arguments import BUILT_IN, FILE_FLAGS, TextArguments
 from .cache import digest, say
 from .documents import Tally, read_documents
 from .documents_on_disk import DOCUMENTS, keep_documents
-from .files import FileList, check_apart, content_hash, inside, list_files
+from .files import FILE_TYPES, FileList, check_apart, content_hash, inside, list_files, suffix_of
 from .named import read_named
 
 
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer document is cut at line ends
+MOST_SUFFIXES = 5  # that a line names
 
 
 @dataclass
@@ -169,6 +171,7 @@ def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> C
     how = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS)
     splits, read, contents, named = {}, ReadRecord(), {}, {}
     for split, files in lists.items():
+        _warn_of_others(files)
         read.add_files(files)
         named.setdefault(files.flag, {}).update({inside(path, files.given): hashes[path] for path in files.paths})
         contents[split] = [hashes[path] for path in files.paths]
@@ -256,7 +259,7 @@ def _say(corpus: Corpus, args: TextArguments) -> None:
     counts = ", ".join(f"{name} {count:,}" for name, count in read.num_documents.items())
     streamed = f"streamed, split at {args.document_separator!r}" if args.document_separator else "streamed"
     parts = [f"documents: {counts}" if counts else streamed]
-    parts += [f"files: {read.num_files:,}"] if read.num_files else []
+    parts += [f"files: {read.num_files:,}{_kinds(corpus)}"] if read.num_files else []
     parts += [f"left out: {', '.join(read.skipped)}"] if read.skipped else []
     parts += [f"dropped: {read.num_empty:,} without text"] if read.num_empty else []
     parts += [f"split at {args.document_separator!r}: {read.num_separated:,}"] if read.num_separated else []
@@ -268,6 +271,27 @@ def _say(corpus: Corpus, args: TextArguments) -> None:
     if read.num_shared:
         total = sum(count for name, count in read.num_documents.items() if name != "train")
         say(f"warning: {read.num_shared:,} of the {total:,} documents to evaluate on are in the training split too")
+
+
+def _kinds(corpus: Corpus) -> str:
+    """→ " (20 .pod, 3 .py)": how many files of each suffix were read; " (.txt)" where all have one."""
+    counts = Counter(suffix_of(name) for files in corpus.files.values() for name in files).most_common()
+    if len(counts) < 2:
+        return "".join(f" ({suffix})" for suffix, _ in counts)
+    words = [f"{count:,} {suffix}" for suffix, count in counts[:MOST_SUFFIXES]]
+    rest = sum(count for _, count in counts[MOST_SUFFIXES:])
+    return f" ({', '.join([*words, *([f'{rest:,} others'] if rest else [])])})"
+
+
+def _warn_of_others(files: FileList) -> None:
+    """A folder of code with one note in it is read for the note."""
+    if (count := sum(files.others.values())) > len(files.paths):
+        suffixes = ", ".join(suffix for suffix, _ in files.others.most_common(MOST_SUFFIXES))
+        read = "/".join(sorted({suffix_of(path.name) for path in files.paths}))
+        say(
+            f"warning: of {files.given!r} only {len(files.paths):,} files of {read} are read, and {count:,} others are "
+            f"left out ({suffixes}): a folder without {'/'.join(FILE_TYPES)} is read whole"
+        )
 
 
 # --- hashes

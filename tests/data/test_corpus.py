@@ -133,9 +133,17 @@ def wrong_column(folder):
     return {"train_file": str(write_corpus(folder, "csv")), "text_column": "body"}
 
 
+def binary(folder):
+    (folder / "image.png").write_bytes(b"?PNG\r\n\x1a\n" + b"\0\0\0\r")
+    return {"train_file": str(folder / "image.png")}
+
+
 BAD = {
     "missing file": (lambda folder: {"train_file": "no/such.txt"}, "`train_file` 'no/such.txt' does not exist"),
-    "unknown kind": (lambda folder: {"train_file": __file__}, "`train_file` must be a file or folder of .txt/.jsonl"),
+    "unknown kind": (
+        binary,
+        "`train_file` must be a file or folder of text, got .*image.png': it holds a NUL byte .byte 8..$",
+    ),
     "empty folder": (lambda folder: {"validation_file": str(folder)}, "`validation_file` must be a file or folder"),
     "not UTF-8": (bad_utf8, "bad.txt' is not UTF-8 text .near byte 12"),
     "mixed folder": (mixed, "must hold files of one kind, got"),
