@@ -176,7 +176,7 @@ def schemes_main() -> None:
     for name, scheme in POSITION_EMBEDDINGS.items():
         title = (scheme.__doc__ or scheme.__name__).strip().partition("\n\n")[0]
         print(f"{name:<{width}}  {scheme.kind:<8}  {' '.join(title.split())}")
-    say_next("train", pos_embedding_type="alibi", output_dir="output/alibi")
+    say_next("train", pos_embedding_type="alibi", max_steps=300, output_dir="output/alibi")
 
 
 def parse_arguments(
