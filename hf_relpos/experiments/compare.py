@@ -16,6 +16,7 @@ from ..messages import time_text
 from ..model.configuration_relpos import RelPosConfig
 from ..model.scheme_registry import position_embedding_classes
 from ..processes import only_owner
+from ..results.compared_rates import save_tried
 from ..results.groups import group_results
 from ..results.questions import answers, sentences
 from ..results.report import write_report
@@ -85,6 +86,7 @@ def _train_all(args: CompareArguments, setup: "_Setup", plan: Plan, root: Path) 
     second = setup.runs(plan, rates, SEEDS[:1], tuning=True)
     _do(second, root, setup.num_parallel, may_diverge=True)
     chosen = {scheme: _best_rate([*first, *second], scheme, root) for scheme in args.schemes}
+    save_tried(root, {scheme: _tried([*first, *second], scheme, root) for scheme in args.schemes})
     print("learning rates by validation loss: " + ", ".join(f"{name} {rate:g}" for name, rate in chosen.items()))
     rates = {scheme: [rate] for scheme, rate in chosen.items()}
     final = setup.runs(plan, rates, SEEDS[: plan.seeds], tuning=False)
@@ -163,6 +165,12 @@ def _validation_losses(runs: Sequence[Run], scheme: str, root: Path) -> dict[flo
     if not found:
         raise ValueError(f"`schemes`: the training of {scheme!r} diverges at each of the learning rates {RATES}.")
     return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _tried(runs: Sequence[Run], scheme: str, root: Path) -> dict[float, float | None]:
+    """Learning rate → validation loss, `None` where the training diverged."""
+    own = [run.settings["learning_rate"] for run in runs if run.settings["pos_embedding_type"] == scheme]
+    return dict.fromkeys(own) | _validation_losses(runs, scheme, root)
 
 
 def _next_rate(runs: Sequence[Run], scheme: str, root: Path) -> float:

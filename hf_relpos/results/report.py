@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cli import command, parse_arguments, say_next
 from ..environment import write_bytes, write_text
+from .compared_rates import NOTE, tried_rows
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
 from .questions import Answer, answers, detail_rows, pair_rows, sentences
@@ -36,6 +37,7 @@ def write_report(
     baseline: str | None = None,
     title: str = "Position schemes",
     varied: Sequence[str] = (),
+    root: Path | None = None,
 ) -> list[Path]:
     """Writes report.md with its figures, and report.html, which holds all in one file.
 
@@ -46,6 +48,8 @@ def write_report(
             there is one, else the first.
         title: heading of the page.
         varied: fields of the recipe that the experiment varies, such as "recipe.learning_rate".
+        root: of the experiment, by default the folder that `folder` lies in; a comparison keeps there the learning
+            rates that it tried.
 
     Returns:
         the paths.
@@ -60,6 +64,10 @@ def write_report(
         raise ValueError(f"`baseline` must be one of {labels}, got {baseline!r}.")
     summary = f"{_summary(groups)} {corpus_note(results, run_labels(results, varied))}"
     sections = _sections(groups, baseline, text_title(results))
+    if rows := tried_rows(root or folder.absolute().parent):
+        places = [section.heading for section in sections]
+        tried = Section("Learning rates that were tried", [NOTE], rows, is_detail=True)
+        sections.insert(places.index("What was trained") + 1, tried)
     paths = [folder / "report.md", folder / "report.html"]
     write_text(paths[0], as_markdown(title, summary, sections, _footer(results)))
     write_text(paths[1], as_html(title, summary, sections, _footer(results)))
@@ -188,7 +196,7 @@ def main() -> None:
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
         names = run_labels(results, args.varied)
-        paths = write_report(results, folder, args.baseline, args.title, args.varied)
+        paths = write_report(results, folder, args.baseline, args.title, args.varied, Path(args.sweep))
         for answer in answers(group_results(results, args.varied)):
             print("\n".join(line.replace("**", "") for line in sentences(answer)))
     else:

@@ -13,6 +13,7 @@ from scipy import stats
 from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
+from hf_relpos.results.compared_rates import TRIED, save_tried
 from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
@@ -250,6 +251,24 @@ def test_score_and_slope_stand_beside_what_they_compare(results, run_script, tmp
     for path in places:
         text = " ".join(path.read_text(encoding="utf-8").split()).lower()
         assert not re.search(r"below 0[^.]{0,20}context", text), path
+
+
+def test_learning_rates_that_were_tried_stand_in_the_report_of_a_comparison(results, run_script, tmp_path):
+    tried = {"none": {3e-3: 4.02, 6e-3: 4.0, 0.012: 4.01}, "alibi": {3e-3: 3.9, 6e-3: None, 1.5e-3: 3.95}}
+    save_tried(tmp_path, tried)
+    write_results(tmp_path / RESULTS, results)
+    expected = ["| scheme | 0.0015 | 0.003 | 0.006 | 0.012 |", "| none | – | 4.0200 | 4.0000* | 4.0100 |"]
+    expected.append("| alibi | 3.9500 | 3.9000* | diverged | – |")
+    pages = [write_report(results, tmp_path / "report")[0], tmp_path / "elsewhere" / "report.md"]
+    run_script("report", "--sweep", tmp_path, "--output_dir", pages[1].parent)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "## Learning rates that were tried" in text and all(line in text for line in expected)
+    (tmp_path / TRIED).unlink()
+    assert "were tried" not in write_report(results, tmp_path / "report")[0].read_text(encoding="utf-8")
+    (tmp_path / TRIED).write_text('{"none": 3}')
+    with pytest.raises(ValueError, match="learning rates .*cannot be read"):
+        write_report(results, tmp_path / "report")
 
 
 def test_finetuning_is_drawn_against_its_steps(tmp_path):
