@@ -116,6 +116,7 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert all(r["corpus"]["split"] == "test" and r["corpus"]["same_corpus_as_training"] for r in results)
     assert all(r["training"]["data_seed"] == r["seed"] and len(r["documents"]["num_tokens"]) > 1 for r in results)
     page = (tmp_path / ".out" / "report" / "report.html").read_text()
+    assert "Learning rates that were tried" in page
     assert "<b>" in page and "Loss by position, minus that of none" in page
     assert "alibi 0.00" in printed and "none 0.00" in printed and len([*(tmp_path / ".out" / "runs").iterdir()]) == 8
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))]
