@@ -47,7 +47,7 @@ CONTRACT = {
     "training": "model model_loading pretrained special_tokens data tasks results hub environment processes cli "
     "scheme_files model_corpus file_reading messages",
     "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_files "
-    "file_reading messages",
+    "file_reading messages model_corpus",
 }
 
 

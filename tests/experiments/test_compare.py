@@ -1,14 +1,18 @@
 """The comparison on a text of one's own: its plan, its splits, what it refuses, and a small one from end to end."""
 
 import json
+import shlex
 
 import pytest
 from conftest import make_text
 
+from hf_relpos.cli import parse_values
 from hf_relpos.experiments import compare as module
 from hf_relpos.experiments.compare import CompareArguments, compare
-from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, time_text
+from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, read_plan, save_plan, time_text
+from hf_relpos.experiments.comparison_progress import ComparisonProgress
 from hf_relpos.experiments.comparison_text import SPLITS, num_cut, prepare_text
+from hf_relpos.experiments.grid import TRAIN_TYPES, Run
 
 
 @pytest.mark.parametrize("text, seconds", [("20min", 1200), ("90s", 90), ("1.5h", 5400), (" 2 m ", 120)])
@@ -23,7 +27,7 @@ def test_budgets_that_are_none(text):
 
 
 def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
-    costs = [Cost(0.05, 5.0), Cost(0.1, 5.0)]
+    costs = {"alibi": Cost(0.05, 5.0), "rotary": Cost(0.1, 5.0)}
     for budget in (600, 3600, 7200):
         plan = make_plan(costs, budget, 2, 10**9)
         assert 0.95 * budget < plan.seconds <= budget and plan.num_runs == 2 * (2 + plan.seeds)
@@ -33,12 +37,91 @@ def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
 
 
 def test_a_budget_that_is_too_small_says_what_it_takes():
-    costs = [Cost(0.1, 5.0)] * 3
+    costs = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 5.0))
     with pytest.raises(ValueError, match="affords no comparison: 3 schemes with 2 seeds and 100 steps each take about"):
         make_plan(costs, 60, 2, 10**9)
     needed = 3 * (4 * (12 + 10) + 2 * 5) / 2
     assert make_plan(costs, needed + 1, 2, 10**9).steps >= 100
+    faster = make_plan(costs, needed + 1, 2, 10**9, None, 5.0)
+    assert faster.steps > make_plan(costs, needed + 1, 2, 10**9).steps and faster.work() / 2 == faster.seconds
     assert (time_text(61), time_text(125), time_text(7200)) == ("61 s", "3 min", "2.0 h")
+
+
+def test_a_larger_budget_adds_seeds_and_changes_nothing_else(tmp_path):
+    costs = {"alibi": Cost(0.05, 5.0), "rotary": Cost(0.1, 5.0)}
+    plan = make_plan(costs, 900, 2, 10**9, 3)
+    asked = {"budget": "15min", "seeds": None, "schemes": [*costs]}
+    save_plan(tmp_path, asked, plan)
+    same, news = read_plan(tmp_path, asked, 2)
+    assert (same.steps, same.seeds, same.num_runs, news) == (plan.steps, plan.seeds, plan.num_runs, "")
+    more, news = read_plan(tmp_path, asked | {"budget": "2h"}, 2)
+    assert (more.steps, more.seeds, more.num_runs) == (plan.steps, 5, 14) and more.seconds > plan.seconds
+    assert (
+        news == f"5 seeds instead of {plan.seeds}: what is done is kept, and each run has {plan.steps} steps as before"
+    )
+    same, news = read_plan(tmp_path, asked | {"budget": "16min"}, 2)
+    assert same.seeds == plan.seeds and "affords no further seed, which takes about" in news
+    assert read_plan(tmp_path, asked | {"seeds": 4}, 2)[0].seeds == 4
+    for change in ({"budget": "10min"}, {"seeds": plan.seeds - 1}, {"schemes": ["alibi"]}):
+        with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
+            read_plan(tmp_path, asked | change, 2)
+
+
+def test_one_count_and_one_time_over_all_stages(monkeypatch, tmp_path):
+    """2 schemes, 2 at once, 10 s for a run's steps, 5 s besides, 5 s for an evaluation: 60 s as planned."""
+    now = [1000.0]
+    monkeypatch.setattr("hf_relpos.experiments.comparison_progress.time.time", lambda: now[0])
+    plan = Plan(100, 2, 8, 75.0, {"alibi": (0.1, 5.0), "none": (0.1, 5.0)}, 5.0)
+    progress = ComparisonProgress(plan, 80.0, 2)
+    assert plan.work() == 8 * 15 + 4 * 5 == 140
+
+    def runs(stage, *settings):
+        return [
+            Run(
+                "here",
+                {"pos_embedding_type": name, "learning_rate": rate, "seed": seed},
+                {},
+                None,
+                (),
+                f"{name}{rate}{seed}",
+            )
+            for name in ("alibi", "none")
+            for rate, seed in settings
+        ]
+
+    def states(runs, *names):
+        return [(run, {"state": name, "step": 50, "steps": 100}) for run, name in zip(runs, names)]
+
+    first, second, final = runs(1, (1, 42), (2, 42)), runs(2, (3, 42)), runs(3, (3, 42), (3, 7))
+    progress.begin(first, tmp_path)
+    found = states(first, "training", "training", "waiting", "waiting")
+    assert progress.summary(found) == (
+        "0 of 8 runs, stage 1 of 3, two learning rates: 2 training, 2 waiting; about 70 s left"
+    )
+    now[0] += 30  # twice as long as planned
+    found = states(first, "done", "done", "waiting", "waiting")
+    assert progress.summary(found).startswith(
+        "2 of 8 runs, stage 1 of 3, two learning rates: 2 waiting; about 2 min left"
+    )
+    assert progress.left(found) == pytest.approx((140 - 30) / 2 * 2)
+    line = progress.remark(found)
+    assert line == (
+        "all will take about 3 min, 60 s more than the budget: the machine is slower than when it was measured"
+    )
+    assert progress.remark(found) == ""  # once
+    progress.end(first)
+    now[0] += 30
+    progress.begin(second, tmp_path)
+    assert progress.summary(states(second, "waiting", "waiting")).startswith("4 of 8 runs, stage 2 of 3, a third")
+    progress.end(second)
+    progress.begin(final, tmp_path)
+    found = states(final, "evaluating", "waiting", "evaluating", "waiting")
+    assert progress.summary(found).startswith("6 of 8 runs, stage 3 of 3, seeds: 2 evaluating, 2 waiting; about ")
+    now[0] += 60
+    assert progress.summary(states(final, *["done"] * 4)).startswith("8 of 8 runs, stage 3 of 3, seeds; about 0 s")
+    assert progress.conclusion() == (
+        "it took 2 min, 40 s more than the budget: the machine was slower than when it was measured"
+    )
 
 
 @pytest.mark.parametrize("num_documents", [1, 60])
@@ -166,10 +249,24 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert times == [
         path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))
     ]
-    for change in ({"budget": "2h"}, {"seeds": 3}, {"schemes": ["alibi"]}, {"run_length": 64}):
+    for change in ({"budget": "2min"}, {"schemes": ["alibi"]}, {"run_length": 64}):
         with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
             compare(CompareArguments(**{**vars(args), **change}))
     assert compare(CompareArguments(**{**vars(args), "dry_run": True})) == []
+    capsys.readouterr()
+    assert compare(CompareArguments(**{**vars(args), "seeds": 3})) != found
+    printed = capsys.readouterr()
+    assert "3 seeds instead of 2: what is done is kept, and each run has 3 steps as before" in printed.out
+    weights = sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))
+    assert len(weights) == 8 and {*times} < {path.stat().st_mtime_ns for path in weights}
+    words = shlex.split(printed.err.splitlines()[-2].removeprefix("next: "))
+    assert words[:2] == ["hf-relpos", "generate"] and len(words[words.index("--prompt") + 1].split()) > 3
+    words = shlex.split(printed.err.splitlines()[-1].removeprefix("next: "))
+    assert words[:2] == ["hf-relpos", "train"] and words[words.index("--max_steps") + 1] == "30"
+    train_types = parse_values(TRAIN_TYPES, dict(zip((word[2:] for word in words[2::2]), words[3::2])))
+    assert train_types[0].pos_embedding_type in options["schemes"] and train_types[2].learning_rate < 1
+    with pytest.raises(ValueError, match="holds another comparison: its `seeds` is 3, got 2"):
+        compare(CompareArguments(**{**vars(args), "seeds": 2}))
 
 
 def test_the_plan_says_that_documents_are_cut(tmp_path, capsys):
