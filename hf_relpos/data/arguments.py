@@ -61,6 +61,13 @@ class TextArguments:
             '"" for one document each.'
         },
     )
+    held_out_ends: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The text to evaluate on is the end of documents whose beginnings are in --train_file: results "
+            "then claim nothing about new documents."
+        },
+    )
     validation_split_percentage: int | None = field(
         default=None,
         metadata={"help": "Share of the training documents to evaluate on if nothing else is given; 5 by default."},

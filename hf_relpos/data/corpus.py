@@ -36,12 +36,14 @@ class ReadRecord(Tally):
         skipped: names of what folders hold besides, at most 20, then how many more.
         num_documents: by split.
         num_shared: documents of the validation and test splits that the training split holds too.
+        num_ends: of the other splits, those that are the ends of documents whose beginnings are trained on.
     """
 
     num_files: int = 0
     skipped: list[str] = field(default_factory=list)
     num_documents: dict[str, int] = field(default_factory=dict)
     num_shared: int = 0
+    num_ends: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As results and `training.json` hold it, without what is 0 or empty."""
@@ -86,8 +88,12 @@ class Corpus:
 # --- corpora
 
 
-def load_corpus(args: TextArguments) -> Corpus:
+def load_corpus(args: TextArguments, is_unsplit: bool = False) -> Corpus:
     """The corpus that the arguments name; prints a line about what was read, left out and dropped.
+
+    Args:
+        args: which, and how it is read.
+        is_unsplit: whether the line is to name no splits, as the text is yet to be split.
 
     Raises:
         ValueError: for a missing or empty file, text that is not UTF-8, a missing column, or a corpus without text.
@@ -116,7 +122,10 @@ def load_corpus(args: TextArguments) -> Corpus:
     if not args.streaming:
         corpus.read.num_documents = {name: len(split) for name, split in corpus.splits.items()}
         corpus.read.num_shared = _count_shared(corpus.splits)
-    _say(corpus, args)
+    if args.held_out_ends:
+        held_out = [documents for name, documents in corpus.splits.items() if name != "train"]
+        corpus.read.num_ends = 1 if args.streaming else sum(map(_num_documents, held_out))
+    _say(corpus, args, is_unsplit)
     return corpus
 
 
@@ -232,10 +241,42 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
     order = np.random.default_rng(0).permutation(
         len(train)
     )  # the split of `train_test_split`, whose cache is unchecked
+    how: list[Any] = [size]
+    if (total := _num_documents(train)) == 1:  # in pieces: its end is held out
+        order, how = np.roll(np.arange(len(train)), size), [size, "end"]
+        corpus.read.num_ends = 1
+    elif total < len(train):
+        order, size = _whole_documents(np.array(train["document"][:]), size)
+        how = [size, "whole documents"]
     corpus.splits |= {"train": train.select(order[size:]), "validation": train.select(order[:size])}
     for name in ("train", "validation"):
-        corpus.split_fingerprints[name] = digest(corpus.fingerprint, size, name)
-    corpus.fingerprint = digest(corpus.fingerprint, size)
+        corpus.split_fingerprints[name] = digest(corpus.fingerprint, *how, name)
+    corpus.fingerprint = digest(corpus.fingerprint, *how)
+
+
+def _num_documents(split: Dataset) -> int:
+    """Rows, of which the pieces of one document count once."""
+    return len(set(split["document"][:])) if "document" in split.column_names else len(split)
+
+
+def _whole_documents(numbers: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """The split of documents of which some are in pieces: no document is in both parts.
+
+    Args:
+        numbers: of the document of each row.
+        size: rows that shall be held out.
+
+    Returns:
+        rows in the order of the split, and how many of them, at the start, are held out.
+    """
+    names, counts = np.unique(numbers, return_counts=True)
+    held_out, found = [], 0
+    for index in np.random.default_rng(0).permutation(len(names)):
+        if found < size and counts[index] <= len(numbers) / 2:
+            held_out.append(names[index])
+            found += counts[index]
+    inside = np.isin(numbers, held_out)
+    return np.concatenate([np.flatnonzero(inside), np.flatnonzero(~inside)]), int(inside.sum())
 
 
 def _count_shared(splits: dict[str, Dataset]) -> int:
@@ -253,10 +294,11 @@ def _document_hashes(split: Dataset) -> Iterator[bytes]:
         yield from (hashlib.sha256(text.strip().encode()).digest() for text in batch["text"])
 
 
-def _say(corpus: Corpus, args: TextArguments) -> None:
+def _say(corpus: Corpus, args: TextArguments, is_unsplit: bool) -> None:
     """Prints what was read, left out and dropped."""
     read = corpus.read
     counts = ", ".join(f"{name} {count:,}" for name, count in read.num_documents.items())
+    counts = f"{sum(read.num_documents.values()):,}" if counts and is_unsplit else counts
     streamed = f"streamed, split at {args.document_separator!r}" if args.document_separator else "streamed"
     parts = [f"documents: {counts}" if counts else streamed]
     parts += [f"files: {read.num_files:,}{_kinds(corpus)}"] if read.num_files else []
@@ -271,6 +313,8 @@ def _say(corpus: Corpus, args: TextArguments) -> None:
     if read.num_shared:
         total = sum(count for name, count in read.num_documents.items() if name != "train")
         say(f"warning: {read.num_shared:,} of the {total:,} documents to evaluate on are in the training split too")
+    if read.num_ends:
+        say("the text to evaluate on is the end of documents whose beginnings are in the training split")
 
 
 def _kinds(corpus: Corpus) -> str:

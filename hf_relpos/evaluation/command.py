@@ -95,7 +95,8 @@ def main() -> None:
     if "task" in result:
         say_next("report", results=Path(args.output_dir) / "results.json", output_dir=Path(args.output_dir) / "report")
         return
-    say_next("generate", model_name_or_path=args.model_name_or_path, prompt="")
+    trained_on = (result["training"] or {}).get("corpus") or {}
+    say_next("generate", model_name_or_path=args.model_name_or_path, prompt=trained_on.get("opening") or "The")
 
 
 def _read_text(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from ..results.estimates import Estimate
 from ..results.groups import Group
 from ..results.questions import changes_between
 from ..results.report_tables import exp_cell, interval_cell, mean_cell
-from ..results.result_file import CONTEXT_NOTE, escape_markdown, markdown, score_cells, split_name
+from ..results.result_file import CONTEXT_NOTE, escape_markdown, has_held_out_ends, markdown, score_cells, split_name
 
 
 # a model fails at a length where perplexity is this many times that at the training length, or a score this part of it
@@ -62,7 +62,8 @@ def evaluation_section(
 
 def _interval_in_words(runs: Sequence[dict[str, Any]], is_task: bool) -> str:
     has_documents = not is_task and all(run.get("documents") for run in runs)
-    on = "on new documents" if has_documents else "on the same text" if not is_task else "on the same rows"
+    on = "on the ends of the same documents" if has_held_out_ends(runs[0]) else ""
+    on = on or ("on new documents" if has_documents else "on the same text" if not is_task else "on the same rows")
     seeds = f"{len(runs)} {seeds_in_words(runs).replace(' ', ' (', 1)})"
     return f"Means over {seeds}, with 95 % intervals for new seeds {on}. "
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cli import command, parse_arguments, say_next
 from ..environment import write_bytes, write_text
+from .caveats import caveats
 from .compared_rates import NOTE, tried_rows
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
@@ -24,6 +25,7 @@ from .result_file import (
     context_notes,
     corpus_note,
     escape_markdown,
+    has_held_out_ends,
     markdown_table,
     read_readable,
     read_results,
@@ -82,7 +84,8 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     """What the page holds, in its order."""
     found, figures = answers(groups), draw_figures(groups, baseline)
     first, rest = (figures[:1], figures[1:]) if len(groups) > 1 else ([], figures)
-    sections = [Section("Answer", notes=[line for answer in found for line in sentences(answer)])]
+    notes = [line for answer in found for line in sentences(answer)]
+    sections = [Section("Answer", notes=[*notes, *caveats(groups)])]
     sections += [Section(each.heading, image=each.image, caption=each.caption) for each in first]
     if groups[0].score_name:
         note = f"{text}. {groups[0].score_name}, by the length of the rows in tokens and their kind, with the 95 % "
@@ -106,8 +109,12 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
 def _perplexity_note(groups: Sequence[Group], text: str) -> str:
     documents = max(len(group.document_weights) for group in groups)
     note = f"{text}. All lengths are scored on the same tokens. In brackets the 95 % interval, "
-    if documents > 1:
-        note += f"which holds for new seeds and new documents ({documents} documents were read). "
+    if has_held_out_ends(groups[0].first):
+        number = f"{documents} documents" if documents > 1 else "one document"
+        note += f"which holds for new seeds and no new documents: the ends of {number} whose beginnings were trained "
+        note += "on were read. "
+    elif documents > 1:
+        note += f"which holds for new seeds and new documents ({documents} documents were read{_short(groups)}). "
     else:
         note += "which holds for new seeds on this text. "
     note += "Ratio: perplexity at the longest length / at the training length."
@@ -117,6 +124,12 @@ def _perplexity_note(groups: Sequence[Group], text: str) -> str:
         note += "longer rows have fewer beginnings."
     unigram = groups[0].first.get("unigram_loss")
     return note + (f" The frequencies of tokens alone give {math.exp(unigram):.1f}." if unigram else "")
+
+
+def _short(groups: Sequence[Group]) -> str:
+    """ "; 15 shorter than 1024 tokens cannot be" """
+    short = groups[0].first["corpus"].get("num_short_documents")
+    return f"; {short} shorter than {groups[0].lengths()[-1]} tokens cannot be" if short else ""
 
 
 def _pair_section(answer: Answer, text: str) -> Section:
@@ -199,6 +212,8 @@ def main() -> None:
         paths = write_report(results, folder, args.baseline, args.title, args.varied, Path(args.sweep))
         for answer in answers(group_results(results, args.varied)):
             print("\n".join(line.replace("**", "") for line in sentences(answer)))
+        for line in caveats(group_results(results, args.varied)):
+            print(line)
     else:
         results, errors = read_readable(args.results)
         if not results:

@@ -24,7 +24,7 @@ from .figure_style import (
 )
 from .groups import Group
 from .questions import Matrix, changes_between
-from .result_file import smooth_by_position, text_title
+from .result_file import has_held_out_ends, smooth_by_position, text_title
 
 
 SHOWN_LENGTHS = 4  # training lengths that the figure of biases shows, on a scale where a line is a line
@@ -321,6 +321,8 @@ def _bands(groups: Sequence[Group], words: str) -> str:
 
 
 def _over_text(groups: Sequence[Group]) -> str:
+    if has_held_out_ends(groups[0].first):
+        return "for new seeds and no new documents, but other ends of those that were trained on"
     return "for new seeds" + (" and new documents" if len(groups[0].document_weights) > 1 else " on this text")
 
 

@@ -143,6 +143,11 @@ def other_corpus_mark(result: dict[str, Any]) -> str:
     return ", on another text" if result["corpus"].get("same_corpus_as_training") is False else ""
 
 
+def has_held_out_ends(result: dict[str, Any]) -> bool:
+    """Whether the text of a result is the end of documents whose beginnings were trained on."""
+    return bool((result["corpus"].get("read") or {}).get("num_ends"))
+
+
 def split_name(result: dict[str, Any]) -> str:
     """→ the text of a result: corpus and split."""
     return f"{result['corpus'].get('name')}, split {result['corpus'].get('split')}"

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +50,27 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
     )
 
 
+def test_the_card_knows_the_evaluations_in_its_folder(trained, data_flags, tmp_path, run_script, capsys):
+    shutil.copytree(trained / "rotary", tmp_path / "model")
+    flags = ["--model_name_or_path", tmp_path / "model", *data_flags, "--eval_lengths", 32, 64, "--max_windows", 2]
+    card = tmp_path / "model" / "README.md"
+    before = card.read_text()
+    assert "No evaluation lies in its folder" in before and "not been evaluated" not in before
+    assert "(files stand here without\ntheir folders: put in where yours lie)" in before
+    run_script("evaluate", *flags, "--output_dir", tmp_path / "elsewhere")
+    assert card.read_text() == before
+    run_script("evaluate", *flags, "--output_dir", tmp_path / "model" / "evaluation")
+    assert (
+        "No evaluation lies" not in card.read_text() and "## Loss by length: the validation split" in card.read_text()
+    )
+    assert str(tmp_path) not in card.read_text()
+    prompt = shlex.split(capsys.readouterr().err.splitlines()[-1])[-1]
+    assert prompt and prompt == json.loads((tmp_path / "model" / "training.json").read_text())["corpus"]["opening"]
+    card.write_text("mine")
+    run_script("evaluate", *flags, "--output_dir", tmp_path / "model" / "again")
+    assert card.read_text() == "mine"
+
+
 def test_evaluation_of_another_family(tmp_path, trained, data_flags, run_script):
     sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
@@ -83,7 +106,8 @@ def test_lengths_that_are_not_named_are_those_that_documents_and_a_table_have(tr
         assert [*map(int, result["lengths"])] == result["flags"]["eval_lengths"] == lengths
         printed = capsys.readouterr()
         assert re.search(rf"Read: \d+ windows of {lengths[-1]} tokens from 3 documents, at 32.* tokens\.", printed.out)
-        expected = f"next: hf-relpos generate --model_name_or_path {trained / name} --prompt ''"
+        opening = json.loads((trained / name / "training.json").read_text())["corpus"]["opening"]
+        expected = f"next: hf-relpos generate --model_name_or_path {trained / name} --prompt {shlex.quote(opening)}"
         assert printed.err.splitlines()[-1] == expected
 
 

@@ -13,6 +13,7 @@ from scipy import stats
 from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
+from hf_relpos.results.caveats import caveats
 from hf_relpos.results.compared_rates import TRIED, save_tried
 from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.groups import group_results
@@ -108,7 +109,7 @@ def test_a_change_with_the_length_is_tested_itself(results):
     for index, result in enumerate(results):
         result["lengths"]["512"]["loss"] += 0.001 * (index % 7)
     words = " ".join(sentences(answers(group_results(results))[2]))
-    assert "From 128 to 512 tokens, perplexity falls: **alibi** (-4.6 %), **none** (-4.6 %)." in words
+    assert "Read at 512 instead of 128 tokens, perplexity falls: **alibi** (-4.6 %), **none** (-4.6 %)." in words
     assert "perplexity rises: **rotary** (+65." in words
 
 
@@ -122,12 +123,58 @@ def test_what_is_gained_over_a_sliding_window_is_asked_where_it_was_read(results
         result["sliding_baseline"] = {"length": 128, "stride": 64, "loss": 4.0, "perplexity": 54.6}
     groups = group_results(results)
     words = " ".join(sentences(answers(groups)[3]))
-    assert "From a sliding window of 128 to 512 tokens, perplexity falls: **none** (-25.9 %), **rotary**" in words
+    start = "Beside a window of 128 tokens that slides over the same text, reading 512 at once is"
+    assert f"{start} better: **none** (-25.9 %), **rotary**" in words
+    assert f"{start} no better and no worse, as far as is resolved at 5 seeds and 2 documents: **alibi**" in words
     write_report(results, tmp_path, title="Sliding")
     page = (tmp_path / "report.md").read_text()
     assert "| setting | seeds | sliding | 128 |" in page and "few have little context" in page
     del results[0]["sliding_baseline"]
     assert len(answers(group_results(results))) == 3
+
+
+def test_ends_of_trained_documents_are_no_new_documents(results, tmp_path):
+    for result in results:
+        result["documents"] = {"num_tokens": [9, 9], "loss": {length: [4.0, 4.1] for length in result["lengths"]}}
+    write_report(results, tmp_path, title="Whole")
+    assert "holds for new seeds and new documents (2 documents were read). " in (tmp_path / "report.md").read_text()
+    for result in results:
+        result["corpus"]["num_short_documents"] = 7
+    write_report(results, tmp_path, title="Whole")
+    assert "(2 documents were read; 7 shorter than 512 tokens cannot be). " in (tmp_path / "report.md").read_text()
+    for result in results:
+        result["corpus"]["read"] = {"num_ends": 2}
+    write_report(results, tmp_path, title="Cut")
+    page = (tmp_path / "report.md").read_text()
+    assert "new seeds and new documents" not in page and "new seeds and no new documents: the ends of 2 docu" in page
+    sentence = "The 2 documents are cut: the test is the end of texts whose beginnings were trained on; the interval "
+    assert f"{sentence}does not hold for new documents." in page.partition("## Perplexity")[0]
+
+
+def losses_of(*tenths):
+    return [{"step": 10 * index + 5, "loss": loss} for index, loss in enumerate(tenths)]
+
+
+def test_the_answer_says_how_short_the_trainings_were(results):
+    for result in results:
+        result["training"] |= {"num_parameters": 1_320_000, "num_tokens": 492_544, "passes": 0.2468}
+        result["training"]["log"] = losses_of(*[6.0] * 8, 4.5, 4.3)
+    (text,) = caveats(group_results(results))
+    assert text == (
+        "Each model has 1.3M parameters and was trained on 492,544 tokens, 0.25 passes over the text. The "
+        "training loss was still falling at the end: in the last tenth of the steps it is 0.200 nats below that in the "
+        "tenth before; the order may differ with longer training."
+    )
+    for result in results:
+        result["training"]["log"] = losses_of(*[6.0] * 8, 4.5, 4.502)
+    (text,) = caveats(group_results(results))
+    assert "hardly falling any more" in text and "0.002 nats above" in text
+    results[0]["training"]["num_parameters"] = 2_000_000
+    assert caveats(group_results(results))[0].startswith("Each model has 1.3M to 2.0M parameters and")
+    results[0]["training"] |= {"log": [], "passes": None}
+    assert caveats(group_results(results))[0].endswith(" 492,544 tokens; the order may differ with longer training.")
+    del results[0]["training"]["num_parameters"]
+    assert caveats(group_results(results)) == []
 
 
 def test_documents_widen_the_interval(results):
