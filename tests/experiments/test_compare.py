@@ -276,7 +276,7 @@ def test_the_plan_says_that_documents_are_cut(tmp_path, capsys):
     compare(CompareArguments(text=str(tmp_path / "mine"), output_dir=str(tmp_path / "out"), **options))
     printed = capsys.readouterr()
     assert "the 2 documents are cut: the test is the end of texts whose beginnings are trained on" in printed.out
-    assert "corpus mine: documents: 2; files: 2\n" in printed.err  # before there is a split
+    assert "corpus mine: documents: 2; files: 2 (.txt)\n" in printed.err  # before there is a split
     with pytest.raises(ValueError, match="`text` '.*nowhere' does not exist"):
         compare(CompareArguments(text=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "nowhere" / "out")))
 
