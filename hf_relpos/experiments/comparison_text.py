@@ -18,7 +18,7 @@ from ..file_reading import read_json
 SPLITS = ("train", "validation", "test")
 SOURCE = "source.json"
 FEW_DOCUMENTS = 12  # that can be held out whole; with fewer, each is cut into the three splits itself
-FEWEST_TEST, FEWEST_WINDOWS = 3, 8  # documents of the test text that are held out whole, and windows of it
+FEWEST_TEST, FEWEST_WINDOWS = 6, 8  # documents of the test text that are held out whole, and windows of it
 SHARE = 0.1  # of the text, that validation and test have each
 TOKEN_CHARACTERS = 4  # about so many make a token
 MAX_CHARACTERS = 2**28  # 256 MB; what follows is not read
@@ -116,7 +116,7 @@ def _must_be_cut(documents: Sequence[str], run_length: int) -> bool:
 def _deal(documents: Sequence[str], run_length: int) -> dict[str, list[str]]:
     """Whole documents, in an order that depends on nothing but themselves.
 
-    The test text has a tenth of all, and at least three documents that can be read at the run length.
+    The test text has a tenth of all, and six documents, or a quarter of those that can be read at the run length.
     """
     copies = Counter(documents)  # which go together
     order = sorted(copies, key=lambda text: (zlib.crc32(text.encode()), text))
@@ -124,7 +124,7 @@ def _deal(documents: Sequence[str], run_length: int) -> dict[str, list[str]]:
     candidates = [text for text in order if text in fitting] if len(fitting) >= FEW_DOCUMENTS else order
     test: list[str] = []
     size = windows = 0
-    for document in candidates[: len(candidates) // 3]:
+    for document in candidates[: len(candidates) // 4]:
         if size < SHARE * total or len(test) < FEWEST_TEST or windows < FEWEST_WINDOWS:
             test.append(document)
             size += copies[document] * len(document)
