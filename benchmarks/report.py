@@ -34,6 +34,32 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def peer_table(*results: dict[str, Any]) -> str:
+    """Markdown: one table of kernels of attention and of models beside each other, ratios of medians.
+
+    Args:
+        results: of benchmarks of the same machine, one with times, others with memory. A row has the ratios of time by
+            length, of peak memory and of a cached step of one row, both at the longest length that was measured.
+    """
+    times = [record for result in results for record in result["times"] if record["mode"] != "forward"]
+    memory = [record for result in results for record in result["memory"]]
+    decode = [record for record in times if record["part"] == "decode" and record["batch_size"] == 1]
+    lengths = sorted({record["length"] for record in times if record["part"] in ("attention", "step")})
+    furthest = max((record["length"] for record in memory), default=0)
+    cached = max((record["length"] for record in decode), default=0)
+    rows = [["ratio of", *map(str, lengths), f"memory at {furthest}", f"cached step after {cached}"]]
+    blocks = (("attention", "attention, to causal SDPA"), ("step", "training step, to Llama of equal size"))
+    for part, title in blocks:
+        rows.append([f"**{title}**", *[""] * (len(rows[0]) - 1)])
+        found = {(record["name"], record["length"]): record for record in times if record["part"] == part}
+        ends = [{r["name"]: r for r in memory if r["part"] == part and r["length"] == furthest}]
+        ends.append({r["name"]: r for r in decode if r["length"] == cached} if part == "step" else {})
+        for name in dict.fromkeys(name for name, _ in found):
+            records = [found.get((name, length)) for length in lengths] + [end.get(name) for end in ends]
+            rows.append([name, *("–" if record is None else f"{record['ratio']:.2f}" for record in records)])
+    return markdown(rows)
+
+
 def _sections(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     tokens, step_tokens = result["arguments"]["tokens"], result["arguments"]["step_tokens"]
 
