@@ -51,7 +51,8 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
     source = {"name": corpus.name, "fingerprint": corpus.fingerprint, "run_length": run_length}
     if (folder / SOURCE).is_file():
         before = read_json(folder / SOURCE)
-        before.pop("num_cut", None)
+        if before.pop("num_cut", None) is None:  # of an older version, which dealt documents out in another way
+            before = {"files": {}}
         hashes = before.pop("files", {})
         damaged = next((path for path in paths.values() if _hash(path) != hashes.get(path.name, _hash(path))), None)
         if before == source and damaged is None:
@@ -75,7 +76,7 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
 
 def num_cut(folder: Path) -> int:
     """How many documents `prepare_text` cut, so that the test text is their ends; 0 where whole ones are held out."""
-    return read_json(folder / SOURCE).get("num_cut", 0)
+    return read_json(folder / SOURCE)["num_cut"]
 
 
 def _hash(path: Path) -> str | None:
