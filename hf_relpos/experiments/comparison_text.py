@@ -18,7 +18,7 @@ from ..file_reading import read_json
 SPLITS = ("train", "validation", "test")
 SOURCE = "source.json"
 FEW_DOCUMENTS = 12  # that can be held out whole; with fewer, each is cut into the three splits itself
-FEWEST_TEST, FEWEST_WINDOWS = 3, 8  # documents of the test text that are held out whole, and windows of it
+FEWEST_TEST, FEWEST_WINDOWS = 6, 8  # documents of the test text that are held out whole, and windows of it
 SHARE = 0.1  # of the text, that validation and test have each
 TOKEN_CHARACTERS = 4  # about so many make a token
 MAX_CHARACTERS = 2**28  # 256 MB; what follows is not read
@@ -51,7 +51,8 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
     source = {"name": corpus.name, "fingerprint": corpus.fingerprint, "run_length": run_length}
     if (folder / SOURCE).is_file():
         before = read_json(folder / SOURCE)
-        before.pop("num_cut", None)
+        if before.pop("num_cut", None) is None:  # of an older version, which dealt documents out in another way
+            before = {"files": {}}
         hashes = before.pop("files", {})
         damaged = next((path for path in paths.values() if _hash(path) != hashes.get(path.name, _hash(path))), None)
         if before == source and damaged is None:
@@ -75,7 +76,7 @@ def prepare_text(text: str | None, folder: Path, run_length: int) -> dict[str, P
 
 def num_cut(folder: Path) -> int:
     """How many documents `prepare_text` cut, so that the test text is their ends; 0 where whole ones are held out."""
-    return read_json(folder / SOURCE).get("num_cut", 0)
+    return read_json(folder / SOURCE)["num_cut"]
 
 
 def _hash(path: Path) -> str | None:
@@ -116,7 +117,7 @@ def _must_be_cut(documents: Sequence[str], run_length: int) -> bool:
 def _deal(documents: Sequence[str], run_length: int) -> dict[str, list[str]]:
     """Whole documents, in an order that depends on nothing but themselves.
 
-    The test text has a tenth of all, and at least three documents that can be read at the run length.
+    The test text has a tenth of all, and six documents, or a quarter of those that can be read at the run length.
     """
     copies = Counter(documents)  # which go together
     order = sorted(copies, key=lambda text: (zlib.crc32(text.encode()), text))
@@ -124,7 +125,7 @@ def _deal(documents: Sequence[str], run_length: int) -> dict[str, list[str]]:
     candidates = [text for text in order if text in fitting] if len(fitting) >= FEW_DOCUMENTS else order
     test: list[str] = []
     size = windows = 0
-    for document in candidates[: len(candidates) // 3]:
+    for document in candidates[: len(candidates) // 4]:
         if size < SHARE * total or len(test) < FEWEST_TEST or windows < FEWEST_WINDOWS:
             test.append(document)
             size += copies[document] * len(document)

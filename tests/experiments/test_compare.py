@@ -154,6 +154,12 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     (folder / "0.txt").write_text("another\n" * 999)
     with pytest.raises(ValueError, match="holds the text of another comparison"):
         prepare_text(str(folder), tmp_path / "text", 64)
+    source = json.loads((tmp_path / "text" / "source.json").read_text())
+    (tmp_path / "runs").rmdir()
+    del source["num_cut"]  # of an older version
+    (tmp_path / "text" / "source.json").write_text(json.dumps(source))
+    prepare_text(str(folder), tmp_path / "text", 64)
+    assert num_cut(tmp_path / "text") == (1 if num_documents == 1 else 0)
 
 
 def write_texts(folder, sizes) -> list[str]:
