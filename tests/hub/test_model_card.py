@@ -138,7 +138,7 @@ def test_the_intervals_of_a_stored_card_are_those_of_the_report():
     """For new seeds on new documents."""
     report = (ROOT / "docs" / "results" / "books" / "report.md").read_text(encoding="utf-8")
     card = (ROOT / "model_cards" / "books" / "rotary.md").read_text(encoding="utf-8")
-    (row,) = re.findall(r"^\| rotary \| 3 \|(.*)\|$", report, re.MULTILINE)
+    (row,) = re.findall(r"^\| rotary \| \d \|(.*)\|$", report, re.MULTILINE)
     for cell in row.split(" | ")[:-1]:
         assert f"| {cell.strip()} |" in card
     assert "Means over 3 seeds (42, 1337, 3407), with 95 % intervals for new seeds on new documents." in card
