@@ -141,7 +141,7 @@ def test_the_intervals_of_a_stored_card_are_those_of_the_report():
     (row,) = re.findall(r"^\| rotary \| \d \|(.*)\|$", report, re.MULTILINE)
     for cell in row.split(" | ")[:-1]:
         assert f"| {cell.strip()} |" in card
-    assert "Means over 3 seeds (42, 1337, 3407), with 95 % intervals for new seeds on new documents." in card
+    assert "Means over 5 seeds (42, 365, 1024, 1337, 3407), with 95 % intervals for new seeds on new documents." in card
 
 
 def test_a_prompt_is_of_the_corpus():
