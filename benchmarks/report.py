@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_relpos.results.figure_style import new_figure, save_figure
+from hf_relpos.results.figure_style import exact_labels, new_figure, save_figure
 from hf_relpos.results.result_file import markdown
 
 
@@ -140,7 +140,6 @@ def _draw(axes: Any, records: list[dict[str, Any]], names: list[str], colors: Ca
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:.3g}")
+    exact_labels(axes.yaxis)
     axes.tick_params(axis="y", which="minor", labelsize="x-small")
     axes.grid(alpha=0.3)

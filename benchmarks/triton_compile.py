@@ -5,10 +5,12 @@ python -m benchmarks.triton_compile --output_dir output/triton
 
 Every kernel is launched as a model launches it, on a card that only pretends: it is compiled and kept. Writes
 compiled.json with the shared memory, registers, spilled bytes and instructions per score of each, and compiled.md.
+What the folder holds of the same code and versions is kept and not compiled again.
 Fails if a kernel takes more shared memory than its card has, or spills registers on sm_90 in bf16.
 """
 
 import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -16,6 +18,7 @@ import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,10 +26,12 @@ from unittest.mock import patch
 import torch
 
 from hf_relpos.cli import command, parse_arguments
-from hf_relpos.environment import versions, write_json
+from hf_relpos.environment import package_version, write_text
 from hf_relpos.model import attention_triton, attention_triton_backward, attention_triton_sizes, attention_triton_tiles
 from hf_relpos.model.attention_kernel import TableCall
+from hf_relpos.model.attention_triton_backward import delta_kernel, key_value_kernel, query_kernel, table_kernel
 from hf_relpos.model.attention_triton_sizes import SHARED_MEMORY
+from hf_relpos.model.attention_triton_tiles import forward_kernel
 from hf_relpos.results.result_file import markdown
 
 
@@ -34,6 +39,11 @@ HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 MASKS = ("causal", "masks and groups")
 BATCH_SIZE, NUM_HEADS, LENGTH = 4, 16, 2048
+COLUMNS = (
+    *("masks", "dtype", "card", "head_size", "kernel", "queries", "keys", "warps", "stages"),
+    *("shared", "available", "registers", "stack", "tensor_cores", "whole", "edge"),
+)
+KERNELS = (forward_kernel, delta_kernel, key_value_kernel, query_kernel, table_kernel)
 TENSOR_CORES = {"HGMMA": "wgmma", "HMMA": "mma", "FFMA": None}  # instruction → what it runs on
 
 
@@ -143,12 +153,14 @@ def compile_kernels(capability: int, head_size: int, dtype: str, masks: str) -> 
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         with pretended_card(capability) as card:
+            for kernel in KERNELS:
+                kernel.device_caches.clear()  # one that another call compiled too counts here as well
             out, lse = attention_triton.triton_forward(*arguments)
             for is_deterministic in (True, False):
                 attention_triton.triton_backward(grad_out, query, key, value, out, lse, table, call, is_deterministic)
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
-    about = {"card": capability, "head_size": head_size, "dtype": dtype, "masks": masks}
+    about = {"masks": masks, "dtype": dtype, "card": capability, "head_size": head_size}
     return [{**about, **_count(*kept), "available": SHARED_MEMORY[capability]} for kept in card.kept]
 
 
@@ -164,6 +176,49 @@ def source_hash() -> str:
                 if token.type not in (tokenize.COMMENT, tokenize.NL):
                     begins = token.type not in kept
     return digest.hexdigest()[:16]
+
+
+# --- the file
+
+
+def read_compiled(path: Path) -> dict[str, Any]:
+    """compiled.json: `versions`, `sources` and `records`, which stand there as rows of numbers, one for each kernel."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    rows = (zip(stored["columns"], row, strict=True) for row in stored["rows"])
+    records = [{name: value for name, value in row if value is not None} for row in rows]
+    return {"versions": stored["versions"], "sources": stored["sources"], "records": records}
+
+
+def write_compiled(path: Path, result: dict[str, Any]) -> None:
+    """What `read_compiled` reads, with a line for each kernel."""
+    head = {"versions": result["versions"], "sources": result["sources"], "columns": COLUMNS}
+    rows = [[record.get(name) for name in COLUMNS] for record in result["records"]]
+    rows = [json.dumps(row, separators=(",", ":")) for row in rows]
+    write_text(path, json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n")
+
+
+def compile_all(args: CompileArguments, path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compiles what the file at `path` does not hold yet, and stores after each head size.
+
+    Args:
+        about: `versions` and `sources`; a file of others is replaced.
+
+    Returns:
+        all records of the file.
+    """
+    result = {**about, "records": []}
+    if path.exists() and about.items() <= (stored := read_compiled(path)).items():
+        result = stored
+    names = ("masks", "dtype", "card", "head_size")
+    done = {tuple(record[name] for name in names) for record in result["records"]}
+    for masks, dtype, card, head_size in product(args.masks, args.dtypes, args.cards, args.head_sizes):
+        if (masks, dtype, card, head_size) in done:
+            continue
+        records = compile_kernels(card, head_size, dtype, masks)
+        result["records"] += records
+        write_compiled(path, result)
+        print(f"{masks}, {dtype}, sm_{card}, head size {head_size}: {len(records)} kernels", flush=True)
+    return result["records"]
 
 
 # --- counting
@@ -262,7 +317,8 @@ def size_table(records: list[dict[str, Any]]) -> str:
     for record in records:
         groups.setdefault((record["card"], record["dtype"]), []).append(record)
     rows = [head]
-    for (card, dtype), found in groups.items():
+    for card, dtype in sorted(groups, key=lambda group: (group[0], list(DTYPES).index(group[1]))):
+        found = groups[card, dtype]
         sizes = ", ".join(map(str, sorted({record["head_size"] for record in found})))
         most = [max(record.get(name, 0) for record in found) for name in ("shared", "available", "registers", "stack")]
         rows.append([f"sm_{card}", dtype, sizes, str(len(found)), *(f"{number:,}" for number in most)])
@@ -277,20 +333,12 @@ def main() -> None:
         raise ValueError("This needs Triton, without its interpreter: pip install triton, and TRITON_INTERPRET unset.")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"versions": versions(), "sources": source_hash(), "records": []}
-    result["versions"]["triton"] = attention_triton.triton.__version__
-    for masks in args.masks:
-        for card in args.cards:
-            for dtype in args.dtypes:
-                for head_size in args.head_sizes:
-                    records = compile_kernels(card, head_size, dtype, masks)
-                    result["records"] += records
-                    write_json(folder / "compiled.json", result)  # what is compiled stays, whatever comes
-                    print(f"sm_{card}, {dtype}, head size {head_size}, {masks}: {len(records)} kernels", flush=True)
-    text = size_table(result["records"])
+    about = {"versions": {name: package_version(name) for name in ("torch", "triton")}, "sources": source_hash()}
+    records = compile_all(args, folder / "compiled.json", about)
+    text = size_table(records)
     (folder / "compiled.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
-    if found := faults(result["records"]):
+    if found := faults(records):
         raise ValueError(f"{len(found)} kernels do not fit; the first: {found[0]}.")
 
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .command_help import make_parser, nearest
+from .command_help import flag_hint, make_parser, nearest
 from .environment import is_first_process, write_error
 from .file_reading import read_yaml, reason
 from .messages import say_command
@@ -180,7 +180,7 @@ def schemes_main() -> None:
     from .scheme_files import imported_schemes
 
     name = (imported_schemes() or ["alibi"])[0]
-    say_next("train", pos_embedding_type=name, output_dir=f"output/{name}")
+    say_next("train", pos_embedding_type=name, max_steps=300, output_dir=f"output/{name}")
 
 
 def parse_arguments(
@@ -233,7 +233,7 @@ def parse_values(types: Sequence[type], values: dict[str, Any]) -> tuple[Any, ..
         unknown.discard(action.dest)
     if unknown:
         flag = sorted(unknown)[0]
-        raise ValueError(f"unknown flag: {flag!r}{nearest(flag, [action.dest for action in parser._actions])}.")
+        raise ValueError(f"unknown flag: {flag!r}{flag_hint(flag, [action.dest for action in parser._actions])}.")
     parsed = parser.parse_args_into_dataclasses(_words(values, parser))
     _check_numbers(parsed)
     return parsed
@@ -339,7 +339,7 @@ def _read_config(path: str, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
     for name in values:
         if name not in known:
-            hint = nearest(str(name), sorted(known))
+            hint = flag_hint(str(name), sorted(known))
             raise ValueError(f"--config {path!r} holds an unknown flag: {name!r}{hint}.")
     return values
 

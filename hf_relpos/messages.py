@@ -15,6 +15,7 @@ from .environment import is_first_process
 
 
 MEASURED = 3.0  # seconds after the first update before a time is told
+SLOW = 10.0  # seconds of the first update from which a time is told by it alone
 PER_LINE = 30.0  # seconds between two lines where there is no terminal
 LONG = 1800  # seconds from which a shorter way is offered
 
@@ -59,7 +60,8 @@ class Progress:
     """How far a loop is: a bar in a terminal or a notebook, elsewhere a line every half minute.
 
     A line says how long all of it takes as soon as some seconds of it were measured, the first update left out, which
-    warms up. Without a terminal what takes less is not told at all.
+    warms up; where the first one is slow, or is nearly all that there is, a line goes by that. Without a terminal what
+    takes less is not told at all.
 
     Args:
         total: how many there are.
@@ -123,6 +125,7 @@ class Progress:
         now = time.monotonic()
         if self.warm is None:
             self.warm = self.count, now
+            self._tell_time_by_the_first(now - self.begun, count)
         elif not self.estimated and now - self.warm[1] >= MEASURED:
             self.estimated = True
             self._tell_time(self.seconds_each())
@@ -167,14 +170,22 @@ class Progress:
             self.write(f"{self.task}: {self.place()} in {time_text(time.monotonic() - self.begun)}")
         self.speaks, self.bar = False, None
 
-    def _tell_time(self, each: float) -> None:
-        left = self.total - self.count
-        if left < 1:
+    def _tell_time_by_the_first(self, seconds: float, count: int) -> None:
+        """Where nobody would want to wait for the second, or where the others do not take long enough to be timed."""
+        each = seconds / max(1, count)
+        is_nearly_all = (self.total - self.count) * each < MEASURED and self.extra(each) >= PER_LINE
+        if seconds >= SLOW or is_nearly_all:
+            self._tell_time(each, "first one, which may be slower than the others")
+
+    def _tell_time(self, each: float, measured: str = "first ones") -> None:
+        left, extra = self.total - self.count, self.extra(each)
+        if left < 1 and extra < PER_LINE:
             return
-        seconds = left * each + self.extra(each)
-        line = f"about {time_text(seconds)} for {left:,} more {self.what}, at the speed of the first ones"
+        seconds = left * each + extra
+        more = f"{left:,} more {self.what}" if left else "what comes after them"
+        line = f"about {time_text(seconds)} for {more}, at the speed of the {measured}"
         affordable = int(self.long / each)
-        if seconds > self.long and self.shorter and affordable:
+        if left and seconds > self.long and self.shorter and affordable:
             affordable -= affordable % 10 ** max(0, len(str(affordable)) - 2)
             line += f"; {self.shorter(affordable)} takes {time_text(affordable * each)}"
         self.write(line)

@@ -28,7 +28,7 @@ NAME_IT = "name the data with --train_file, --validation_file, --test_file, --da
 PLAIN_WORD = re.compile(r"[^/\\@=_<>{}]{1,24}")
 OPENING = 48  # characters of a document that its record holds
 MAX_FILES = 1000  # of a folder, whose hashes are kept one by one
-RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS)
+RECORDED_FLAGS = ("task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS, "held_out_ends")
 # flags that decide what the documents are; `streaming` decides only how they are read
 TEXT_FLAGS = ("text_column", "document_separator", "validation_split_percentage")
 

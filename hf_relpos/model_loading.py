@@ -6,11 +6,14 @@ Nothing here imports the data libraries: loading a model needs torch and transfo
 import hashlib
 import json
 import os
+import sys
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
@@ -122,6 +125,14 @@ def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and _folders(path.parent))
         if is_path or near:
             raise ValueError(f"{flag} {name!r}: there is no such folder{hint}.")
+        _say_hub(name)
+
+
+@cache
+def _say_hub(name: str) -> None:
+    """Says once that a name is looked up, which takes a while where there is no network."""
+    if not constants.HF_HUB_OFFLINE:
+        print(f"no folder {name!r} here: asking the Hub", file=sys.stderr)
 
 
 def _checkpoint_hint(folder: Path) -> str:

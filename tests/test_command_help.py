@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from hf_relpos.cli import COMMANDS, main
 from hf_relpos.model.configuration_relpos import MODEL_SIZES
 from hf_relpos.model.position_augmentation import SAMPLINGS
-from hf_relpos.training.arguments import FinetuningArguments
+from hf_relpos.training.arguments import FinetuningArguments, RelPosTrainingArguments
 from hf_relpos.training.model_arguments import ModelArguments
 
 
@@ -50,6 +50,77 @@ def test_usual_flags_come_first_and_each_flag_once(name, monkeypatch, capsys):
     assert usage.startswith(f"usage: hf-relpos {name} ") and usage.endswith("[flags]") and len(usage) < 100
     if name not in ("schemes", "export"):  # without flags of their own
         assert [*found][0] == "usual flags" and 2 <= len(found["usual flags"]) <= 11
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_flag_says_what_happens_without_it(name, monkeypatch, capsys):
+    text = page(monkeypatch, capsys, name)
+    helps = re.split(r"^  (?=--\w)", text, flags=re.M)[1:]
+    assert len(helps) >= 2
+    for entry in helps:
+        entry = " ".join(re.split(r"\n\n|\n\S", entry)[0].split())
+        flag = entry.split()[0].removeprefix("--")
+        assert re.search(r"default|\(required\)|without it|without --", entry), entry
+        assert not re.search(r"^(output_dir|model_name_or_path)$", flag) or "not set" not in entry or name == "train"
+    if name in ("train", "finetune"):
+        assert "10,000 by default, 1,000 by finetune" in " ".join(text.split())
+        assert (RelPosTrainingArguments.default_steps, FinetuningArguments.default_steps) == (10_000, 1000)
+        assert "(default: 0.0)" in " ".join(next(each for each in helps if each.startswith("--weight_decay")).split())
+
+
+SAME_FLAGS = [
+    ("train", "--text", "--train_file"),
+    ("train", "--data=x", "--train_file"),
+    ("train", "--lr", "--learning_rate"),
+    ("train", "--steps", "--max_steps"),
+    ("train", "--epochs", "--num_train_epochs"),
+    ("train", "--seeds", "--seed"),
+    ("train", "--output", "--output_dir"),
+    ("train", "-o", "--output_dir"),
+    ("train", "--scheme", "--pos_embedding_type"),
+    ("train", "--schemes", "--pos_embedding_type"),
+    ("train", "--train_length", "--block_size"),
+    ("train", "--batch-size", "--per_device_train_batch_size"),
+    ("train", "--hidden_size", "--config_overrides"),
+    ("train", "--tokenizer", "--tokenizer_name"),
+    ("train", "--resume", "--resume_from_checkpoint"),
+    ("finetune", "--model", "--model_name_or_path"),
+    ("finetune", "--text", "--train_file"),
+    ("evaluate", "--text", "--validation_file"),
+    ("evaluate", "--model", "--model_name_or_path"),
+    ("evaluate", "--lengths", "--eval_lengths"),
+    ("evaluate", "--out_dir", "--output_dir"),
+    ("generate", "--text", "--prompt"),
+    ("generate", "--max_length", "--max_new_tokens"),
+    ("compare", "--train_file", "--text"),
+    ("compare", "--pos_embedding_type", "--schemes"),
+    ("compare", "--block_size", "--train_length"),
+    ("compare", "--seed", "--seeds"),
+    ("compare", "--time", "--budget"),
+    ("compare", "--eval_lengths", "--run_length"),
+    ("compare", "--out", "--output_dir"),
+    ("sweep", "--grid", "--experiment"),
+    ("sweep", "--jobs", "--num_parallel"),
+    ("report", "--out", "--output_dir"),
+    ("train", "--learning_rat", "--learning_rate"),  # spelt alike
+]
+
+
+@pytest.mark.parametrize("name, given, meant", SAME_FLAGS, ids=lambda value: value.strip("-"))
+def test_a_flag_of_another_name_is_known(name, given, meant, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", name, given, "x"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    assert f"unknown flag: {given!r} (did you mean {meant!r}?)" in said
+
+
+def test_a_flag_of_another_name_in_a_file_is_known(tmp_path, monkeypatch, capsys):
+    (tmp_path / "flags.yaml").write_text("lr: 1e-3\n")
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", "train", "--config", str(tmp_path / "flags.yaml")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "unknown flag: 'lr' (did you mean 'learning_rate'?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train", "finetune"])

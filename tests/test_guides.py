@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -40,6 +41,28 @@ def test_the_site_has_every_page():
     site = yaml.safe_load(re.sub(r"!!python\S*", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     pages = re.findall(r"\w+\.md", str(site["nav"]))
     assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_each_training_that_is_shown_has_a_length_that_fits():
+    """The default is that of the notebook: ten hours on two cores. Two pages are of what is run on GPUs."""
+    places = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("hf_relpos/**/commands.py"), Path(cli.__file__)]
+    places = [path for path in places if path.name not in ("scale.md", "pretrained.md")]
+    shown = []
+    for path in places:
+        text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+        shown += [(path.name, line) for line in re.findall(r"hf-relpos (?:train|finetune) --[^`\n]*", text)]
+    assert len(shown) > 10
+    for name, line in shown:
+        assert re.search("--max_steps|--num_train_epochs|--config |--help|…", line), (name, line)
+    readme = next(line for name, line in shown if name == "README.md" and line.startswith("hf-relpos train"))
+    assert "--train_file " in readme
+
+
+def test_resolved_is_explained_where_it_is_first_read():
+    for name in ("README.md", "docs/experiments.md", "docs/choosing.md"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split()).replace("*", "").replace('"', "")
+        assert re.search(r"Resolved( means)?(:| that), at 5 %|Resolved means: at 5 %|Resolved: at 5 %", text), name
+        assert "would give the same sign" in text and ("alike" in text), name
 
 
 @pytest.mark.parametrize("page, line", COMMANDS, ids=[f"{page}-{index}" for index, (page, _) in enumerate(COMMANDS)])

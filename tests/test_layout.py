@@ -43,14 +43,14 @@ CONTRACT = {
     "tasks": "data special_tokens",
     "results": "environment cli file_reading",
     "model_corpus": "data tasks results environment file_reading",
-    "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
-    "model_corpus messages",
     "hub": "model model_loading results scheme_docs environment cli file_reading messages",
+    "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
+    "model_corpus hub messages",
     "demo": "model model_loading evaluation inference results cli model_corpus",
     "training": "model model_loading pretrained special_tokens data tasks results hub environment processes cli "
     "scheme_check scheme_files model_corpus file_reading messages",
     "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_check "
-    "scheme_files file_reading messages",
+    "scheme_files file_reading messages model_corpus",
 }
 
 

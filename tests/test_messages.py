@@ -41,13 +41,18 @@ def test_a_file_gets_the_time_and_a_line_every_half_minute(clock, capsys):
             clock.now += 60 if index == 0 else 2  # the first one warms up
             progress.update(1, lambda: "loss 3.2")
     lines = capsys.readouterr().err.splitlines()
+    # nobody waits for the second where the first takes a minute
+    first, *lines = lines
+    assert first == (
+        "about 99 min for 99 more windows of 1,024 tokens, at the speed of the first one, which may be slower than the "
+        "others; --max_windows 1 takes 60 s"
+    ).replace("99 min", "1.6 h")
     # 97 are left after three, at 2 s each; 60 s suffice for 30
-    assert lines[0] == "evaluating: 1/100 windows, loss 3.2"
-    assert lines[1] == (
+    assert lines[0] == (
         "about 4 min for 97 more windows of 1,024 tokens, at the speed of the first ones; --max_windows 30 takes 60 s"
     )
-    assert lines[2] == "evaluating: 18/100 windows, loss 3.2, about 3 min left"
-    assert lines[-1] == "evaluating: 100/100 windows in 5 min" and len(lines) == 3 + 5 + 1
+    assert lines[1] == "evaluating: 18/100 windows, loss 3.2, about 3 min left"
+    assert lines[-1] == "evaluating: 100/100 windows in 5 min" and len(lines) == 2 + 5 + 1
 
 
 def test_what_is_short_says_nothing_in_a_file(clock, capsys):
@@ -72,7 +77,30 @@ def test_what_was_done_before_and_what_comes_besides_count(clock, capsys):
         clock.now += 40
         progress.update()
     progress.close()
-    assert capsys.readouterr().err == "about 9 min for 8 more steps, at the speed of the first ones\n"
+    by_the_first = "about 10 min for 9 more steps, at the speed of the first one, which may be slower than the others"
+    assert capsys.readouterr().err.splitlines() == [
+        by_the_first,
+        "about 9 min for 8 more steps, at the speed of the first ones",
+    ]
+
+
+@pytest.mark.parametrize(
+    "total, first, extra, said",
+    [
+        (3, 120, 0, "about 4 min for 2 more steps"),
+        (1, 4, 10, "about 40 s for what comes after them"),  # one step, and an evaluation that takes ten
+        (3, 1, 60, "about 62 s for 2 more steps"),
+        (1, 4, 5, None),
+        (3, 1, 0, None),
+        (10_000, 5, 100, None),  # told by those after it
+    ],
+)
+def test_a_short_run_says_its_time_after_the_first_step(total, first, extra, said, clock, capsys):
+    progress = Progress(total, "steps", "training", extra=lambda seconds: extra * seconds)
+    clock.now += first
+    progress.update()
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{said}, at the speed of the first one") if said else not printed
 
 
 def test_a_terminal_gets_a_bar_with_the_last_loss(clock, monkeypatch):

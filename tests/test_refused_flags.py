@@ -10,7 +10,7 @@ from helpers import ending, installed, words_of
 from hf_relpos import RelPosForCausalLM, cli
 from hf_relpos.cli import describe
 from hf_relpos.experiments.grid import load_experiment
-from hf_relpos.model_loading import load_model
+from hf_relpos.model_loading import check_folder, load_model
 
 
 # --- flags and files of flags
@@ -112,6 +112,13 @@ def test_a_name_that_is_neither_folder_nor_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ending(monkeypatch, capsys, "generate", "--model_name_or_path", "alice/model", "--prompt", "x")
     assert "`model_name_or_path` 'alice/model': there is no such folder, and the Hub gives no such model" in line
+
+
+def test_a_name_that_is_looked_up_on_the_hub_is_said_so_once(monkeypatch, capsys):
+    for offline, said in ((True, ""), (False, "no folder 'alice/other' here: asking the Hub\n"), (False, "")):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        check_folder("alice/other" if not offline else "alice/one")
+        assert capsys.readouterr().err == said
 
 
 def test_an_interrupted_run_is_told_by_its_checkpoints(trained, data_flags, tmp_path, monkeypatch, capsys):

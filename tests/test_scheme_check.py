@@ -383,13 +383,14 @@ def test_no_training_begins_with_a_scheme_that_sees_the_future(name, run, tmp_pa
         "train": ["--pos_embedding_type", "leaking", "--train_file", "missing.txt", "--output_dir", "out"],
         "finetune": ["--model_name_or_path", "saved", "--pos_embedding_type", "leaking", "--output_dir", "out"],
         "sweep": ["--experiment", "experiment.yaml", "--output_dir", "out"],
-        "compare": ["--text", "missing.txt", "--schemes", "leaking", "alibi", "--output_dir", "out"],
+        "compare": ["--text", "text.txt", "--schemes", "leaking", "alibi", "--output_dir", "out"],
     }[name]
     if name == "finetune":
         save_with_tokenizer(tmp_path / "saved", "alibi")
         flags += ["--train_file", "missing.txt", "--block_size", "16"]
     train = "train: {max_steps: 1}\ngrid: {pos_embedding_type: [leaking]}\nevaluate: {eval_lengths: [16]}\n"
     (tmp_path / "experiment.yaml").write_text(train)
+    (tmp_path / "text.txt").write_text("too short\n")
     status, out, error = run("leaking", LEAK, name, "--import_file", "leaking.py", *flags)
     assert status == 2 and "position embedding 'leaking': the check 'causality' refuses `embed`: " in error
     assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").rglob("*.safetensors")]

@@ -28,20 +28,30 @@ class TextArguments:
     given: ClassVar[dict[str, Any] | None] = None
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set of the Hub or a local folder that datasets.load_dataset takes."}
+        default=None,
+        metadata={
+            "help": "A data set of the Hub or a local folder that datasets.load_dataset takes; by default "
+            "--train_file, the saved model's text or the built-in one."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "A txt, jsonl, parquet or csv file to train on, also as gz, bz2, xz, zst, or a folder of one kind."
+            "help": "Text to train on: a txt, jsonl, parquet or csv file, or any other of plain text such as md, py or "
+            "html, also as gz, bz2, xz, zst; or a folder of one kind. By default the saved model's text, or the "
+            "built-in one."
         },
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Text to evaluate on while training, as --train_file takes it."}
+        default=None,
+        metadata={
+            "help": "Text to evaluate on while training, as --train_file takes it; some training documents by default."
+        },
     )
     test_file: str | None = field(
-        default=None, metadata={"help": "Text that evaluation reads instead, if it is given."}
+        default=None,
+        metadata={"help": "Text that evaluation reads instead of the validation text, which it reads by default."},
     )
     text_column: str | None = field(default=None, metadata={"help": "The column that holds the text; text by default."})
     document_separator: str | None = field(
@@ -51,18 +61,27 @@ class TextArguments:
             '"" for one document each.'
         },
     )
+    held_out_ends: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The text to evaluate on is the end of documents whose beginnings are in --train_file: results "
+            "then claim nothing about new documents."
+        },
+    )
     validation_split_percentage: int | None = field(
         default=None,
         metadata={"help": "Share of the training documents to evaluate on if nothing else is given; 5 by default."},
     )
     streaming: bool | None = field(
-        default=None, metadata={"help": "Read the data as it is needed; in training with --max_steps."}
+        default=None,
+        metadata={"help": "Read the data as it is needed; in training with --max_steps. false by default."},
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer to use instead of one trained on the corpus."}
+        default=None,
+        metadata={"help": "A tokenizer to use; by default the saved model's, or one that is trained on the corpus."},
     )
     cross_document_attention: bool | None = field(
-        default=None, metadata={"help": "Let a block's tokens attend to the documents before theirs."}
+        default=None, metadata={"help": "Let a block's tokens attend to the documents before theirs; false by default."}
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Blocks of the validation split to evaluate on while training; all by default."}

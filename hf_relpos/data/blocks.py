@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 
@@ -62,6 +63,14 @@ def make_blocks(
         num_tokens = sum(len(ids) for ids in tokenized.with_format("numpy")["input_ids"])
         raise ValueError(f"`block_size` {block_size} is more than the {split} split holds: {num_tokens} tokens.")
     return blocks.with_format(None)
+
+
+def longest_document(tokenized: Dataset | IterableDataset) -> int | None:
+    """→ the tokens of the longest document; `None` for a stream."""
+    if isinstance(tokenized, IterableDataset):
+        return None
+    tables = tokenized.with_format("arrow").iter(batch_size=100_000)
+    return max((pc.max(pc.list_value_length(table["input_ids"])).as_py() for table in tables), default=0)
 
 
 class BlockCollator:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -18,11 +19,12 @@ from .arguments import BUILT_IN, FILE_FLAGS, TextArguments
 from .cache import digest, say
 from .documents import Tally, read_documents
 from .documents_on_disk import DOCUMENTS, keep_documents
-from .files import FileList, check_apart, content_hash, inside, list_files
+from .files import FILE_TYPES, FileList, check_apart, content_hash, inside, list_files, suffix_of
 from .named import read_named
 
 
 MAX_DOCUMENT_CHARACTERS = 2**20  # a longer document is cut at line ends
+MOST_SUFFIXES = 5  # that a line names
 
 
 @dataclass
@@ -34,12 +36,14 @@ class ReadRecord(Tally):
         skipped: names of what folders hold besides, at most 20, then how many more.
         num_documents: by split.
         num_shared: documents of the validation and test splits that the training split holds too.
+        num_ends: of the other splits, those that are the ends of documents whose beginnings are trained on.
     """
 
     num_files: int = 0
     skipped: list[str] = field(default_factory=list)
     num_documents: dict[str, int] = field(default_factory=dict)
     num_shared: int = 0
+    num_ends: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As results and `training.json` hold it, without what is 0 or empty."""
@@ -84,8 +88,12 @@ class Corpus:
 # --- corpora
 
 
-def load_corpus(args: TextArguments) -> Corpus:
+def load_corpus(args: TextArguments, is_unsplit: bool = False) -> Corpus:
     """The corpus that the arguments name; prints a line about what was read, left out and dropped.
+
+    Args:
+        args: which, and how it is read.
+        is_unsplit: whether the line is to name no splits, as the text is yet to be split.
 
     Raises:
         ValueError: for a missing or empty file, text that is not UTF-8, a missing column, or a corpus without text.
@@ -114,7 +122,10 @@ def load_corpus(args: TextArguments) -> Corpus:
     if not args.streaming:
         corpus.read.num_documents = {name: len(split) for name, split in corpus.splits.items()}
         corpus.read.num_shared = _count_shared(corpus.splits)
-    _say(corpus, args)
+    if args.held_out_ends:
+        held_out = [documents for name, documents in corpus.splits.items() if name != "train"]
+        corpus.read.num_ends = 1 if args.streaming else sum(map(_num_documents, held_out))
+    _say(corpus, args, is_unsplit)
     return corpus
 
 
@@ -169,6 +180,7 @@ def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> C
     how = (args.text_column, args.document_separator, MAX_DOCUMENT_CHARACTERS)
     splits, read, contents, named = {}, ReadRecord(), {}, {}
     for split, files in lists.items():
+        _warn_of_others(files)
         read.add_files(files)
         named.setdefault(files.flag, {}).update({inside(path, files.given): hashes[path] for path in files.paths})
         contents[split] = [hashes[path] for path in files.paths]
@@ -229,10 +241,42 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
     order = np.random.default_rng(0).permutation(
         len(train)
     )  # the split of `train_test_split`, whose cache is unchecked
+    how: list[Any] = [size]
+    if (total := _num_documents(train)) == 1:  # in pieces: its end is held out
+        order, how = np.roll(np.arange(len(train)), size), [size, "end"]
+        corpus.read.num_ends = 1
+    elif total < len(train):
+        order, size = _whole_documents(np.array(train["document"][:]), size)
+        how = [size, "whole documents"]
     corpus.splits |= {"train": train.select(order[size:]), "validation": train.select(order[:size])}
     for name in ("train", "validation"):
-        corpus.split_fingerprints[name] = digest(corpus.fingerprint, size, name)
-    corpus.fingerprint = digest(corpus.fingerprint, size)
+        corpus.split_fingerprints[name] = digest(corpus.fingerprint, *how, name)
+    corpus.fingerprint = digest(corpus.fingerprint, *how)
+
+
+def _num_documents(split: Dataset) -> int:
+    """Rows, of which the pieces of one document count once."""
+    return len(set(split["document"][:])) if "document" in split.column_names else len(split)
+
+
+def _whole_documents(numbers: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """The split of documents of which some are in pieces: no document is in both parts.
+
+    Args:
+        numbers: of the document of each row.
+        size: rows that shall be held out.
+
+    Returns:
+        rows in the order of the split, and how many of them, at the start, are held out.
+    """
+    names, counts = np.unique(numbers, return_counts=True)
+    held_out, found = [], 0
+    for index in np.random.default_rng(0).permutation(len(names)):
+        if found < size and counts[index] <= len(numbers) / 2:
+            held_out.append(names[index])
+            found += counts[index]
+    inside = np.isin(numbers, held_out)
+    return np.concatenate([np.flatnonzero(inside), np.flatnonzero(~inside)]), int(inside.sum())
 
 
 def _count_shared(splits: dict[str, Dataset]) -> int:
@@ -250,13 +294,14 @@ def _document_hashes(split: Dataset) -> Iterator[bytes]:
         yield from (hashlib.sha256(text.strip().encode()).digest() for text in batch["text"])
 
 
-def _say(corpus: Corpus, args: TextArguments) -> None:
+def _say(corpus: Corpus, args: TextArguments, is_unsplit: bool) -> None:
     """Prints what was read, left out and dropped."""
     read = corpus.read
     counts = ", ".join(f"{name} {count:,}" for name, count in read.num_documents.items())
+    counts = f"{sum(read.num_documents.values()):,}" if counts and is_unsplit else counts
     streamed = f"streamed, split at {args.document_separator!r}" if args.document_separator else "streamed"
     parts = [f"documents: {counts}" if counts else streamed]
-    parts += [f"files: {read.num_files:,}"] if read.num_files else []
+    parts += [f"files: {read.num_files:,}{_kinds(corpus)}"] if read.num_files else []
     parts += [f"left out: {', '.join(read.skipped)}"] if read.skipped else []
     parts += [f"dropped: {read.num_empty:,} without text"] if read.num_empty else []
     parts += [f"split at {args.document_separator!r}: {read.num_separated:,}"] if read.num_separated else []
@@ -268,6 +313,29 @@ def _say(corpus: Corpus, args: TextArguments) -> None:
     if read.num_shared:
         total = sum(count for name, count in read.num_documents.items() if name != "train")
         say(f"warning: {read.num_shared:,} of the {total:,} documents to evaluate on are in the training split too")
+    if read.num_ends:
+        say("the text to evaluate on is the end of documents whose beginnings are in the training split")
+
+
+def _kinds(corpus: Corpus) -> str:
+    """→ " (20 .pod, 3 .py)": how many files of each suffix were read; " (.txt)" where all have one."""
+    counts = Counter(suffix_of(name) for files in corpus.files.values() for name in files).most_common()
+    if len(counts) < 2:
+        return "".join(f" ({suffix})" for suffix, _ in counts)
+    words = [f"{count:,} {suffix}" for suffix, count in counts[:MOST_SUFFIXES]]
+    rest = sum(count for _, count in counts[MOST_SUFFIXES:])
+    return f" ({', '.join([*words, *([f'{rest:,} others'] if rest else [])])})"
+
+
+def _warn_of_others(files: FileList) -> None:
+    """A folder of code with one note in it is read for the note."""
+    if (count := sum(files.others.values())) > len(files.paths):
+        suffixes = ", ".join(suffix for suffix, _ in files.others.most_common(MOST_SUFFIXES))
+        read = "/".join(sorted({suffix_of(path.name) for path in files.paths}))
+        say(
+            f"warning: of {files.given!r} only {len(files.paths):,} files of {read} are read, and {count:,} others are "
+            f"left out ({suffixes}): a folder without {'/'.join(FILE_TYPES)} is read whole"
+        )
 
 
 # --- hashes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow
 import pyarrow.parquet
@@ -30,6 +30,8 @@ class Tally:
     num_separated: int = 0
     num_cut: int = 0
     num_pieces: int = 0
+    # documents that ended before the one that a piece belongs to, while pieces are read; no field: it is not kept
+    document: ClassVar[int] = 0
 
 
 def read_documents(files: FileList, column: str, separator: str, limit: int, tally: Tally) -> Iterator[str]:
@@ -73,6 +75,7 @@ def split_text(pieces: Iterable[str], separator: str, limit: int, tally: Tally) 
             num_kept += 1
             yield part
         if is_last:
+            tally.document += 1
             if num_pieces > 1:
                 tally.num_cut += 1
                 tally.num_pieces += num_pieces

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -33,6 +34,7 @@ class FileList:
         kind: "text", "json", "csv" or "parquet".
         paths: in the order in which they are read.
         skipped: what a folder holds besides, relative to it: names, and folders with "/" at their end.
+        others: suffix → how many files that have it are skipped, since others have one of `FILE_TYPES`.
     """
 
     flag: str
@@ -40,10 +42,15 @@ class FileList:
     kind: str
     paths: list[Path]
     skipped: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
 
 
 def list_files(flag: str, given: str) -> FileList:
     """The files that a flag names: one file, or those of a folder that are of one kind.
+
+    A file of another suffix than those of `FILE_TYPES` is plain text if it holds that: UTF-8 without NUL bytes. A
+    folder is read so where it has no file of these suffixes; where it has one, only those count, so that what a folder
+    of texts is read as does not depend on what else lies there.
 
     In a folder, hidden files and folders, folders of checkpoints, empty files and other files than text are skipped.
 
@@ -54,32 +61,40 @@ def list_files(flag: str, given: str) -> FileList:
     if not os.path.exists(path):
         raise ValueError(f"`{flag}` {given!r} does not exist.")
     files, skipped = _walk(path, flag) if path.is_dir() else ([path], [])
+    is_typed = any(file_type(file)[0] for file in files)
     found: list[tuple[Path, str]] = []
+    others: Counter[str] = Counter()
     for file in files:
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
         kind, compression = file_type(file)
-        if kind is None and path.is_dir() and not _is_compressed(file):
-            skipped.append(str(file.relative_to(path)))
-        elif kind is None:
+        if kind is None and _is_archive(file, is_typed):
             raise ValueError(_unknown(flag, given, file))
+        if kind is None and is_typed:
+            skipped.append(name)
+            others[suffix_of(name)] += 1
         elif not file.is_file():
             raise ValueError(f"`{flag}`: {str(file)!r} is no regular file.")
         elif not file.stat().st_size:
-            skipped.append(f"{file.relative_to(path) if path.is_dir() else file.name} (empty)")
+            skipped.append(f"{name} (empty)")
+        elif kind is None and (reason := why_no_text(file)):
+            if not path.is_dir():
+                raise ValueError(f"`{flag}` must be a file or folder of text, got {given!r}: {reason}.")
+            skipped.append(f"{name} (no text)")
         else:
             _check_compression(flag, file, kind, compression)
             if first := _unpacked_beside(file, [each for each, _ in found]):
-                skipped.append(f"{file.relative_to(path)} (the same as {first.name})")
+                skipped.append(f"{name} (the same as {first.name})")
             else:
-                found.append((file, kind))
+                found.append((file, kind or "text"))
     if not found:
         left_out = f"; left out: {', '.join(skipped[:5])}" if skipped else ""
         if len(skipped) == len(files) and skipped and all(name.endswith(" (empty)") for name in skipped):
             raise ValueError(f"`{flag}` {given!r} is empty.")
-        raise ValueError(f"`{flag}` must be a file or folder of {'/'.join(FILE_TYPES)}, got {given!r}{left_out}.")
+        raise ValueError(f"`{flag}` must be a file or folder of text, got {given!r}, which holds none{left_out}.")
     kinds = sorted({kind for _, kind in found})
     if len(kinds) > 1:
         raise ValueError(f"`{flag}` {given!r} must hold files of one kind, got {kinds}.")
-    return FileList(flag, given, kinds[0], [file for file, _ in found], skipped)
+    return FileList(flag, given, kinds[0], [file for file, _ in found], skipped, others)
 
 
 def _walk(folder: Path, flag: str) -> tuple[list[Path], list[str]]:
@@ -126,21 +141,30 @@ def file_type(path: Path) -> tuple[str | None, str | None]:
     return FILE_TYPES.get(suffixes[-1]) if suffixes else None, compression
 
 
-def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in (*OPENERS, *ARCHIVES)
+def suffix_of(name: str) -> str:
+    """→ the end of a file's name that says what it holds: ".py", ".jsonl.gz"; "no suffix" without one."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    return "".join(suffixes[-2:] if suffixes[-1:] and suffixes[-1] in OPENERS else suffixes[-1:]) or "no suffix"
+
+
+def _is_archive(path: Path, is_typed: bool) -> bool:
+    """Whether a file would have to be unpacked, so that it is not left out in silence."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packs = (*OPENERS, *ARCHIVES)
+    if len(suffixes) > 1 and suffixes[-1] in OPENERS and not is_typed:  # it is looked into, but for an archive inside
+        return suffixes[-2] in packs
+    return bool(suffixes) and suffixes[-1] in packs
 
 
 def _unknown(flag: str, given: str, path: Path) -> str:
-    kinds = "/".join(FILE_TYPES)
-    if _is_compressed(path):
-        compressions = "/".join(OPENERS)
-        return (
-            f"`{flag}`: {str(path)!r} cannot be read: only {kinds}, also as {compressions}; unpack it or move it away."
-        )
-    return f"`{flag}` must be a file or folder of {kinds}, got {given!r}."
+    kinds, compressions = "/".join(FILE_TYPES), "/".join(OPENERS)
+    return (
+        f"`{flag}`: {str(path)!r} cannot be read: only text and {kinds}, also as {compressions}; unpack it or move it "
+        "away."
+    )
 
 
-def _check_compression(flag: str, path: Path, kind: str, compression: str | None) -> None:
+def _check_compression(flag: str, path: Path, kind: str | None, compression: str | None) -> None:
     if compression and kind == "parquet":
         raise ValueError(f"`{flag}`: {str(path)!r} cannot be read: parquet is compressed inside; unpack it.")
     if compression == ".zst":
@@ -203,6 +227,23 @@ def read_text(path: Path) -> Iterator[str]:
         if text:
             yield text.removeprefix("\ufeff") if is_start else text
             is_start = False
+
+
+def why_no_text(path: Path) -> str:
+    """→ why a file is no plain text, which is UTF-8 without NUL bytes; empty for one that is.
+
+    It is read to its end, a few megabytes at a time, or to the first byte that is none of text.
+    """
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    for chunk in chain(read_bytes(path), [b""]):
+        if (place := chunk.find(0)) >= 0:
+            return f"it holds a NUL byte (byte {offset + place})"
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            return f"it is not UTF-8 (near byte {offset + error.start})"
+        offset += len(chunk)
+    return ""
 
 
 class TextReader(io.RawIOBase):

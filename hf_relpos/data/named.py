@@ -172,7 +172,8 @@ def _keep_files(source: _Source, builder: Any, found: NamedData, how: tuple[str,
             for split, rows in source.in_order(source.load(builder, cache_dir=work)).items():
                 _check_rows(rows, how[0])
                 tallies[split] = Tally()
-                write_documents(folder / f"{split}.arrow", _split_column(rows, how, tallies[split]))
+                texts = _split_column(rows, how, tallies[split])
+                write_documents(folder / f"{split}.arrow", texts, tallies[split])
         if _file_hashes(source.name, builder) != found.files:
             raise ValueError(f"`dataset_name` {source.name!r} was written to while it was read: wait.")
         return {split: asdict(tally) for split, tally in tallies.items()}

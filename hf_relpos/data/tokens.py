@@ -5,7 +5,7 @@ depend on.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ def tokenize(
     if isinstance(documents, IterableDataset):
         encoder.says = True
         return documents.map(encoder, batched=True, batch_size=100, remove_columns=["text"])
-    options = {"batched": True, "batch_size": 100, "remove_columns": ["text"], "num_proc": num_workers}
+    options = {"batched": True, "batch_size": 100, "num_proc": num_workers}
+    options |= {"remove_columns": documents.column_names}
     if not fingerprint:
         _say_control_tokens(encoder.count(batch["text"] for batch in documents.iter(batch_size=1000)))
         return documents.map(encoder, desc="Tokenising", **options)
@@ -207,12 +208,23 @@ class TokenizedDocuments:
         tokenized: rows of `input_ids`.
         joined: whether the documents are read as one text, in pieces of 2^20 tokens.
         end: the token that ends each row; a document that is read alone is scored without it, as by harnesses.
+        numbers: for each row, the document that it is a piece of; by default each is a document.
+
+    Attributes:
+        numbers: the same; `None` where all rows are joined.
     """
 
     piece_length = 2**20
 
-    def __init__(self, tokenized: Dataset | IterableDataset, joined: bool = False, end: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenized: Dataset | IterableDataset,
+        joined: bool = False,
+        end: int | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.tokenized, self.joined, self.end = tokenized, joined, end
+        self.numbers = None if joined else numbers
 
     def __iter__(self) -> Iterator[np.ndarray]:
         documents = (np.asarray(row["input_ids"], dtype=np.int32) for row in self.tokenized)
@@ -249,7 +261,9 @@ def evaluation_documents(
     if split not in corpus.splits:
         raise ValueError(f"`eval_split` must be one of {list(corpus.splits)}, got {split!r}.")
     rows = tokenize_split(corpus, split, tokenizer, args)
-    return split, TokenizedDocuments(rows, args.cross_document_attention, document_end(tokenizer))
+    documents = corpus.splits[split]
+    numbers = documents["document"][:] if "document" in (documents.column_names or ()) else None
+    return split, TokenizedDocuments(rows, args.cross_document_attention, document_end(tokenizer), numbers)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -78,12 +78,11 @@ def main() -> None:
     """The command line of scripts/evaluate.py."""
     types = (EvaluationArguments, DataArguments)
     args, data_args = parse_arguments(types, DESCRIPTION, usual=USUAL, required=USUAL[:2])
-    from ..results.result_file import corpus_note, markdown_table, split_name
+    from ..results.result_file import context_notes, corpus_note, markdown_table, split_name
     from .evaluate import evaluate_model
 
     result = evaluate_model(args, data_args)
-    print(markdown_table([result]))
-    print(corpus_note([result]))
+    print("\n".join([markdown_table([result]), *context_notes([result]), corpus_note([result])]))
     print(_read_text(result))
     if row := result.get("sliding_baseline"):
         text = f"by a sliding window of {row['length']}, the training length, on the same tokens"
@@ -96,7 +95,8 @@ def main() -> None:
     if "task" in result:
         say_next("report", results=Path(args.output_dir) / "results.json", output_dir=Path(args.output_dir) / "report")
         return
-    say_next("generate", model_name_or_path=args.model_name_or_path, prompt="")
+    trained_on = (result["training"] or {}).get("corpus") or {}
+    say_next("generate", model_name_or_path=args.model_name_or_path, prompt=trained_on.get("opening") or "The")
 
 
 def _read_text(result: dict[str, Any]) -> str:

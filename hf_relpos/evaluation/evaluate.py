@@ -15,7 +15,7 @@ from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import load_model, load_model_tokenizer
 from ..pretrained.families import pretraining_length
 from ..results.plots import plot_results, plot_scores
-from ..results.training_record import given_flags, read_record
+from ..results.training_record import TRAINING_RECORD, given_flags, read_record
 from ..scheme_files import import_flags
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task
@@ -79,7 +79,17 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     }
     (plot_results if data_args.task is None else plot_scores)([result], folder)
     write_json(folder / "results.json", result)  # last: a folder that has it is complete
+    _update_card(Path(args.model_name_or_path), folder / "results.json")
     return result
+
+
+def _update_card(model: Path, path: Path) -> None:
+    """Puts a result into the card of the model in whose folder it lies."""
+    has_card = (model / TRAINING_RECORD).is_file() and (model / "README.md").is_file()
+    if has_card and path.parent.parent.resolve() == model.resolve():
+        from ..hub.repository import write_card  # takes a second
+
+        write_card(model)
 
 
 def _check_stride(args: EvaluationArguments, lengths: list[int]) -> None:
@@ -121,7 +131,7 @@ def _measure_text(
     found = evaluate_lengths(
         model, documents, lengths, train_length, args.tokens_per_batch, args.max_windows, args.sliding_baseline
     )
-    numbers = {name: found.pop(name) for name in ("num_documents", "num_windows")}
+    numbers = {name: found.pop(name) for name in ("num_documents", "num_windows", "num_short_documents")}
     if args.stride is not None:
         found["sliding_window"] = {
             str(length): evaluate_sliding(model, documents, length, args.stride, args.tokens_per_batch)

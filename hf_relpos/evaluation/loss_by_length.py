@@ -68,8 +68,13 @@ def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def document_windows(documents: Iterable[Sequence[int]], length: int) -> Iterator[tuple[int, np.ndarray]]:
-    """→ document index and (length,) tokens, for each whole window of each document, one after the other."""
+    """→ number of the document and (length,) tokens, for each whole window, one after the other.
+
+    Where `documents` has `numbers`, its rows with one number are pieces of one document.
+    """
+    numbers = getattr(documents, "numbers", None)
     for index, document in enumerate(documents):
+        index = index if numbers is None else numbers[index]
         document = np.asarray(document, dtype=np.int64)
         for start in range(0, len(document) - length + 1, length):
             yield index, document[start : start + length]
@@ -104,12 +109,14 @@ def evaluate_lengths(
         `loss_by_position`: entry p is the mean loss of a token with p tokens before it, at the longest length (`None`
         at 0);
         `in_context_score`: "t" → `score` and `standard_error` of the loss at token t − that at token 50, t = 250, 500,
-        1000; the loss at a token is the mean over the tokens within 10 % of it; `None` where the windows are too short;
+        1000; the loss at a token is the mean over the tokens within 10 % of it; `None` where the windows are too short.
+        It compares different places of the text: only differences between models on the same text mean something;
         `slope`: `slope` (nats per token) and `standard_error` of the straight line through the losses past
         `train_length`, or `None`;
         `unigram_loss`: what the frequencies of the target tokens alone would give, as a yardstick;
         `documents`: the mean losses of each document, see `DocumentLosses.summary`;
         `num_windows`, `num_documents`: how many windows were read, from how many documents;
+        `num_short_documents`: how many are too short for a window;
         `sliding_baseline`: `length`, `stride`, `loss`, `perplexity`, `median_loss`, `num_tokens`, if it was asked for:
         what a model makes of the same target tokens without ever reading past `train_length`. At a length L a token
         has between 0 and L − 1 tokens of context, here at least half of `train_length` where the window has them.
@@ -133,7 +140,7 @@ def evaluate_lengths(
     by_document, counts = DocumentLosses(readings), Counter()
     targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
 
-    available = _count_windows(documents, longest)
+    available, num_short = _count_windows(documents, longest)
     total = min(available, max_windows or available)
     several = f" at {len(lengths)} lengths" if len(lengths) > 1 else ""
     what = f"windows of {longest:,} tokens{several}"
@@ -166,6 +173,7 @@ def evaluate_lengths(
         "documents": by_document.summary(),
         "unigram_loss": sum(n * math.log(counts.total() / n) for n in counts.values()) / counts.total(),
         "num_windows": total,
+        "num_short_documents": num_short,
         **context.summary(),
     }
     if sliding_baseline:
@@ -192,16 +200,20 @@ def check_lengths(lengths: Sequence[int], model: Any = None, name: str = "eval_l
     return sorted(set(lengths))
 
 
-def _count_windows(documents: Iterable[Sequence[int]], length: int) -> int:
+def _count_windows(documents: Iterable[Sequence[int]], length: int) -> tuple[int, int]:
+    """→ how many windows there are, and how many documents are too short for one."""
     count = longest = 0
-    for document in documents:
+    numbers, whole = getattr(documents, "numbers", None), {}
+    for index, document in enumerate(documents):
         count, longest = count + len(document) // length, max(longest, len(document))
+        number = index if numbers is None else numbers[index]
+        whole[number] = whole.get(number, False) or len(document) >= length
     if not count:
         raise ValueError(
             f"`eval_lengths`: no document has {length} tokens, the longest has {longest}; "
             "--cross_document_attention joins them."
         )
-    return count
+    return count, sum(not fits for fits in whole.values())
 
 
 def check_stride(stride: int, length: int) -> None:
@@ -266,7 +278,7 @@ def _slope_past(losses: np.ndarray, train_length: int | None) -> float | None:
 
 
 class _ContextStatistics:
-    """What the loss does with more context, over windows that are clustered by document."""
+    """How the loss differs between early and late places, over windows that are clustered by document."""
 
     def __init__(self, train_length: int | None) -> None:
         self.train_length, self.num_documents, self.last_document = train_length, 0, -1

@@ -51,7 +51,10 @@ class CompareArguments:
 
     text: str | None = field(
         default=None,
-        metadata={"help": "A file or folder of text (txt, jsonl, parquet, csv); a built-in one by default."},
+        metadata={
+            "help": "A file or folder of text (txt, jsonl, parquet, csv, or plain text of any suffix); a built-in one "
+            "by default."
+        },
     )
     schemes: list[str] = field(
         default_factory=lambda: ["rotary", "alibi", "linear_cpb"],

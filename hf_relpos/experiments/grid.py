@@ -38,7 +38,8 @@ SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUA
 # flags that the sweep sets itself, or that no run of a sweep may have
 RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
 # what belongs to the text that a run is trained on
-TEXT_SETTINGS = {"task", "dataset_config_name", *SOURCE_FLAGS, *READING_DEFAULTS} - {"cross_document_attention"}
+TEXT_SETTINGS = {"task", "dataset_config_name", "held_out_ends", *SOURCE_FLAGS, *READING_DEFAULTS}
+TEXT_SETTINGS -= {"cross_document_attention"}
 # what --scale multiplies, and the least that it leaves
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
 

@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from transformers import TrainerCallback
 
 from ..environment import write_json, write_text
 from ..file_reading import MAX_REASON
+from ..messages import time_text
 from ..results.training_record import TRAINING_RECORD
 from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
 from .grid import Run
 
 
-PROGRESS, FAILURE = "progress.json", "failure.txt"
+PROGRESS, FAILURE, LOG = "progress.json", "failure.txt", "log.txt"
 ACTIVE = ("training", "evaluating")
+SHORT = {"learning_rate": "lr"}
+Found = Sequence[tuple[Run, dict[str, Any]]]  # runs, and what `status` says of each
+Summary = Callable[[Found], str]
 
 
 class ProgressCallback(TrainerCallback):
@@ -103,7 +108,14 @@ def failure_of(run: Run, root: Path) -> str:
 
 @contextmanager
 def live_table(
-    runs: Sequence[Run], root: Path, seconds: float = 1.0, seconds_per_line: float = 30.0, console: Any = None
+    runs: Sequence[Run],
+    root: Path,
+    seconds: float = 1.0,
+    seconds_per_line: float = 30.0,
+    console: Any = None,
+    summary: Summary | None = None,
+    remark: Callable[[Found], str] = lambda found: "",
+    names: dict[Run, str] | None = None,
 ) -> Iterator[None]:
     """Shows the state of all runs while the body runs.
 
@@ -113,15 +125,27 @@ def live_table(
         seconds_per_line: where there is no terminal, a change of a run's state is a line, and so is each active run
             once in so many seconds, with the time that all take.
         console: of rich, by default on stderr.
+        summary: runs and what `status` says of them → a line about all; by default how many are in which state.
+        remark: the same → a line to say now, or nothing.
+        names: what to call the runs, by default as `labels` does.
     """
+    summary = summary or partial(_summary, root=root, begun=time.time())
+    names = names or labels(runs)
     console, stop, begun = console or Console(file=sys.__stderr__, soft_wrap=True), threading.Event(), time.time()
+    told: dict[str, set[str]] = {"runs": set(), "warnings": set()}
+
+    def say_remark() -> None:
+        if line := remark([(run, status(run, root, begun)) for run in runs]):
+            console.print(line, highlight=False)
 
     def follow() -> None:
         if console.is_terminal:
-            with Live(progress_table(runs, root, begun), console=console, auto_refresh=False) as live:
+            with Live(progress_table(runs, root, begun, summary, names), console=console, auto_refresh=False) as live:
                 while not stop.wait(seconds):
-                    live.update(progress_table(runs, root, begun), refresh=True)
-                live.update(progress_table(runs, root, begun), refresh=True)
+                    _tell_warnings(console, [(run, status(run, root, begun)) for run in runs], root, told, names)
+                    live.update(progress_table(runs, root, begun, summary, names), refresh=True)
+                    say_remark()
+                live.update(progress_table(runs, root, begun, summary, names), refresh=True)
             return
         seen: dict[str, str] = {}
         said = time.time()
@@ -133,10 +157,12 @@ def live_table(
                 changed = state["state"] != seen.get(run.key, "waiting")
                 if changed or (due and state["state"] in ACTIVE):
                     words = [state["state"], *filter(None, _numbers(state))]
-                    console.print(f"{run.key}  {run.label}: {', '.join(words)}", highlight=False)
+                    console.print(f"{run.key}  {names[run]}: {', '.join(words)}", highlight=False)
                 seen[run.key] = state["state"]
+            _tell_warnings(console, found, root, told, names)
             if due:
-                console.print(_summary(found, root, begun), highlight=False)
+                console.print(summary(found), highlight=False)
+                say_remark()
                 said = time.time()
             if ended:
                 return
@@ -150,15 +176,36 @@ def live_table(
         thread.join()
 
 
-def progress_table(runs: Sequence[Run], root: Path, begun: float) -> Table:
+def _tell_warnings(console: Any, found: Found, root: Path, told: dict[str, set[str]], names: dict[Run, str]) -> None:
+    """Prints what the logs of runs that take steps warn of, once for all runs that are warned of the same."""
+    for run, state in found:
+        if "step" not in state or run.key in told["runs"]:
+            continue
+        told["runs"].add(run.key)
+        with suppress(OSError):
+            lines = (run.folder(root) / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in dict.fromkeys(lines):
+                if line.startswith("warning: ") and line not in told["warnings"]:
+                    told["warnings"].add(line)
+                    console.print(f"{run.key}  {names[run]}: {line}", highlight=False)
+
+
+def progress_table(
+    runs: Sequence[Run],
+    root: Path,
+    begun: float,
+    summary: Summary | None = None,
+    names: dict[Run, str] | None = None,
+) -> Table:
     """The runs that are active or failed, and how many there are in each state."""
     found = [(run, status(run, root, begun)) for run in runs]
-    table = Table("run", "state", "step", "loss", "left", title=_summary(found, root, begun))
+    summary, names = summary or partial(_summary, root=root, begun=begun), names or labels(runs)
+    table = Table("run", "state", "step", "loss", "left", title=summary(found))
     for run, state in found:
         if state["state"] not in ("done", "waiting"):
             step, loss, left = _numbers(state)
             cells = step.removeprefix("step "), loss.removeprefix("loss "), left.removesuffix(" left")
-            table.add_row(f"{run.key} {run.label}", state["state"], *cells)
+            table.add_row(f"{run.key} {names[run]}", state["state"], *cells)
     return table
 
 
@@ -168,16 +215,31 @@ def _numbers(state: dict[str, Any]) -> tuple[str, str, str]:
     return (
         f"step {state['step']}/{state['steps']}" if "step" in state else "",
         "" if loss is None else f"loss {loss:.3f}",
-        "" if left is None or state["state"] != "training" else f"{int(left // 60)}:{int(left % 60):02d} left",
+        "" if left is None or state["state"] != "training" else f"{time_text(left)} left",
     )
 
 
-def _summary(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
+def labels(runs: Sequence[Run]) -> dict[Run, str]:
+    """What to call each run: those of one label also by the settings in which they differ."""
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(run.label, []).append(run)
+    found = {}
+    for label, group in alike.items():
+        names = dict.fromkeys(name for run in group for name in run.settings)
+        differing = [name for name in names if len({str(run.settings.get(name)) for run in group}) > 1]
+        for run in group:
+            words = [f"{SHORT.get(name, name)} {run.settings.get(name)}" for name in differing]
+            found[run] = ", ".join([label, *words])
+    return found
+
+
+def _summary(found: Found, root: Path, begun: float) -> str:
     counts = Counter(state["state"] for _, state in found)
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + _time_left(found, root, begun)
 
 
-def _time_left(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
+def _time_left(found: Found, root: Path, begun: float) -> str:
     """How long the steps that are left take at the pace of those since `begun`; empty before the first."""
     taken = left = 0
     for run, state in found:
@@ -190,10 +252,7 @@ def _time_left(found: list[tuple[Run, dict]], root: Path, begun: float) -> str:
             left += steps - state.get("step", 0)
     if taken < 1 or left < 1:
         return ""
-    minutes = (time.time() - begun) / taken * left / 60
-    if minutes > 90:
-        return f"; about {minutes / 60:.1f} hours left"
-    return f"; about {minutes:.0f} minutes left" if minutes >= 1 else "; less than a minute left"
+    return f"; about {time_text((time.time() - begun) / taken * left)} left"
 
 
 def _max_steps(run: Run) -> int:

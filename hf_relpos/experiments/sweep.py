@@ -22,11 +22,8 @@ from ..training.output_stream import SafeStream
 from ..training.train import finetune, train
 from .commands import SweepArguments
 from .grid import EVALUATE_TYPES, FINETUNE_TYPES, TRAIN_TYPES, Run, load_experiment
-from .progress import FAILURE, PROGRESS, ProgressCallback, failure_of, live_table, status, write_failure
+from .progress import FAILURE, LOG, PROGRESS, ProgressCallback, failure_of, labels, live_table, status, write_failure
 from .workers import default_num_parallel, run_here, run_in_processes, run_on_ray
-
-
-LOG = "log.txt"
 
 
 # --- one run
@@ -150,8 +147,9 @@ def sweep(args: SweepArguments) -> None:
         raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
     if args.dry_run:
+        names = labels(runs)
         for run in runs:
-            print(f"{run.key}  {run.label}: {status(run, root)['state']}")
+            print(f"{run.key}  {names[run]}: {status(run, root)['state']}")
         return
     todo = [run for run in runs if status(run, root)["state"] != "done"]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before", flush=True)
@@ -160,7 +158,7 @@ def sweep(args: SweepArguments) -> None:
     with signals_interrupt(), live_table(runs, root):
         failed = _run_all(todo, root, args)
     for run in failed:
-        print(f"failed: {run.label}: {failure_of(run, root) or 'see above'}", file=sys.stderr)
+        print(f"failed: {labels(runs)[run]}: {failure_of(run, root) or 'see above'}", file=sys.stderr)
     results = collect_results(runs, root)
     texts = "; ".join(dict.fromkeys(map(split_name, results)))
     print(f"{len(results)} of {len(runs)} results, in {root / RESULTS}" + (f": {texts}" if texts else ""))

@@ -89,6 +89,14 @@ def _do(work: Work, run: Run, root: Path, last_failure: int) -> None:
         work(run, root)
 
 
+def worker_kind(num_parallel: int) -> str:
+    """Who does so many runs at once: "here", this process; "forked", processes that a server has imported all for;
+    "spawned", processes that import it themselves."""
+    if num_parallel == 1:
+        return "here"
+    return "spawned" if visible_gpus() or sys.platform != "linux" else "forked"
+
+
 def run_here(runs: Sequence[Run], root: Path, work: Work) -> list[Run]:
     """Runs all in this process, one after another; → those that failed, with all that start from them."""
     if visible_gpus():  # the Trainer would use all of them, with as many times the batch

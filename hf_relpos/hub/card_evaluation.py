@@ -14,7 +14,7 @@ from ..results.estimates import Estimate
 from ..results.groups import Group
 from ..results.questions import changes_between
 from ..results.report_tables import exp_cell, interval_cell, mean_cell
-from ..results.result_file import escape_markdown, markdown, score_cells, split_name
+from ..results.result_file import CONTEXT_NOTE, escape_markdown, has_held_out_ends, markdown, score_cells, split_name
 
 
 # a model fails at a length where perplexity is this many times that at the training length, or a score this part of it
@@ -62,7 +62,8 @@ def evaluation_section(
 
 def _interval_in_words(runs: Sequence[dict[str, Any]], is_task: bool) -> str:
     has_documents = not is_task and all(run.get("documents") for run in runs)
-    on = "on new documents" if has_documents else "on the same text" if not is_task else "on the same rows"
+    on = "on the ends of the same documents" if has_held_out_ends(runs[0]) else ""
+    on = on or ("on new documents" if has_documents else "on the same text" if not is_task else "on the same rows")
     seeds = f"{len(runs)} {seeds_in_words(runs).replace(' ', ' (', 1)})"
     return f"Means over {seeds}, with 95 % intervals for new seeds {on}. "
 
@@ -121,11 +122,10 @@ def _context(runs: Sequence[dict[str, Any]]) -> str:
     if found is None:
         return ""
     token, scores = found
-    text = f"In-context score, loss at token {token} − loss at token 50: {mean_cell(scores, 3, '+')}."
+    text = f"In-context score at token {token}: {mean_cell(scores, 3, '+')}."
     slopes = {seed: 1000 * slope for seed, slope in group.slopes().items()}
-    return text + (
-        f" Slope of the loss past the training length: {mean_cell(slopes, 3, '+')} per 1000 tokens." if slopes else ""
-    )
+    parts = [text, *([f"Slope: {mean_cell(slopes, 3, '+')}."] if slopes else []), CONTEXT_NOTE]
+    return " ".join(parts)
 
 
 def _group(runs: Sequence[dict[str, Any]]) -> Group:

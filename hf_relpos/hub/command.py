@@ -3,6 +3,7 @@ not wait for it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..cli import command, parse_arguments, say_next
 from ..file_reading import read_json
@@ -80,7 +81,7 @@ def push(args: PushArguments, folder: str, repo_id: str) -> None:
     )
     print(f"pushed {repo_id}, {_trained_on(files)}: {commit.pr_url or commit.commit_url}")
     if not (args.revision or args.create_pr):
-        say_next("generate", model_name_or_path=repo_id, prompt="")
+        say_next("generate", model_name_or_path=repo_id, prompt=_corpus(files).get("opening") or "The")
 
 
 def _show(files: dict[str, Path | bytes], folder: str) -> None:
@@ -97,5 +98,10 @@ def _show(files: dict[str, Path | bytes], folder: str) -> None:
 
 def _trained_on(files: dict[str, Path | bytes]) -> str:
     """What a repository tells of the text that its model was trained on."""
+    corpus = _corpus(files)
+    return f"trained on {corpus['name']}" if corpus else "whose corpus is not recorded"
+
+
+def _corpus(files: dict[str, Path | bytes]) -> dict[str, Any]:
     record = read_json(files[TRAINING_RECORD]) if TRAINING_RECORD in files else {}
-    return f"trained on {record['corpus']['name']}" if record.get("corpus") else "whose corpus is not recorded"
+    return record.get("corpus") or {}

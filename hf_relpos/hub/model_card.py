@@ -83,6 +83,7 @@ def model_card(
         evaluations=[evaluation_section(runs, config, pictures[i : i + 1]) for i, runs in enumerate(evaluations)],
         scheme_files=carried_names(config["pos_embedding_type"]),
         commands="\n".join(commands) or None,
+        names_files=any("_file " in line for line in commands),
         fence=_fence("\n".join(commands)),
         license=license,
         **_use(config, repo_id or name, record, results),

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from ..environment import writing
+from ..environment import write_bytes, writing
 from ..file_reading import read_json
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import (
@@ -124,6 +124,22 @@ def repository_files(
         files[CARD] = signed(written).encode()
     check_texts(files, folder)
     return files
+
+
+def write_card(folder: str | Path, repo_id: str | None = None) -> None:
+    """Writes the card of a saved model to its folder, with the results that lie there; one that was edited is kept, and
+    a line says why where none can be written.
+
+    Args:
+        folder, repo_id: as in `repository_files`.
+    """
+    folder = Path(folder)
+    try:
+        card = repository_files(folder, repo_id)[CARD]
+        if isinstance(card, bytes):
+            write_bytes(folder / CARD, card)  # half of one would pass for one that was edited
+    except Exception as error:  # the model and its results are saved already
+        logger.warning(f"No card was written: {error}")
 
 
 def draw_result(result: dict[str, Any]) -> tuple[str, bytes]:

@@ -16,6 +16,7 @@ Generates text from a saved model: one prompt streamed to the terminal, or a fil
 hf-relpos generate --model_name_or_path output/alibi --prompt "Fellow citizens," --max_new_tokens 100
 """
 
+OWN = "the model's own by default"
 USUAL = ("model_name_or_path", "prompt", "prompt_file", "output_file", "max_new_tokens", "temperature", "top_p", "seed")
 
 
@@ -26,8 +27,13 @@ class GenerationArguments:
     about: ClassVar[str] = "the generation"
 
     model_name_or_path: str = field(metadata={"help": "A causal language model, of this family or any other."})
-    prompt: str | None = field(default=None, metadata={"help": "The text to continue; empty for a new document."})
-    prompt_file: str | None = field(default=None, metadata={"help": "A text file with one prompt per line."})
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "The text to continue, empty for a new document; this or --prompt_file, without a default."},
+    )
+    prompt_file: str | None = field(
+        default=None, metadata={"help": "A text file with one prompt per line, instead of --prompt; none by default."}
+    )
     output_file: str | None = field(
         default=None, metadata={"help": "JSON lines of prompt and text, for --prompt_file; by default the terminal."}
     )
@@ -36,15 +42,25 @@ class GenerationArguments:
         default=None,
         metadata={"help": "Tokens to generate at most; 100 by default, or fewer where a learned table ends."},
     )
-    do_sample: bool | None = field(default=None, metadata={"help": "Sample instead of taking the likeliest token."})
-    temperature: float | None = field(default=None, metadata={"help": "Sharpness of sampling."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
-    min_p: float | None = field(default=None, metadata={"help": "Drop tokens below this share of the likeliest."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of beam search."})
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Penalty of tokens that occurred."})
-    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "Length of runs that may occur once."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling."})
+    do_sample: bool | None = field(
+        default=None, metadata={"help": f"Sample instead of taking the likeliest token; {OWN}."}
+    )
+    temperature: float | None = field(default=None, metadata={"help": f"Sharpness of sampling; {OWN}."})
+    top_k: int | None = field(default=None, metadata={"help": f"Sample among the k likeliest tokens; {OWN}."})
+    top_p: float | None = field(
+        default=None, metadata={"help": f"Sample among tokens of this total probability; {OWN}."}
+    )
+    min_p: float | None = field(
+        default=None, metadata={"help": f"Drop tokens below this share of the likeliest; {OWN}."}
+    )
+    num_beams: int | None = field(default=None, metadata={"help": f"Beams of beam search; {OWN}."})
+    repetition_penalty: float | None = field(
+        default=None, metadata={"help": f"Penalty of tokens that occurred; {OWN}."}
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None, metadata={"help": f"Length of runs that may occur once; {OWN}."}
+    )
+    seed: int = field(default=42, metadata={"help": f"Seed of sampling; {OWN}."})
 
 
 @command

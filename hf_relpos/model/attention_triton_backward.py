@@ -11,6 +11,7 @@ from .attention_triton_tiles import (
     jit,
     load_rows,
     locate,
+    score_keys,
     split_keys,
     split_tiles,
     store_rows,
@@ -159,12 +160,9 @@ def _grad_scores(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """→ the keys from `start` on and the gradients of a tile's scores, with queries as rows."""
-    key = load_rows(key_ptr, start, K, k_n, not WHOLE, WIDEN, D, BLOCK_D, BLOCK_K)
-    value = load_rows(value_ptr, start, K, v_n, not WHOLE, WIDEN, D, BLOCK_D, BLOCK_K)
-    key_slots = (start + tl.arange(0, BLOCK_K))[None, :]
-    scores = tile_scores(
-        query, key, strip_at, query_slots, key_slots, key_mask, documents, K, num_slots, scale,
-        WHOLE, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW, PRECISION, PTX,
+    key, value, scores = score_keys(
+        query, key_ptr, value_ptr, strip_at, query_slots, key_mask, documents, start, k_n, v_n, K, num_slots,
+        scale, WHOLE, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW, PRECISION, PTX, WIDEN, D, BLOCK_D, BLOCK_K,
     )  # fmt: skip
     weights = exp2(scores - lse[:, None], PTX)
     grad_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)

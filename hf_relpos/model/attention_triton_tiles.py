@@ -147,6 +147,24 @@ def tile_scores(
 
 
 @jit
+def score_keys(
+    query, key_ptr, value_ptr, strip_at, query_slots, key_mask, documents, start, k_n, v_n, K, num_slots, scale,
+    WHOLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """→ keys and values from `start` on, and the scores of their tile, with queries as rows."""
+    key = load_rows(key_ptr, start, K, k_n, not WHOLE, WIDEN, D, BLOCK_D, BLOCK_K)
+    value = load_rows(value_ptr, start, K, v_n, not WHOLE, WIDEN, D, BLOCK_D, BLOCK_K)
+    key_slots = (start + tl.arange(0, BLOCK_K))[None, :]
+    scores = tile_scores(
+        query, key, strip_at, query_slots, key_slots, key_mask, documents, K, num_slots, scale,
+        WHOLE, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW, PRECISION, PTX,
+    )  # fmt: skip
+    return key, value, scores
+
+
+@jit
 def _forward_tile(
     query, key_ptr, value_ptr, strip_at, query_slots, key_mask, documents, start, k_n, v_n, K, num_slots, scale,
     largest, total, out,
@@ -155,12 +173,9 @@ def _forward_tile(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """→ largest scores, sums of weights and outputs after the keys from `start` on."""
-    key = load_rows(key_ptr, start, K, k_n, not WHOLE, WIDEN, D, BLOCK_D, BLOCK_K)
-    value = load_rows(value_ptr, start, K, v_n, not WHOLE, WIDEN, D, BLOCK_D, BLOCK_K)
-    key_slots = (start + tl.arange(0, BLOCK_K))[None, :]
-    scores = tile_scores(
-        query, key, strip_at - start, query_slots, key_slots, key_mask, documents, K, num_slots, scale,
-        WHOLE, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW, PRECISION, PTX,
+    _, value, scores = score_keys(
+        query, key_ptr, value_ptr, strip_at - start, query_slots, key_mask, documents, start, k_n, v_n, K, num_slots,
+        scale, WHOLE, IS_CAUSAL, HAS_MASK, HAS_DOCUMENTS, WINDOW, PRECISION, PTX, WIDEN, D, BLOCK_D, BLOCK_K,
     )  # fmt: skip
     new = tl.maximum(largest, tl.max(scores, 1))
     shift = new

@@ -1,6 +1,5 @@
 """All position schemes by name: what a `pos_embedding_type` selects, and how several act together."""
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from .scheme_base import (
 )
 from .scheme_content import ForgetGate  # noqa: F401
 from .scheme_distance_bias import AlibiBias  # noqa: F401
+from .scheme_names import scheme_hint
 from .scheme_rotary import RotaryEmbedding  # noqa: F401
 
 
@@ -46,11 +46,9 @@ def position_embedding_classes(pos_embedding_type: str) -> dict[str, type[Positi
     parts = [part.split("+") for part in text.split("/")] if isinstance(text, str) else [[text]]
     unknown = [name for names in parts for name in names if name not in allowed]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), allowed, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "A scheme of your own must be imported first (--import_file)."
         raise ValueError(
             f"`pos_embedding_type` must be one of {allowed}, several of them joined by '+', or these joined by '/' "
-            f"for layers in turn, got {text!r}. {hint}"
+            f"for layers in turn, got {text!r}. {scheme_hint(unknown[0], allowed)}"
         )
     if any(len(set(names)) < len(names) or (len(names) > 1 and "none" in names) for names in parts):
         raise ValueError(f"`pos_embedding_type` must join different schemes other than 'none', got {text!r}.")

@@ -1,6 +1,7 @@
 """The style of all figures: names at the lines, colours that everybody can tell apart, lengths in octaves."""
 
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,30 @@ def figure_style() -> Iterator[None]:
 def figure_size(num_lines: int) -> tuple[float, float]:
     """Width and height in inches: room for the name of each line."""
     return (9, max(5.0, 0.24 * num_lines)) if num_lines > 1 else (5.8, 3.1)
+
+
+def write_caption(figure: Any, caption: str) -> None:
+    """Writes a caption under a figure, in as many lines as its width needs."""
+    lines = textwrap.wrap(plain(caption), int(15 * figure.get_figwidth()))
+    figure.supxlabel("\n".join(lines), fontsize="small", color="dimgrey")
+
+
+def exact_labels(axis: Any, sign: str = "", unit: str = "") -> None:
+    """Labels of an axis that are the values of their ticks, with the decimals that these need, not rounded ones.
+
+    Args:
+        axis: of matplotlib.
+        sign: "+" to show it at positive values too.
+        unit: what follows the number.
+    """
+    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatter(f"{{x:{sign}.10g}}{unit}")
+
+
+def round_ticks(axis: Any, sign: str = "", unit: str = "") -> None:
+    """Ticks of a linear axis at 1, 2 or 5 times a power of ten, with labels as `exact_labels` makes them."""
+    axis.get_major_locator().set_params(steps=(1, 2, 5, 10))
+    exact_labels(axis, sign, unit)
 
 
 def finish_axes(axes: Any, train_lengths: Sequence[int] = (), **labels: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from .figure_style import (
     FEW_COLORS,
     NUM_COLORS,
+    exact_labels,
     figure_size,
     figure_style,
     finish_axes,
@@ -71,8 +72,7 @@ def _perplexity_by_length(axes: Any, results: Sequence[dict[str, Any]], names: S
     low, high = axes.get_ylim()
     if high > 3 * low:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
-        axes.yaxis.set_major_formatter("{x:.0f}")
+        exact_labels(axes.yaxis)
     elif high < 1.05 * low:  # a flat line should look flat
         axes.set_ylim(0.975 * low, 1.025 * high)
     return {"xlabel": "evaluation length (tokens)", "ylabel": "perplexity, same target tokens"}

@@ -31,6 +31,7 @@ class Question:
         values: group → seed → the value of each document.
         is_score: whether the values are scores, of which more is better, or losses in nats.
         is_change: whether the values are changes, which are tested against 0 themselves.
+        outcomes: of changes, how a sentence begins about those that fall, those that rise, and the rest.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Question:
     values: Callable[[Group], Matrix]
     is_score: bool = False
     is_change: bool = False
+    outcomes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,9 @@ def _questions(groups: Sequence[Group]) -> list[Question]:
             long = lengths[-1]
             text = f"at {long} tokens"
             found.append(Question("Which is best past its training length?", text, lambda group: group.losses(long)))
-            text = f"from {base} to {long} tokens"
-            found.append(
-                Question("Whose loss changes with the length?", text, changes_between(base, long), is_change=True)
-            )
+            found.append(_change_with_length(base, long))
             if all(group.has_sliding_baseline for group in groups):
-                text = f"from a sliding window of {base} to {long} tokens"
-                values = changes_between(SLIDING, long)
-                title = "Who gains over a sliding window of the training length?"
-                found.append(Question(title, text, values, is_change=True))
+                found.append(_change_from_sliding(base, long))
     elif lengths:
         found = [_length_question(length) for length in dict.fromkeys((lengths[0], lengths[-1]))]
     return found
@@ -141,6 +137,21 @@ def _questions(groups: Sequence[Group]) -> list[Question]:
 
 def _length_question(length: int) -> Question:
     return Question(f"Which is best at {length}?", f"at {length} tokens", lambda group: group.losses(length))
+
+
+def _change_with_length(base: int, long: int) -> Question:
+    start = f"Read at {long} instead of {base} tokens, "
+    outcomes = tuple(start + end for end in ("perplexity falls", "perplexity rises", "no change is resolved"))
+    place, title = f"from {base} to {long} tokens", "Whose loss changes with the length?"
+    return Question(title, place, changes_between(base, long), is_change=True, outcomes=outcomes)
+
+
+def _change_from_sliding(base: int, long: int) -> Question:
+    start = f"Beside a window of {base} tokens that slides over the same text, reading {long} at once is "
+    outcomes = tuple(start + end for end in ("better", "worse", "no better and no worse, as far as is resolved"))
+    place = f"from a sliding window of {base} to {long} tokens"
+    title = "Who gains over a sliding window of the training length?"
+    return Question(title, place, changes_between(SLIDING, long), is_change=True, outcomes=outcomes)
 
 
 def changes_between(base: int | str, long: int) -> Callable[[Group], Matrix]:
@@ -230,10 +241,9 @@ def _about_changes(answer: Answer) -> list[str]:
             unclear.append(text)
         else:
             (up if change.mean > 0 else down).append(text)
-    parts = [("perplexity falls", down), ("perplexity rises", up)]
-    parts.append((f"no change is resolved {_evidence(answer)}", unclear))
-    place = answer.question.place.capitalize()
-    return [f"{place}, {name}: {', '.join(labels)}." for name, labels in parts if labels]
+    falls, rises, rest = answer.question.outcomes
+    parts = [(falls, down), (rises, up), (f"{rest} {_evidence(answer)}", unclear)]
+    return [f"{start}: {', '.join(labels)}." for start, labels in parts if labels]
 
 
 def _evidence(answer: Answer) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..cli import command, parse_arguments, say_next
 from ..environment import write_bytes, write_text
+from .caveats import caveats
+from .compared_rates import NOTE, tried_rows
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
 from .questions import Answer, answers, detail_rows, pair_rows, sentences
@@ -17,10 +19,13 @@ from .report_figures import draw_figures
 from .report_page import Section, as_html, as_markdown
 from .report_tables import context_rows, perplexity_rows, score_rows, setup_rows
 from .result_file import (
+    CONTEXT_NOTE,
     RESULTS,
     best_result,
+    context_notes,
     corpus_note,
     escape_markdown,
+    has_held_out_ends,
     markdown_table,
     read_readable,
     read_results,
@@ -34,6 +39,7 @@ def write_report(
     baseline: str | None = None,
     title: str = "Position schemes",
     varied: Sequence[str] = (),
+    root: Path | None = None,
 ) -> list[Path]:
     """Writes report.md with its figures, and report.html, which holds all in one file.
 
@@ -44,6 +50,8 @@ def write_report(
             there is one, else the first.
         title: heading of the page.
         varied: fields of the recipe that the experiment varies, such as "recipe.learning_rate".
+        root: of the experiment, by default the folder that `folder` lies in; a comparison keeps there the learning
+            rates that it tried.
 
     Returns:
         the paths.
@@ -58,6 +66,10 @@ def write_report(
         raise ValueError(f"`baseline` must be one of {labels}, got {baseline!r}.")
     summary = f"{_summary(groups)} {corpus_note(results, run_labels(results, varied))}"
     sections = _sections(groups, baseline, text_title(results))
+    if rows := tried_rows(root or folder.absolute().parent):
+        places = [section.heading for section in sections]
+        tried = Section("Learning rates that were tried", [NOTE], rows, is_detail=True)
+        sections.insert(places.index("What was trained") + 1, tried)
     paths = [folder / "report.md", folder / "report.html"]
     write_text(paths[0], as_markdown(title, summary, sections, _footer(results)))
     write_text(paths[1], as_html(title, summary, sections, _footer(results)))
@@ -72,8 +84,9 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     """What the page holds, in its order."""
     found, figures = answers(groups), draw_figures(groups, baseline)
     first, rest = (figures[:1], figures[1:]) if len(groups) > 1 else ([], figures)
-    sections = [Section("Answer", notes=[line for answer in found for line in sentences(answer)])]
-    sections += [Section(heading, image=image) for heading, image in first]
+    notes = [line for answer in found for line in sentences(answer)]
+    sections = [Section("Answer", notes=[*notes, *caveats(groups)])]
+    sections += [Section(each.heading, image=each.image, caption=each.caption) for each in first]
     if groups[0].score_name:
         note = f"{text}. {groups[0].score_name}, by the length of the rows in tokens and their kind, with the 95 % "
         note += "interval over the seeds, which ignores the limits 0 and 1."
@@ -83,12 +96,9 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     sections += [_pair_section(answer, text) for answer in found if answer.pairs]
     sections.append(Section("What was trained", [], setup_rows(groups)))
     if not groups[0].score_name:
-        note = (
-            f"{text}. In-context score: loss at a late token − loss at token 50, in nats; slope: nats per 1000 tokens "
-        )
-        note += "past the training length. Below 0 more context helps. Intervals over the seeds."
+        note = f"{text}. {CONTEXT_NOTE} Intervals over the seeds."
         sections.append(Section("Use of the context", [note], context_rows(groups, baseline), is_detail=True))
-    sections += [Section(heading, image=image, is_detail=True) for heading, image in rest]
+    sections += [Section(each.heading, image=each.image, caption=each.caption, is_detail=True) for each in rest]
     for answer in found:
         if answer.pairs:
             heading = f"All pairs: {answer.question.title}"
@@ -99,8 +109,12 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
 def _perplexity_note(groups: Sequence[Group], text: str) -> str:
     documents = max(len(group.document_weights) for group in groups)
     note = f"{text}. All lengths are scored on the same tokens. In brackets the 95 % interval, "
-    if documents > 1:
-        note += f"which holds for new seeds and new documents ({documents} documents were read). "
+    if has_held_out_ends(groups[0].first):
+        number = f"{documents} documents" if documents > 1 else "one document"
+        note += f"which holds for new seeds and no new documents: the ends of {number} whose beginnings were trained "
+        note += "on were read. "
+    elif documents > 1:
+        note += f"which holds for new seeds and new documents ({documents} documents were read{_short(groups)}). "
     else:
         note += "which holds for new seeds on this text. "
     note += "Ratio: perplexity at the longest length / at the training length."
@@ -110,6 +124,12 @@ def _perplexity_note(groups: Sequence[Group], text: str) -> str:
         note += "longer rows have fewer beginnings."
     unigram = groups[0].first.get("unigram_loss")
     return note + (f" The frequencies of tokens alone give {math.exp(unigram):.1f}." if unigram else "")
+
+
+def _short(groups: Sequence[Group]) -> str:
+    """ "; 15 shorter than 1024 tokens cannot be" """
+    short = groups[0].first["corpus"].get("num_short_documents")
+    return f"; {short} shorter than {groups[0].lengths()[-1]} tokens cannot be" if short else ""
 
 
 def _pair_section(answer: Answer, text: str) -> Section:
@@ -189,9 +209,11 @@ def main() -> None:
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
         names = run_labels(results, args.varied)
-        paths = write_report(results, folder, args.baseline, args.title, args.varied)
+        paths = write_report(results, folder, args.baseline, args.title, args.varied, Path(args.sweep))
         for answer in answers(group_results(results, args.varied)):
             print("\n".join(line.replace("**", "") for line in sentences(answer)))
+        for line in caveats(group_results(results, args.varied)):
+            print(line)
     else:
         results, errors = read_readable(args.results)
         if not results:
@@ -200,8 +222,9 @@ def main() -> None:
             print(f"left out: {error}", file=sys.stderr)
         names = run_labels(results, args.varied)
         table = markdown_table(results, names)
-        write_text(folder / "table.md", f"{table}\n\n{escape_markdown(corpus_note(results, names))}\n")
-        print(table)
+        notes = [*context_notes(results), corpus_note(results, names)]
+        write_text(folder / "table.md", "\n\n".join([table, *map(escape_markdown, notes)]) + "\n")
+        print("\n".join([table, *context_notes(results)]))
         paths = [folder / "table.md", *(plot_scores if "task" in results[0] else plot_results)(results, folder, names)]
     print("\n".join([*(f"wrote {path}" for path in paths), corpus_note(results, names)]))
     if model := _best_model(args, results):

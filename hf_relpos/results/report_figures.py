@@ -1,15 +1,17 @@
-"""Figures over seeds: the mean of each group of runs as a line with its name at the end, an interval as a band."""
+"""Figures over seeds: the mean of each group of runs as a line with its name at the end, an interval as a band. The
+caption of each says what its bands are."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .estimates import CONFIDENCE, Estimate
+from .estimates import Estimate
 from .figure_style import (
     FEW_COLORS,
     NUM_COLORS,
+    exact_labels,
     figure_png,
     figure_size,
     figure_style,
@@ -17,10 +19,12 @@ from .figure_style import (
     log2_axis,
     new_figure,
     plain,
+    round_ticks,
+    write_caption,
 )
 from .groups import Group
-from .questions import changes_between
-from .result_file import smooth_by_position, text_title
+from .questions import Matrix, changes_between
+from .result_file import has_held_out_ends, smooth_by_position, text_title
 
 
 SHOWN_LENGTHS = 4  # training lengths that the figure of biases shows, on a scale where a line is a line
@@ -28,31 +32,65 @@ LARGEST_BIAS = 12.0  # beyond which a softmax is all or nothing
 MOST_CHANGE = 40.0  # per cent: the top of the figure of changes
 
 
-def draw_figures(groups: Sequence[Group], baseline: str) -> list[tuple[str, bytes]]:
-    """→ heading and PNG of each figure that the groups have data for; the first one shows the answer at a glance.
+class Figure(NamedTuple):
+    """A figure that was drawn.
+
+    Attributes:
+        heading: its title.
+        image: PNG.
+        caption: what it shows and what its bands are; it stands in the image too.
+    """
+
+    heading: str
+    image: bytes
+    caption: str
+
+
+class Kind(NamedTuple):
+    """A figure that a report may have.
+
+    Attributes:
+        heading: its title.
+        applies: whether the groups have data for it.
+        draw: figure and groups → drawn.
+        caption: of the figure of these groups.
+    """
+
+    heading: str
+    applies: Callable[[Sequence[Group]], Any]
+    draw: Callable[[Any, Sequence[Group]], None]
+    caption: Callable[[Sequence[Group]], str]
+
+
+def draw_figures(groups: Sequence[Group], baseline: str) -> list[Figure]:
+    """→ each figure that the groups have data for; the first one shows the answer at a glance.
 
     Args:
         groups: from `group_results`.
         baseline: label of the group whose loss by position is subtracted.
     """
-    found = []
-    if not groups[0].score_name and len(groups) > 1:
-        heading = f"Loss by position, minus that of {baseline}"
-        found.append((heading, _png(lambda figure, all_: _loss_over_baseline(figure, all_, baseline), groups)))
-    return found + [(heading, _png(draw, groups)) for heading, applies, draw in FIGURES if applies(groups)]
+    over_baseline = Kind(
+        f"Loss by position, minus that of {baseline}",
+        lambda groups: not groups[0].score_name and len(groups) > 1,
+        lambda figure, groups: _loss_over_baseline(figure, groups, baseline),
+        lambda groups: _caption_of_difference(groups, baseline),
+    )
+    kinds = [kind for kind in (over_baseline, *KINDS) if kind.applies(groups)]
+    return [Figure(kind.heading, _png(kind, groups), kind.caption(groups)) for kind in kinds]
 
 
 def draw_group(group: Group) -> tuple[str, bytes]:
     """→ file name and PNG of the one figure of a group: loss by position or, for a task, score by length."""
-    name, draw = ("score_by_length", _score_by_length) if group.score_name else ("loss_by_position", _loss_by_position)
-    return f"{name}.png", _png(draw, [group])
+    name, kind = ("score_by_length", SCORE) if group.score_name else ("loss_by_position", LOSS)
+    return f"{name}.png", _png(kind, [group])
 
 
-def _png(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> bytes:
+def _png(kind: Kind, groups: Sequence[Group]) -> bytes:
     figure = new_figure(*figure_size(len(groups)))
     with figure_style():
-        draw(figure, groups)
-        figure.suptitle(plain(_text_shown(draw, groups)), fontsize="medium")
+        kind.draw(figure, groups)
+        figure.suptitle(plain(_text_shown(kind.draw, groups)), fontsize="medium")
+        write_caption(figure, kind.caption(groups))
     return figure_png(figure, NUM_COLORS if len(groups) > 1 else FEW_COLORS)
 
 
@@ -64,16 +102,31 @@ def _text_shown(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[G
     return f"{', '.join(map(str, names))}, split train"
 
 
-def _band(axes: Any, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str, **style: Any) -> None:
-    """The mean of (seeds, points) values, with its 95 % interval over the seeds as a band."""
-    from scipy import stats
+def _line(
+    axes: Any,
+    xs: Sequence[float],
+    points: Sequence[Estimate],
+    label: str,
+    write: Callable[[float], float] = float,
+    **style: Any,
+) -> None:
+    """The means with their 95 % intervals as a band, as they stand in tables; one run has none.
 
-    values = np.asarray(rows, dtype=np.float64)
-    mean, count = values.mean(axis=0), len(values)
-    (line,) = axes.plot(xs, mean, label=plain(label), **style)
-    if count > 1:
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis=0, ddof=1) / math.sqrt(count)
-        axes.fill_between(xs, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
+    Args:
+        axes, label, style: of matplotlib.
+        xs: where the points are.
+        points: the points.
+        write: what is drawn of a value.
+    """
+    means, lows, highs = zip(*((write(point.mean), write(point.low), write(point.high)) for point in points))
+    (line,) = axes.plot(xs, means, label=plain(label), **style)
+    if not np.isnan(lows).any():
+        axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _over_seeds(rows: Any) -> list[Estimate]:
+    """(seeds, points) values → the estimate of each point for new seeds on the same text."""
+    return [Estimate.of(column[:, None]) for column in np.asarray(rows, dtype=np.float64).T]
 
 
 def _finish(axes: Any, groups: Sequence[Group], marks: bool = True, **labels: str) -> None:
@@ -95,7 +148,7 @@ def _loss_over_baseline(figure: Any, groups: Sequence[Group], baseline: str) -> 
         curves = [_curves_of(group, seed) + _curves_of(base, seed) for seed in seeds]
         if curves:
             rows = [np.subtract(ours, theirs) for _, ours, _, theirs in curves]
-            _band(axes, curves[0][0], rows, group.label, linewidth=1.8)
+            _line(axes, curves[0][0], _over_seeds(rows), group.label, linewidth=1.8)
     log2_axis(axes, _positions(groups))
     # the first tokens say little, and a few settings that are far off would hide the others
     rows = np.concatenate([line.get_ydata()[2:] for line in axes.get_lines()])
@@ -112,7 +165,7 @@ def _curves_of(group: Group, seed: int) -> tuple[list[float], list[float]]:
 
 def change_figure(groups: Sequence[Group]) -> bytes:
     """→ PNG: how the perplexity changes with the length, by setting, with intervals for new seeds and new text."""
-    return _png(_change_by_length, groups)
+    return _png(CHANGE, groups)
 
 
 def _change_by_length(figure: Any, groups: Sequence[Group]) -> None:
@@ -120,28 +173,22 @@ def _change_by_length(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
     for group in groups:
         lengths = [length for length in group.lengths() if length >= group.train_length]
-        found = [_change(group, length) for length in lengths]
-        means, lows, highs = (
-            [100 * math.expm1(min(value, 20.0)) for value in values]
-            for values in zip(*((each.mean, each.low, each.high) for each in found))
-        )
-        (line,) = axes.plot(lengths, means, label=plain(group.label), marker="o", markersize=4)
-        if len(group.by_seed) > 1:
-            axes.fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+        found = [_estimate(changes_between(group.train_length, length)(group), group) for length in lengths]
+        style = {"marker": "o", "markersize": 4}
+        _line(axes, lengths, found, group.label, lambda value: 100 * math.expm1(min(value, 20.0)), **style)
     axes.axhline(0, color="grey", linewidth=1)
     rows = np.concatenate([line.get_ydata() for line in axes.get_lines()[:-1]])
     # the best of them are told apart near 0; what grows without limit leaves the figure
     axes.set_ylim(min(rows.min() * 1.3, -1.0), min(rows.max() * 1.05, MOST_CHANGE))
     log2_axis(axes, sorted({length for group in groups for length in group.lengths() if length >= group.train_length}))
-    axes.yaxis.set_major_formatter("{x:+.0f} %")
+    round_ticks(axes.yaxis, "+", " %")
     labels = {"xlabel": "evaluation length (tokens)", "ylabel": "change of perplexity from the training length"}
     _finish(axes, groups, marks=False, **labels)
 
 
-def _change(group: Group, length: int) -> Estimate:
-    """The log ratio of the perplexity at a length to that at the training length."""
-    weights = group.document_weights if len(group.document_weights) > 1 else None
-    return Estimate.of(np.stack([*changes_between(group.train_length, length)(group).values()]), weights)
+def _estimate(values: Matrix, group: Group) -> Estimate:
+    """Of seed → the value of each document: for new seeds and, where documents are known, new documents."""
+    return Estimate.of(np.stack([*values.values()]), group.document_weights)
 
 
 def _has_longer_lengths(groups: Sequence[Group]) -> bool:
@@ -154,7 +201,7 @@ def _loss_by_position(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
     for group in groups:
         curves = [smooth_by_position(result["loss_by_position"]) for result in group.by_seed.values()]
-        _band(axes, curves[0][0], [losses for _, losses in curves], group.label)
+        _line(axes, curves[0][0], _over_seeds([losses for _, losses in curves]), group.label)
     log2_axis(axes, _positions(groups))
     _finish(axes, groups, xlabel="tokens of context", ylabel="loss (nats per token)")
 
@@ -163,12 +210,11 @@ def _perplexity_by_length(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
     for group in groups:
         lengths = group.lengths()
-        rows = np.array([list(group.values(str(length), "perplexity").values()) for length in lengths]).T
-        _band(axes, lengths, rows, group.label, marker="o", markersize=4)
+        found = [_estimate(group.losses(length), group) for length in lengths]
+        _line(axes, lengths, found, group.label, lambda value: math.exp(min(value, 700.0)), marker="o", markersize=4)
     axes.set_yscale("log")
     log2_axis(axes, sorted({length for group in groups for length in group.lengths()}))
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:.4g}")
+    exact_labels(axes.yaxis)
     _finish(axes, groups, xlabel="evaluation length (tokens)", ylabel="perplexity")
 
 
@@ -182,7 +228,7 @@ def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
         for group in groups:
             names = {length: f"{length} {kind}".strip() for length in group.lengths()}
             rows = np.array([list(group.values(name, "score").values()) for name in names.values()]).T
-            _band(axes, list(names), rows, group.label, marker="o", markersize=4)
+            _line(axes, list(names), _over_seeds(rows), group.label, marker="o", markersize=4)
         lengths = sorted({length for group in groups for length in group.lengths()})
         axes.set(title=plain(kind), ylim=(-0.03, 1.03))
         log2_axis(axes, lengths)
@@ -198,7 +244,7 @@ def _training_curves(figure: Any, groups: Sequence[Group]) -> None:
     for group in groups:
         logs = [_log(result) for result in group.by_seed.values()]
         steps = sorted(set.intersection(*(set(log) for log in logs)))
-        _band(axes, steps, [[log[step] for step in steps] for log in logs], group.label)
+        _line(axes, steps, _over_seeds([[log[step] for step in steps] for log in logs]), group.label)
     _finish(axes, groups, marks=False, xlabel="step", ylabel="training loss (nats per token)")
 
 
@@ -216,7 +262,8 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
         curves.setdefault(name, {})[first["training"]["num_steps"]] = losses
     for name, points in curves.items():
         steps = sorted(points)
-        _band(axes, steps, np.array([points[step] for step in steps]).T, name, marker="o", markersize=4)
+        found = _over_seeds(np.array([points[step] for step in steps]).T)
+        _line(axes, steps, found, name, marker="o", markersize=4)
     length = groups[0].lengths()[-1]
     axes.set_xscale("log")
     _finish(axes, groups, marks=False, xlabel="finetuning steps", ylabel=f"loss at {length} (nats per token)")
@@ -262,17 +309,82 @@ def _curves(group: Group) -> dict[str, Any] | None:
     return group.first.get("distance_bias")
 
 
-# heading, whether it applies, what draws it
-FIGURES: tuple[tuple[str, Callable[[Sequence[Group]], Any], Callable[[Any, Sequence[Group]], None]], ...] = (
-    ("Change of perplexity with the length", _has_longer_lengths, _change_by_length),
-    ("Loss by position", lambda groups: not groups[0].score_name, _loss_by_position),
-    (
-        "Perplexity by length",
-        lambda groups: not groups[0].score_name and len(groups[0].lengths()) > 1,
-        _perplexity_by_length,
+# --- captions
+
+
+def _bands(groups: Sequence[Group], words: str) -> str:
+    """The words about the bands, unless there are none, with the settings that have none."""
+    alone = [group.label for group in groups if len(group.by_seed) == 1]
+    if len(alone) == len(groups):
+        return "One seed: no bands."
+    return f"Bands: 95 % intervals {words}." + (f" One seed, no band: {', '.join(alone)}." if alone else "")
+
+
+def _over_text(groups: Sequence[Group]) -> str:
+    if has_held_out_ends(groups[0].first):
+        return "for new seeds and no new documents, but other ends of those that were trained on"
+    return "for new seeds" + (" and new documents" if len(groups[0].document_weights) > 1 else " on this text")
+
+
+def _on_this_text(groups: Sequence[Group], of: str = "") -> str:
+    return _bands(groups, f"{of}for new seeds on this text; the spread between documents is left out")
+
+
+def _caption_of_difference(groups: Sequence[Group], baseline: str) -> str:
+    (base,) = [group for group in groups if group.label == baseline]
+    shared = [{seed: run for seed, run in group.by_seed.items() if seed in base.by_seed} for group in groups]
+    paired = [Group(group.label, runs) for group, runs in zip(groups, shared) if runs]
+    return _on_this_text(paired, "of the difference, paired by seed, ")
+
+
+def _caption_of_change(groups: Sequence[Group]) -> str:
+    return _bands(groups, f"of the change itself, {_over_text(groups)}")
+
+
+def _caption_of_perplexity(groups: Sequence[Group]) -> str:
+    text = _bands(groups, f"{_over_text(groups)}, as in the table")
+    if len(groups) == 1 or text.startswith("One seed"):
+        return text
+    return f"{text} Settings read the same text: where bands overlap, the paired differences may still be resolved."
+
+
+def _caption_of_score(groups: Sequence[Group]) -> str:
+    return _bands(groups, "for new seeds, as in the table")
+
+
+def _caption_of_training(groups: Sequence[Group]) -> str:
+    return _bands(groups, "for new seeds")
+
+
+def _caption_of_biases(groups: Sequence[Group]) -> str:
+    """Which seed is shown, of how many."""
+    shown = [group for group in groups if _curves(group)]
+    seeds, count = {next(iter(group.by_seed)) for group in shown}, max(len(group.by_seed) for group in shown)
+    which = f"seed {seeds.pop()}" if len(seeds) == 1 else "the first seed of each setting"
+    whole = f"{which} alone, of {count} seeds" if count > 1 else which
+    return f"A line for each layer and head, of {whole}; no bands."
+
+
+CHANGE = Kind("Change of perplexity with the length", _has_longer_lengths, _change_by_length, _caption_of_change)
+LOSS = Kind("Loss by position", lambda groups: not groups[0].score_name, _loss_by_position, _on_this_text)
+PERPLEXITY = Kind(
+    "Perplexity by length",
+    lambda groups: not groups[0].score_name and len(groups[0].lengths()) > 1,
+    _perplexity_by_length,
+    _caption_of_perplexity,
+)
+SCORE = Kind("Score by length", lambda groups: groups[0].score_name, _score_by_length, _caption_of_score)
+KINDS = (
+    CHANGE,
+    LOSS,
+    PERPLEXITY,
+    SCORE,
+    Kind("Loss after finetuning", _finetuned, _finetune_curves, _on_this_text),
+    Kind(
+        "Training loss",
+        lambda groups: all(map(_log, groups[0].by_seed.values())),
+        _training_curves,
+        _caption_of_training,
     ),
-    ("Score by length", lambda groups: groups[0].score_name, _score_by_length),
-    ("Loss after finetuning", _finetuned, _finetune_curves),
-    ("Training loss", lambda groups: all(map(_log, groups[0].by_seed.values())), _training_curves),
-    ("Bias by distance", lambda groups: any(map(_curves, groups)), _learned_biases),
+    Kind("Bias by distance", lambda groups: any(map(_curves, groups)), _learned_biases, _caption_of_biases),
 )

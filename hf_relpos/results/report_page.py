@@ -49,7 +49,7 @@ summary { cursor: pointer; font-weight: 600 }
 {%- endfor -%}
 </p>{% endfor %}
 {% if section.is_answer %}</div>{% endif %}
-{% if section.image %}<img alt="{{ section.heading }}" src="data:image/png;base64,{{ section.encoded }}">{% endif %}
+{% if section.image %}<img alt="{{ section.alt }}" src="data:image/png;base64,{{ section.encoded }}">{% endif %}
 {% if section.rows %}<table>
 <thead><tr>{% for cell in section.rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in section.rows[1:] %}<tr>{% for cell in row %}
@@ -75,6 +75,7 @@ class Section:
         notes: sentences; what stands between two "**" is bold in an answer.
         rows: of a table, the head first.
         image: PNG of a figure.
+        caption: what a figure shows; it stands in the image, and here for who does not see it.
         is_detail: whether it is folded away in the page.
     """
 
@@ -82,6 +83,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     rows: list[list[str]] | None = None
     image: bytes | None = None
+    caption: str = ""
     is_detail: bool = False
 
     @property
@@ -94,6 +96,11 @@ class Section:
         """Of the figure beside the Markdown."""
         words = re.sub(r"[^a-z0-9]+", "_", self.heading.partition(",")[0].lower()).strip("_")
         return f"{words}{'_difference' if 'minus' in self.heading else ''}.png"
+
+    @property
+    def alt(self) -> str:
+        """Heading and caption of a figure, as words."""
+        return ". ".join(filter(None, (self.heading, self.caption)))
 
     @property
     def encoded(self) -> str:
@@ -120,7 +127,7 @@ def as_markdown(title: str, summary: str, sections: Sequence[Section], footer: s
         if section.rows:
             parts.append(markdown(section.rows))
         if section.image:
-            parts.append(f"![{escape_markdown(section.heading)}]({section.file_name})")
+            parts.append(f"![{escape_markdown(section.alt)}]({section.file_name})")
     return "\n\n".join([*parts, escape_markdown(footer)]) + "\n"
 
 

@@ -46,7 +46,7 @@ def score_rows(groups: Sequence[Group]) -> Rows:
 
 
 def context_rows(groups: Sequence[Group], baseline: str) -> Rows:
-    """In-context score and slope, and the score minus that of the baseline on the same tokens."""
+    """In-context score and slope, and the score minus that of the baseline on the same tokens; see `CONTEXT_NOTE`."""
     (base,) = [group for group in groups if group.label == baseline]
     theirs = base.in_context_scores()
     rows = [["setting", "in-context score", f"minus that of {baseline}", "slope per 1000"]]

@@ -18,6 +18,12 @@ SLIDING = "sliding_baseline"  # of a result: the same tokens by a sliding window
 REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versions", "hardware", "corpus")
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
+# what stands beside these two numbers wherever they are shown
+CONTEXT_NOTE = (
+    "The in-context score (loss at the named token − loss at token 50, in nats) and the slope (of the loss past the "
+    "training length, in nats per 1000 tokens) compare different places of the text, which are not equally hard: by "
+    "themselves they do not say whether more context helps. Compare settings on the same text."
+)
 # significant digits that `write_results` keeps: of long curves, which are only drawn, and of all other numbers
 CURVE_DIGITS, DIGITS = {"loss_by_position": 5, "distance_bias": 4, "log": 5, "documents": 6}, 8
 
@@ -137,6 +143,11 @@ def other_corpus_mark(result: dict[str, Any]) -> str:
     return ", on another text" if result["corpus"].get("same_corpus_as_training") is False else ""
 
 
+def has_held_out_ends(result: dict[str, Any]) -> bool:
+    """Whether the text of a result is the end of documents whose beginnings were trained on."""
+    return bool((result["corpus"].get("read") or {}).get("num_ends"))
+
+
 def split_name(result: dict[str, Any]) -> str:
     """→ the text of a result: corpus and split."""
     return f"{result['corpus'].get('name')}, split {result['corpus'].get('split')}"
@@ -185,6 +196,12 @@ def markdown_table(results: Sequence[dict[str, Any]], names: Sequence[str] | Non
         raise ValueError(f"results of different tasks make no table: {sorted(map(str, tasks))}.")
     rows = (_text_rows if tasks == {None} else _task_rows)(results, names or labels(results))
     return markdown(rows)
+
+
+def context_notes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """→ `CONTEXT_NOTE` where `markdown_table` shows a score or a slope, else nothing."""
+    is_shown = any(result.get("slope") or any((result.get("in_context_score") or {}).values()) for result in results)
+    return [CONTEXT_NOTE] if is_shown and not any("task" in result for result in results) else []
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

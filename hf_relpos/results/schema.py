@@ -57,7 +57,7 @@ RECORD = _object(
         "shape": _object({"num_hidden_layers": COUNT, "hidden_size": COUNT}, "num_hidden_layers hidden_size", True),
         **dict.fromkeys(("num_parameters", "num_steps", "num_processes", "tokens_per_step", "num_tokens"), COUNT),
         **dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_mib"), NUMBER),
-        **dict.fromkeys(("train_loss", "validation_loss"), NUMBER_OR_NULL),
+        **dict.fromkeys(("train_loss", "validation_loss", "passes"), NUMBER_OR_NULL),
         "recipe": ANY_OBJECT,
         "script": TEXT,
         "flags": ANY_OBJECT,

@@ -74,11 +74,15 @@ class RelPosTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Blocks per device in evaluation; as in training by default."}
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Number of passes over the data, instead of --max_steps."}
+        default=None,
+        metadata={"help": "Number of passes over the data, instead of --max_steps, which holds without it."},
     )
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps, unless --num_train_epochs is given; -1: that many epochs, 3 by default."},
+        metadata={
+            "help": "Optimizer steps, unless --num_train_epochs is given: 10,000 by default, 1,000 by finetune; -1: "
+            "that many epochs, 3 by default."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Seed of the weights and of dropout."})
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})

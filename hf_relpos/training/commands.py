@@ -15,12 +15,12 @@ from .output_stream import safe_output
 TRAIN_DESCRIPTION = """\
 Trains a model of the family from scratch, or continues with a saved one at the same length.
 
-hf-relpos train --pos_embedding_type alibi --output_dir output/alibi
+hf-relpos train --train_file my_texts/ --pos_embedding_type alibi --max_steps 300 --output_dir output/alibi
 """
 FINETUNE_DESCRIPTION = """\
 Continues with a saved model of the family at another length or with another position scheme.
 
-hf-relpos finetune --model_name_or_path output/alibi --block_size 512 --output_dir output/512
+hf-relpos finetune --model_name_or_path output/alibi --block_size 512 --max_steps 50 --output_dir output/512
 """
 RUN_FLAGS = ("learning_rate", "per_device_train_batch_size", "seed", "resume_from_checkpoint")
 TRAIN_FLAGS = ("output_dir", "pos_embedding_type", "train_file", "model_size", "block_size", "max_steps")

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..messages import Progress
-from .record import tokens_per_step
+from .record import passes_over_corpus, tokens_per_step
 from .run import TrainingRun
 
 
@@ -94,7 +94,13 @@ def banner(run: TrainingRun, num_steps: int, first_step: int = 0) -> list[str]:
         f"{num_steps:,} steps of {' × '.join(batch)}: {tokens}",
         f"on {_device_text(args)}, in {dtype}; output: {args.output_dir}",
     ]
-    passes = _passes(run, num_steps)
+    longest = run.data.longest_document
+    if longest is not None and longest < args.block_size:
+        lines.append(
+            f"warning: no document has {args.block_size:,} tokens, the longest has {longest:,}: nothing is learned of "
+            f"longer contexts; --block_size {longest} is as much, or --cross_document_attention true joins documents"
+        )
+    passes = passes_over_corpus(run, num_steps)
     if passes is not None and passes > PASSES:
         steps = int(num_steps * PASSES / passes)
         less = f"--max_steps {steps} reads it {PASSES} times" if steps else "it takes more text"
@@ -104,16 +110,8 @@ def banner(run: TrainingRun, num_steps: int, first_step: int = 0) -> list[str]:
     return lines
 
 
-def _passes(run: TrainingRun, num_steps: int) -> float | None:
-    """How often a run reads its corpus; `None` for a stream."""
-    blocks = run.data.train
-    if not hasattr(blocks, "__len__"):
-        return None
-    return num_steps * tokens_per_step(run.args) / (len(blocks) * run.args.block_size)
-
-
 def _passes_text(run: TrainingRun, num_steps: int) -> str:
-    passes, name = _passes(run, num_steps), run.data.corpus.record["name"]
+    passes, name = passes_over_corpus(run, num_steps), run.data.corpus.record["name"]
     if passes is None:
         return f"streamed from {name}"
     if run.data_args.task is not None:

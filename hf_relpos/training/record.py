@@ -58,6 +58,7 @@ def training_record(run: TrainingRun, trainer: Trainer, seconds: float, recipe: 
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tokens_per_step": per_step,
         "num_tokens": steps * per_step,
+        "passes": passes_over_corpus(run, steps),
         "block_size": args.block_size,
         **({"num_steps_trained": last_step, "load_best_model_at_end": True} if steps != last_step else {}),
         "recipe": numbers,
@@ -84,6 +85,14 @@ def tokens_per_step(args: RelPosTrainingArguments) -> int:
     """Of all processes and devices together."""
     batch_size = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
     return batch_size * args.gradient_accumulation_steps * args.block_size
+
+
+def passes_over_corpus(run: TrainingRun, num_steps: int) -> float | None:
+    """How often a run reads its corpus in so many steps; `None` for a stream."""
+    blocks = run.data.train
+    if not hasattr(blocks, "__len__"):
+        return None
+    return num_steps * tokens_per_step(run.args) / (len(blocks) * run.args.block_size)
 
 
 def saved_step(trainer: Trainer) -> int:

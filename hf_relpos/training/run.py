@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..data.blocks import make_blocks
+from ..data.blocks import longest_document, make_blocks
 from ..data.corpus import Corpus
 from ..data.tokens import load_named_tokenizer, load_tokenizer, tokenize_split
 from ..model.modeling_relpos import RelPosForCausalLM
@@ -28,12 +28,15 @@ class TrainingData:
         corpus: what `training.json` holds of the corpus or the task, and where it lies.
         tokenizer: the one that made the tokens.
         train, validation: data sets of `input_ids` (block_size,) and what goes with them.
+        longest_document: the most tokens that attention can reach over in training; `None` where it is not bounded by
+            documents, or not known.
     """
 
     corpus: UsedCorpus
     tokenizer: Any
     train: Any
     validation: Any
+    longest_document: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ def load_training_data(
         )
         if data_args.max_eval_samples is not None:
             validation = validation.take(data_args.max_eval_samples)
-        return TrainingData(used, tokenizer, train, validation)
+        longest = None
+        if not data_args.cross_document_attention:
+            longest = longest_document(tokenize_split(corpus, "train", tokenizer, data_args))
+        return TrainingData(used, tokenizer, train, validation, longest)
 
 
 def _task_data(

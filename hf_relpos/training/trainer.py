@@ -14,11 +14,10 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.utils import PushInProgress
 
-from ..environment import CannotWriteError, write_bytes, write_json, writing
+from ..environment import CannotWriteError, write_json, writing
 from ..file_reading import reading
-from ..hub.model_card import CARD
 from ..hub.push import check_not_taken, check_token, hub_errors, push_folder
-from ..hub.repository import repository_files, write_files
+from ..hub.repository import repository_files, write_card, write_files
 from ..model_corpus import UsedCorpus
 from ..model_loading import is_finite
 from ..results.training_record import TRAINING_RECORD
@@ -29,6 +28,8 @@ from .recipe import Recipe, apply_overrides, reseed
 
 
 logger = logging.getLogger(__name__)
+# of two checkpoints within one second; they are then told apart by their numbers, which are right
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be" not in record.getMessage())
 
 # what optimizers of torch keep in the shape of the weights
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
@@ -214,14 +215,7 @@ class RelPosTrainer(Trainer):
         """Writes the card of the model in the output folder; the arguments that transformers passes are not used."""
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
-        try:
-            card = repository_files(folder, self.hub_model_id)[CARD]
-        except Exception as error:  # the model is saved already
-            logger.warning(f"No card was written: {error}")
-        else:
-            if isinstance(card, bytes):
-                write_bytes(folder / CARD, card)  # half of one would pass for one that was edited
+        write_card(self.args.output_dir, self.hub_model_id)
 
     def push_to_hub(
         self,

@@ -5,20 +5,35 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 from conftest import ROOT
 
-from benchmarks.triton_compile import count_table, faults, size_table, source_hash
+from benchmarks import triton_compile
+from benchmarks.triton_compile import (
+    DTYPES,
+    HEAD_SIZES,
+    MASKS,
+    CompileArguments,
+    compile_all,
+    count_table,
+    faults,
+    read_compiled,
+    size_table,
+    source_hash,
+)
 
 
 FOLDER = ROOT / "docs" / "results" / "speed" / "triton"
-COMPILED = json.loads((FOLDER / "compiled.json").read_text(encoding="utf-8"))
+COMPILED = read_compiled(FOLDER / "compiled.json")
 BEFORE = json.loads((FOLDER / "before.json").read_text(encoding="utf-8"))["records"]
-# card → dtype → head sizes that were compiled; the script compiles more, in an hour of one CPU
+CARDS = (80, 86, 89, 90, 120)
+# masks, dtype, card, head size: all with the causal mask alone; with the others all in bf16, else one head size
 DONE = {
-    90: {"bfloat16": (32, 64, 80, 96, 128, 256)},
-    86: {"bfloat16": (32, 64, 128, 256), "float32": (32, 64, 128, 256), "tf32": (32, 64, 128, 256)},
+    *product(MASKS[:1], DTYPES, CARDS, HEAD_SIZES),
+    *product(MASKS[1:], DTYPES, CARDS, (64,)),
+    *product(MASKS[1:], ("bfloat16",), CARDS, HEAD_SIZES),
 }
 KERNELS = {"delta", "forward", "key_value", "query", "query and table", "table"}
 SAMPLE = """
@@ -33,16 +48,37 @@ def test_the_stored_counts_are_those_of_the_code():
     assert COMPILED["sources"] == source_hash()
 
 
-@pytest.mark.parametrize("card", DONE)
+@pytest.mark.parametrize("card", CARDS)
 def test_no_kernel_takes_more_than_its_card_has(card):
     records = [record for record in COMPILED["records"] if record["card"] == card]
     assert faults(records) == []
-    found = {(r["dtype"], r["head_size"], r["kernel"]) for r in records}
-    for dtype, head_sizes in DONE[card].items():
-        for size in head_sizes:
-            compiled = {kernel for kind, n, kernel in found if (kind, n) == (dtype, size)}
-            # delta has no products: that of tf32 is float32's
-            assert compiled | {"delta"} == KERNELS and (compiled == KERNELS or dtype == "tf32"), (dtype, size)
+    found: dict[tuple, set[str]] = {}
+    for record in records:
+        setting = tuple(record[name] for name in ("masks", "dtype", "card", "head_size"))
+        found.setdefault(setting, set()).add(record["kernel"])
+    assert found == {setting: KERNELS for setting in DONE if setting[2] == card}
+
+
+def test_an_interrupted_call_is_gone_on_with(tmp_path, monkeypatch):
+    path, compiled = tmp_path / "compiled.json", []
+    args = CompileArguments(str(tmp_path), cards=[80, 90], head_sizes=[32], dtypes=["float16"], masks=["causal"])
+    about = {"versions": {"triton": "1"}, "sources": "a"}
+
+    def compile_kernels(card, head_size, dtype, masks):
+        if card == 90 and len(compiled) == 1:
+            raise KeyboardInterrupt
+        compiled.append(card)
+        return [{"masks": masks, "dtype": dtype, "card": card, "head_size": head_size, "kernel": "delta", "shared": 8}]
+
+    monkeypatch.setattr(triton_compile, "compile_kernels", compile_kernels)
+    with pytest.raises(KeyboardInterrupt):
+        compile_all(args, path, about)
+    compiled.append("again")
+    records = compile_all(args, path, about)
+    assert compiled == [80, "again", 90] and [record["card"] for record in records] == [80, 90]
+    assert read_compiled(path) == {**about, "records": records}
+    compile_all(args, path, {**about, "sources": "b"})
+    assert compiled[3:] == [80, 90] and len(read_compiled(path)["records"]) == 2
 
 
 def test_faults_are_found():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_relpos.data.blocks import BlockCollator, make_blocks, pack
+from hf_relpos.data.blocks import BlockCollator, longest_document, make_blocks, pack
 
 
 def reference_blocks(documents, block_size):
@@ -47,3 +47,9 @@ def test_blocks_refuse_what_they_cannot_fill():
     with pytest.raises(ValueError, match="`block_size` must be at least 2, got 1"):
         make_blocks(tokenized, 1, False, "train")
     assert len(make_blocks(tokenized, 5, False, "train")) == 1
+
+
+def test_the_longest_document():
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3], [4, 5, 6, 7], [8]]})
+    assert longest_document(rows) == 4 and longest_document(rows.select([0, 1, 3])) == 2
+    assert longest_document(rows.to_iterable_dataset()) is None

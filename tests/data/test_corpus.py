@@ -3,13 +3,16 @@
 import json
 import sys
 
+import datasets
 import pandas
 import pytest
 from conftest import make_text
 
+from hf_relpos.data import corpus as corpus_module
 from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.corpus import load_corpus, load_sotu
 from hf_relpos.data.tokens import evaluation_documents, train_tokenizer
+from hf_relpos.evaluation.loss_by_length import document_windows
 
 
 def test_built_in_corpus_is_split_by_year_without_importing_its_package():
@@ -85,6 +88,40 @@ def test_validation_documents_are_taken_from_training_if_none_are_given(corpus_f
     assert (len(train), len(validation)) == (9, 3) and not train & validation
 
 
+def test_pieces_of_one_document_stay_together(tmp_path, monkeypatch):
+    """Rows that are cut from a long document are one document, for splits and for statistics."""
+    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_CHARACTERS", 900)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number in range(6):
+        lines = [f"{number} {make_text(30, line)}\n" for line in range(20)]
+        (tmp_path / f"{number}.txt").write_text("".join(lines))
+    corpus = load_corpus(TextArguments(train_file=str(tmp_path), validation_split_percentage=10))
+    names = {split: {text[0] for text in rows["text"]} for split, rows in corpus.splits.items()}
+    assert not names["train"] & names["validation"] and len(names["train"] | names["validation"]) == 6
+    assert len(corpus.splits["validation"]) > len(names["validation"]) and corpus.read.num_ends == 0
+    tokenizer = train_tokenizer(corpus, 300)
+    _, documents = evaluation_documents(corpus, TextArguments().filled(), tokenizer, "train")
+    found = [number for number, _ in document_windows(documents, 16)]
+    assert len(set(found)) == len(names["train"]) < len(documents.tokenized) and found == sorted(found)
+
+
+def test_the_end_of_a_single_document_is_no_new_document(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_CHARACTERS", 900)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = "".join(f"{line:04} {make_text(10, line)}\n" for line in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    corpus = load_corpus(TextArguments(train_file=str(tmp_path / "a.txt"), validation_split_percentage=10))
+    assert "".join([*corpus.splits["train"]["text"], *corpus.splits["validation"]["text"]]) == text
+    assert corpus.read.num_ends == 1 == corpus.read.to_dict()["num_ends"]
+    assert "is the end of documents whose beginnings are in the training split" in capsys.readouterr().err
+
+
+def test_files_may_be_ends_of_documents(corpus_files, capsys):
+    files = {"train_file": str(corpus_files / "train"), "validation_file": str(corpus_files / "valid.txt")}
+    assert load_corpus(TextArguments(**files)).read.num_ends == 0
+    assert load_corpus(TextArguments(**files, held_out_ends=True)).read.num_ends == 1
+
+
 def test_everything_that_changes_the_documents_changes_the_fingerprint(corpus_files, tmp_path):
     """Tokens and tokenizers are cached by it."""
     path = tmp_path / "two.jsonl"
@@ -133,9 +170,17 @@ def wrong_column(folder):
     return {"train_file": str(write_corpus(folder, "csv")), "text_column": "body"}
 
 
+def binary(folder):
+    (folder / "image.png").write_bytes(b"?PNG\r\n\x1a\n" + b"\0\0\0\r")
+    return {"train_file": str(folder / "image.png")}
+
+
 BAD = {
     "missing file": (lambda folder: {"train_file": "no/such.txt"}, "`train_file` 'no/such.txt' does not exist"),
-    "unknown kind": (lambda folder: {"train_file": __file__}, "`train_file` must be a file or folder of .txt/.jsonl"),
+    "unknown kind": (
+        binary,
+        "`train_file` must be a file or folder of text, got .*image.png': it holds a NUL byte .byte 8..$",
+    ),
     "empty folder": (lambda folder: {"validation_file": str(folder)}, "`validation_file` must be a file or folder"),
     "not UTF-8": (bad_utf8, "bad.txt' is not UTF-8 text .near byte 12"),
     "mixed folder": (mixed, "must hold files of one kind, got"),

@@ -170,8 +170,94 @@ def test_what_was_read_is_printed_once_by_the_first_process(tmp_path, monkeypatc
     (tmp_path / "a.csv").write_text("text,y\nNA,1\n  ,2\n")
     load(tmp_path)
     assert capsys.readouterr().err == "corpus " + tmp_path.name + (
-        ": documents: validation 1; files: 1; dropped: 1 without text\n"
+        ": documents: validation 1; files: 1 (.csv); dropped: 1 without text\n"
     )
     monkeypatch.setenv("RANK", "1")
     load(tmp_path)
     assert not capsys.readouterr().err
+
+
+SOURCES = {
+    "lib/Pod.pod": b"=head1 NAME\n",
+    "lib/a.py": b"x = 1\n",
+    "b.MD": "# Stra\u00dfe\n".encode(),
+    "Makefile": b"all:\n",
+    "page.html.gz": gzip.compress(b"<p>one</p>\n"),
+}
+NO_SOURCES = {
+    "image.png": b"\x89PNG\r\n\0",
+    "lib/nul.dat": b"text and \0",
+    "latin.tex": "Stra\u00dfe".encode("latin-1"),
+    "utf16.md": "text".encode("utf-16"),
+    "late.c": b"a" * 5_000_000 + b"\xff",
+    "lib/__pycache__/a.pyc": b"x",
+    ".git/config": b"[core]",
+    ".hidden": b"x",
+    "empty.py": b"",
+}
+
+
+def write_all(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_text_of_any_suffix_is_read(streaming, tmp_path, capsys):
+    """Source code and markup are text; what is binary, hidden or empty is listed."""
+    write_all(tmp_path, SOURCES | NO_SOURCES)
+    found = read(tmp_path, streaming=streaming)
+    assert sorted(found) == sorted(["=head1 NAME\n", "x = 1\n", "# Stra\u00dfe\n", "all:\n", "<p>one</p>\n"])
+    line = capsys.readouterr().err
+    assert "files: 5 (" in line
+    kinds = line.partition("files: 5 (")[2].partition(")")[0].split(", ")
+    assert sorted(kinds) == ["1 .html.gz", "1 .md", "1 .pod", "1 .py", "1 no suffix"]
+    for name in ("image.png (no text)", "lib/nul.dat (no text)", "latin.tex (no text)", "utf16.md (no text)"):
+        assert name in line
+    for name in ("late.c (no text)", "lib/__pycache__/", ".git/", ".hidden", "empty.py (empty)"):
+        assert name in line
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_single_file_of_any_suffix_is_read(name, tmp_path):
+    write_all(tmp_path, SOURCES)
+    assert len(read(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize("name", ["image.png", "lib/nul.dat", "latin.tex", "utf16.md", "late.c"])
+def test_a_single_binary_file_is_refused_by_name(name, tmp_path):
+    write_all(tmp_path, NO_SOURCES)
+    where = "it holds a NUL byte|it is not UTF-8 .near byte"
+    with pytest.raises(
+        ValueError, match=f"`validation_file` must be a file or folder of text, got .*{name}': ({where})"
+    ):
+        read(tmp_path / name)
+
+
+def test_a_folder_of_nothing_but_binary_files_is_refused(tmp_path):
+    write_all(tmp_path, {name: NO_SOURCES[name] for name in ("image.png", "lib/nul.dat")})
+    with pytest.raises(ValueError, match="which holds none; left out: image.png .no text., lib/nul.dat .no text."):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.py.zst.gz"])
+def test_archives_are_not_left_out_in_silence(name, tmp_path):
+    write_all(tmp_path, SOURCES | {name: b"PK"})
+    with pytest.raises(ValueError, match=f"{name}' cannot be read: only text and .*; unpack it or move it away"):
+        read(tmp_path)
+
+
+def test_a_folder_with_text_files_reads_what_it_always_read(tmp_path, capsys):
+    """Recorded corpora stay the same; where that leaves out more than it reads, a line says so."""
+    write_all(tmp_path, {"a.txt": b"one\n", "b.txt": b"two\n"})
+    before = load(tmp_path).fingerprint
+    assert "files: 2 (.txt)" in capsys.readouterr().err
+    write_all(tmp_path, {"lib/a.py": b"x = 1\n", "b.md": b"# two\n"})
+    assert load(tmp_path).fingerprint == before
+    printed = capsys.readouterr().err
+    assert "left out: b.md, lib/a.py" in printed and "warning" not in printed
+    write_all(tmp_path, {"c.py": b"x = 2\n"})
+    assert load(tmp_path).fingerprint == before
+    warned = "only 2 files of .txt are read, and 3 others are left out (.py, .md): a folder without .txt/.jsonl/"
+    assert warned in capsys.readouterr().err

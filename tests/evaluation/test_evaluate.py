@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from helpers import refusal
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_relpos.evaluation.evaluate import default_lengths
-from hf_relpos.results.result_file import REQUIRED_KEYS, labels
+from hf_relpos.results.result_file import CONTEXT_NOTE, REQUIRED_KEYS, labels
 
 
 def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_path, run_script, capsys):
@@ -28,6 +30,7 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
     for plot in ("loss_by_position.png", "perplexity_by_length.png"):
         assert (tmp_path / "eval" / plot).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert CONTEXT_NOTE in printed
     assert "| linear_cpb (42) |" in printed and "sliding window of 64 by 16: perplexity" in printed
     assert labels([result, result | {"seed": 7}, result | {"model": "other"}]) == [
         "linear_cpb (42), linear_cpb",
@@ -45,6 +48,27 @@ def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_p
         and "rotary (42)" in table
         and f"{result['lengths']['64']['perplexity']:.2f}" in table
     )
+
+
+def test_the_card_knows_the_evaluations_in_its_folder(trained, data_flags, tmp_path, run_script, capsys):
+    shutil.copytree(trained / "rotary", tmp_path / "model")
+    flags = ["--model_name_or_path", tmp_path / "model", *data_flags, "--eval_lengths", 32, 64, "--max_windows", 2]
+    card = tmp_path / "model" / "README.md"
+    before = card.read_text()
+    assert "No evaluation lies in its folder" in before and "not been evaluated" not in before
+    assert "(files stand here without\ntheir folders: put in where yours lie)" in before
+    run_script("evaluate", *flags, "--output_dir", tmp_path / "elsewhere")
+    assert card.read_text() == before
+    run_script("evaluate", *flags, "--output_dir", tmp_path / "model" / "evaluation")
+    assert (
+        "No evaluation lies" not in card.read_text() and "## Loss by length: the validation split" in card.read_text()
+    )
+    assert str(tmp_path) not in card.read_text()
+    prompt = shlex.split(capsys.readouterr().err.splitlines()[-1])[-1]
+    assert prompt and prompt == json.loads((tmp_path / "model" / "training.json").read_text())["corpus"]["opening"]
+    card.write_text("mine")
+    run_script("evaluate", *flags, "--output_dir", tmp_path / "model" / "again")
+    assert card.read_text() == "mine"
 
 
 def test_evaluation_of_another_family(tmp_path, trained, data_flags, run_script):
@@ -82,7 +106,8 @@ def test_lengths_that_are_not_named_are_those_that_documents_and_a_table_have(tr
         assert [*map(int, result["lengths"])] == result["flags"]["eval_lengths"] == lengths
         printed = capsys.readouterr()
         assert re.search(rf"Read: \d+ windows of {lengths[-1]} tokens from 3 documents, at 32.* tokens\.", printed.out)
-        expected = f"next: hf-relpos generate --model_name_or_path {trained / name} --prompt ''"
+        opening = json.loads((trained / name / "training.json").read_text())["corpus"]["opening"]
+        expected = f"next: hf-relpos generate --model_name_or_path {trained / name} --prompt {shlex.quote(opening)}"
         assert printed.err.splitlines()[-1] == expected
 
 

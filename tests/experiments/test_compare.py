@@ -1,14 +1,18 @@
 """The comparison on a text of one's own: its plan, its splits, what it refuses, and a small one from end to end."""
 
 import json
+import shlex
 
 import pytest
 from conftest import make_text
 
+from hf_relpos.cli import parse_values
 from hf_relpos.experiments import compare as module
 from hf_relpos.experiments.compare import CompareArguments, compare
-from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, time_text
-from hf_relpos.experiments.comparison_text import SPLITS, prepare_text
+from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, read_plan, save_plan, time_text
+from hf_relpos.experiments.comparison_progress import ComparisonProgress
+from hf_relpos.experiments.comparison_text import SPLITS, num_cut, prepare_text
+from hf_relpos.experiments.grid import TRAIN_TYPES, Run
 
 
 @pytest.mark.parametrize("text, seconds", [("20min", 1200), ("90s", 90), ("1.5h", 5400), (" 2 m ", 120)])
@@ -23,7 +27,7 @@ def test_budgets_that_are_none(text):
 
 
 def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
-    costs = [Cost(0.05, 5.0), Cost(0.1, 5.0)]
+    costs = {"alibi": Cost(0.05, 5.0), "rotary": Cost(0.1, 5.0)}
     for budget in (600, 3600, 7200):
         plan = make_plan(costs, budget, 2, 10**9)
         assert 0.95 * budget < plan.seconds <= budget and plan.num_runs == 2 * (2 + plan.seeds)
@@ -33,12 +37,91 @@ def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
 
 
 def test_a_budget_that_is_too_small_says_what_it_takes():
-    costs = [Cost(0.1, 5.0)] * 3
+    costs = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 5.0))
     with pytest.raises(ValueError, match="affords no comparison: 3 schemes with 2 seeds and 100 steps each take about"):
         make_plan(costs, 60, 2, 10**9)
     needed = 3 * (4 * (12 + 10) + 2 * 5) / 2
     assert make_plan(costs, needed + 1, 2, 10**9).steps >= 100
+    faster = make_plan(costs, needed + 1, 2, 10**9, None, 5.0)
+    assert faster.steps > make_plan(costs, needed + 1, 2, 10**9).steps and faster.work() / 2 == faster.seconds
     assert (time_text(61), time_text(125), time_text(7200)) == ("61 s", "3 min", "2.0 h")
+
+
+def test_a_larger_budget_adds_seeds_and_changes_nothing_else(tmp_path):
+    costs = {"alibi": Cost(0.05, 5.0), "rotary": Cost(0.1, 5.0)}
+    plan = make_plan(costs, 900, 2, 10**9, 3)
+    asked = {"budget": "15min", "seeds": None, "schemes": [*costs]}
+    save_plan(tmp_path, asked, plan)
+    same, news = read_plan(tmp_path, asked, 2)
+    assert (same.steps, same.seeds, same.num_runs, news) == (plan.steps, plan.seeds, plan.num_runs, "")
+    more, news = read_plan(tmp_path, asked | {"budget": "2h"}, 2)
+    assert (more.steps, more.seeds, more.num_runs) == (plan.steps, 5, 14) and more.seconds > plan.seconds
+    assert (
+        news == f"5 seeds instead of {plan.seeds}: what is done is kept, and each run has {plan.steps} steps as before"
+    )
+    same, news = read_plan(tmp_path, asked | {"budget": "16min"}, 2)
+    assert same.seeds == plan.seeds and "affords no further seed, which takes about" in news
+    assert read_plan(tmp_path, asked | {"seeds": 4}, 2)[0].seeds == 4
+    for change in ({"budget": "10min"}, {"seeds": plan.seeds - 1}, {"schemes": ["alibi"]}):
+        with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
+            read_plan(tmp_path, asked | change, 2)
+
+
+def test_one_count_and_one_time_over_all_stages(monkeypatch, tmp_path):
+    """2 schemes, 2 at once, 10 s for a run's steps, 5 s besides, 5 s for an evaluation: 60 s as planned."""
+    now = [1000.0]
+    monkeypatch.setattr("hf_relpos.experiments.comparison_progress.time.time", lambda: now[0])
+    plan = Plan(100, 2, 8, 75.0, {"alibi": (0.1, 5.0), "none": (0.1, 5.0)}, 5.0)
+    progress = ComparisonProgress(plan, 80.0, 2)
+    assert plan.work() == 8 * 15 + 4 * 5 == 140
+
+    def runs(stage, *settings):
+        return [
+            Run(
+                "here",
+                {"pos_embedding_type": name, "learning_rate": rate, "seed": seed},
+                {},
+                None,
+                (),
+                f"{name}{rate}{seed}",
+            )
+            for name in ("alibi", "none")
+            for rate, seed in settings
+        ]
+
+    def states(runs, *names):
+        return [(run, {"state": name, "step": 50, "steps": 100}) for run, name in zip(runs, names)]
+
+    first, second, final = runs(1, (1, 42), (2, 42)), runs(2, (3, 42)), runs(3, (3, 42), (3, 7))
+    progress.begin(first, tmp_path)
+    found = states(first, "training", "training", "waiting", "waiting")
+    assert progress.summary(found) == (
+        "0 of 8 runs, stage 1 of 3, two learning rates: 2 training, 2 waiting; about 70 s left"
+    )
+    now[0] += 30  # twice as long as planned
+    found = states(first, "done", "done", "waiting", "waiting")
+    assert progress.summary(found).startswith(
+        "2 of 8 runs, stage 1 of 3, two learning rates: 2 waiting; about 2 min left"
+    )
+    assert progress.left(found) == pytest.approx((140 - 30) / 2 * 2)
+    line = progress.remark(found)
+    assert line == (
+        "all will take about 3 min, 60 s more than the budget: the machine is slower than when it was measured"
+    )
+    assert progress.remark(found) == ""  # once
+    progress.end(first)
+    now[0] += 30
+    progress.begin(second, tmp_path)
+    assert progress.summary(states(second, "waiting", "waiting")).startswith("4 of 8 runs, stage 2 of 3, a third")
+    progress.end(second)
+    progress.begin(final, tmp_path)
+    found = states(final, "evaluating", "waiting", "evaluating", "waiting")
+    assert progress.summary(found).startswith("6 of 8 runs, stage 3 of 3, seeds: 2 evaluating, 2 waiting; about ")
+    now[0] += 60
+    assert progress.summary(states(final, *["done"] * 4)).startswith("8 of 8 runs, stage 3 of 3, seeds; about 0 s")
+    assert progress.conclusion() == (
+        "it took 2 min, 40 s more than the budget: the machine was slower than when it was measured"
+    )
 
 
 @pytest.mark.parametrize("num_documents", [1, 60])
@@ -55,7 +138,8 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     assert not lines["train"] & lines["test"] and not lines["validation"] & lines["test"]
     sizes = {split: sum(map(len, texts)) for split, texts in rows.items()}
     assert all(0.08 < sizes[split] / sum(sizes.values()) < 0.15 for split in ("validation", "test"))
-    assert len(rows["test"]) > 3  # an interval needs several documents
+    assert len(rows["test"]) == (1 if num_documents == 1 else 6)  # an end is one document, whatever its length
+    assert num_cut(tmp_path / "text") == (1 if num_documents == 1 else 0)
     assert prepare_text(str(folder), tmp_path / "text", 64) == paths
     for damage in (lambda path: path.unlink(), lambda path: path.write_text(path.read_text()[:-9])):
         damage(paths["test"])
@@ -70,6 +154,51 @@ def test_no_text_stands_in_two_splits(num_documents, tmp_path):
     (folder / "0.txt").write_text("another\n" * 999)
     with pytest.raises(ValueError, match="holds the text of another comparison"):
         prepare_text(str(folder), tmp_path / "text", 64)
+    source = json.loads((tmp_path / "text" / "source.json").read_text())
+    (tmp_path / "runs").rmdir()
+    del source["num_cut"]  # of an older version
+    (tmp_path / "text" / "source.json").write_text(json.dumps(source))
+    prepare_text(str(folder), tmp_path / "text", 64)
+    assert num_cut(tmp_path / "text") == (1 if num_documents == 1 else 0)
+
+
+def write_texts(folder, sizes) -> list[str]:
+    """Files of so many characters each."""
+    folder.mkdir()
+    texts = [make_text(size // 2, index)[:size] for index, size in enumerate(sizes)]
+    for index, text in enumerate(texts):
+        (folder / f"{index:04}.txt").write_text(text)
+    return texts
+
+
+@pytest.mark.parametrize(
+    "sizes, is_cut",
+    [
+        ([40_000] * 23, False),  # of equal size
+        ([40_000] * 12, False),
+        ([5_000 + 3_000 * index for index in range(23)], False),
+        ([1_000_000] + [9_000] * 22, False),  # one of them is most of the text
+        ([30_000] * 20 + [100] * 300, False),  # most of them hold no window
+        ([9_000] * 20 + [9_000] * 20, False),
+        ([40_000] * 5, True),
+        ([200_000] * 2, True),
+        ([400_000], True),
+        ([400_000] * 2 + [300] * 40, True),  # only two can be read at the run length
+    ],
+)
+def test_whole_documents_are_held_out_where_there_are_enough(sizes, is_cut, tmp_path):
+    texts = write_texts(tmp_path / "mine", sizes)
+    paths = prepare_text(str(tmp_path / "mine"), tmp_path / "text", 512)
+    rows = {split: [json.loads(line)["text"] for line in paths[split].read_text().splitlines()] for split in SPLITS}
+    assert num_cut(tmp_path / "text") == (len(sizes) if is_cut else 0)
+    assert sum(len(text) for each in rows.values() for text in each) == sum(map(len, texts))
+    if is_cut:
+        assert len(rows["test"]) <= len(texts)  # no piece counts as a document
+    else:
+        assert sorted(text for each in rows.values() for text in each) == sorted(texts)
+        assert sum(len(text) >= 4 * 512 for text in rows["test"]) >= 3 and len(rows["train"]) >= len(texts) // 2
+    assert sum(map(len, rows["train"])) > 0.5 * sum(map(len, texts))
+    assert any(len(text) >= 4 * 512 for text in rows["validation"])
 
 
 @pytest.mark.parametrize(
@@ -109,13 +238,16 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert "learning rates by validation loss: alibi 0." in printed
     assert any(line.startswith("Best at 32 tokens") for line in found)
     assert any(line.startswith("Best at 128 tokens") for line in found)
-    assert any(line.startswith("From 32 to 128 tokens") for line in found)
+    assert any(line.startswith("Read at 128 instead of 32 tokens") for line in found)
     results = [json.loads(line) for line in (tmp_path / ".out" / "results.jsonl").read_text().splitlines()]
     expected = {(scheme, seed) for scheme in options["schemes"] for seed in (42, 1337)}
     assert {(result["pos_embedding_type"], result["seed"]) for result in results} == expected
     assert all(r["corpus"]["split"] == "test" and r["corpus"]["same_corpus_as_training"] for r in results)
     assert all(r["training"]["data_seed"] == r["seed"] and len(r["documents"]["num_tokens"]) > 1 for r in results)
+    assert found[-1].startswith("Each model has 0.0M parameters and was trained on 3,072 tokens, ")
+    assert "documents that are not trained on" in printed and "are cut" not in printed and found[-1] in printed
     page = (tmp_path / ".out" / "report" / "report.html").read_text()
+    assert "Learning rates that were tried" in page
     assert "<b>" in page and "Loss by position, minus that of none" in page
     assert "alibi 0.00" in printed and "none 0.00" in printed and len([*(tmp_path / ".out" / "runs").iterdir()]) == 8
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))]
@@ -124,10 +256,35 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert times == [
         path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))
     ]
-    for change in ({"budget": "2h"}, {"seeds": 3}, {"schemes": ["alibi"]}, {"run_length": 64}):
+    for change in ({"budget": "2min"}, {"schemes": ["alibi"]}, {"run_length": 64}):
         with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
             compare(CompareArguments(**{**vars(args), **change}))
     assert compare(CompareArguments(**{**vars(args), "dry_run": True})) == []
+    capsys.readouterr()
+    assert compare(CompareArguments(**{**vars(args), "seeds": 3})) != found
+    printed = capsys.readouterr()
+    assert "3 seeds instead of 2: what is done is kept, and each run has 3 steps as before" in printed.out
+    weights = sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))
+    assert len(weights) == 8 and {*times} < {path.stat().st_mtime_ns for path in weights}
+    words = shlex.split(printed.err.splitlines()[-2].removeprefix("next: "))
+    assert words[:2] == ["hf-relpos", "generate"] and len(words[words.index("--prompt") + 1].split()) > 3
+    words = shlex.split(printed.err.splitlines()[-1].removeprefix("next: "))
+    assert words[:2] == ["hf-relpos", "train"] and words[words.index("--max_steps") + 1] == "30"
+    train_types = parse_values(TRAIN_TYPES, dict(zip((word[2:] for word in words[2::2]), words[3::2])))
+    assert train_types[0].pos_embedding_type in options["schemes"] and train_types[2].learning_rate < 1
+    with pytest.raises(ValueError, match="holds another comparison: its `seeds` is 3, got 2"):
+        compare(CompareArguments(**{**vars(args), "seeds": 2}))
+
+
+def test_the_plan_says_that_documents_are_cut(tmp_path, capsys):
+    write_texts(tmp_path / "mine", [60_000] * 2)
+    options = {"train_length": 32, "run_length": 128, "vocab_size": 300, "dry_run": True}
+    compare(CompareArguments(text=str(tmp_path / "mine"), output_dir=str(tmp_path / "out"), **options))
+    printed = capsys.readouterr()
+    assert "the 2 documents are cut: the test is the end of texts whose beginnings are trained on" in printed.out
+    assert "corpus mine: documents: 2; files: 2 (.txt)\n" in printed.err  # before there is a split
+    with pytest.raises(ValueError, match="`text` '.*nowhere' does not exist"):
+        compare(CompareArguments(text=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "nowhere" / "out")))
 
 
 @pytest.mark.parametrize("place", ["", "out", "deep/output/compare", "link/out"])

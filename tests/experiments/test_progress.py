@@ -14,7 +14,7 @@ from conftest import ROOT
 from rich.console import Console
 
 from hf_relpos.experiments.grid import Run
-from hf_relpos.experiments.progress import live_table, progress_table, status
+from hf_relpos.experiments.progress import labels, live_table, progress_table, status
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def finish(run: Run, root) -> None:
 def test_the_table_says_step_loss_and_time_left(runs, tmp_path):
     write(runs[0], tmp_path, step=40)
     table = progress_table(runs, tmp_path, time.time() - 60)
-    assert [list(column.cells) for column in table.columns[1:]] == [["training"], ["40/100"], ["3.250"], ["1:15"]]
+    assert [list(column.cells) for column in table.columns[1:]] == [["training"], ["40/100"], ["3.250"], ["75 s"]]
 
 
 def test_the_time_left_of_all_is_known_before_the_first_run_ends(runs, tmp_path):
@@ -48,10 +48,23 @@ def test_the_time_left_of_all_is_known_before_the_first_run_ends(runs, tmp_path)
     assert progress_table(runs, tmp_path, begun).title == "4 waiting"
     write(runs[0], tmp_path, step=60, first_step=30)
     write(runs[1], tmp_path, step=20)
-    assert progress_table(runs, tmp_path, begun).title == "2 training, 2 waiting; about 64 minutes left"
+    assert progress_table(runs, tmp_path, begun).title == "2 training, 2 waiting; about 65 min left"
     write(runs[0], tmp_path, step=100, first_step=30)
     finish(runs[0], tmp_path)
-    assert progress_table(runs, tmp_path, begun).title == "1 done, 1 training, 2 waiting; about 31 minutes left"
+    assert progress_table(runs, tmp_path, begun).title == "1 done, 1 training, 2 waiting; about 32 min left"
+
+
+def test_runs_are_told_apart_by_what_differs(tmp_path):
+    """A label names what experiments mostly vary; a learning rate stands in it where it must."""
+    runs = [
+        Run("here", {"seed": 1, "learning_rate": rate, "warmup_steps": 5}, {}, None, (), f"run{rate}")
+        for rate in (0.003, 0.006)
+    ]
+    runs.append(Run("here", {"seed": 2, "learning_rate": 0.003}, {}, None, (), "other"))
+    found = [*labels(runs).values()]
+    assert found == ["linear_cpb seed 1, lr 0.003", "linear_cpb seed 1, lr 0.006", "linear_cpb seed 2"]
+    write(runs[1], tmp_path, step=40)
+    assert [*progress_table(runs, tmp_path, 0.0).columns[0].cells] == ["run0.006 linear_cpb seed 1, lr 0.006"]
 
 
 def test_without_a_terminal_lines_come_at_intervals(runs, tmp_path):
@@ -65,11 +78,26 @@ def test_without_a_terminal_lines_come_at_intervals(runs, tmp_path):
         finish(runs[0], tmp_path)
     lines = output.getvalue().splitlines()
     first = f"run0  {runs[0].label}: "
-    assert f"{first}training, step 10/100, loss 3.250, 1:15 left" in lines
-    assert f"{first}training, step 90/100, loss 2.500, 1:15 left" in lines
+    assert f"{first}training, step 10/100, loss 3.250, 75 s left" in lines
+    assert f"{first}training, step 90/100, loss 2.500, 75 s left" in lines
     assert lines[-1].startswith(f"{first}done")
     assert any(line.startswith("1 training, 3 waiting; ") and line.endswith(" left") for line in lines)
     assert 8 <= len(lines) <= 24 and "\x1b" not in output.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_runs_are_warned_of_is_told_once(is_terminal, runs, tmp_path):
+    """Their logs are read by nobody."""
+    output = io.StringIO()
+    console = Console(file=output, soft_wrap=True, force_terminal=is_terminal, width=200)
+    for run in runs[:2]:
+        run.folder(tmp_path).mkdir(parents=True)
+        (run.folder(tmp_path) / "log.txt").write_text("alibi, 7M\nwarning: no document has 512 tokens\nstep 1\n")
+    with live_table(runs, tmp_path, seconds=0.02, console=console):
+        for run in runs[:2]:
+            write(run, tmp_path, step=10)
+        time.sleep(0.3)
+    assert output.getvalue().count("warning: no document has 512 tokens") == 1
 
 
 def test_a_failure_of_an_earlier_call_is_no_failure_of_this_one(runs, tmp_path):

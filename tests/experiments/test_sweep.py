@@ -279,7 +279,7 @@ def test_the_table_says_how_long_it_takes(tiny, tmp_path):
         run.result(root).parent.mkdir(parents=True)
         run.result(root).write_text("{}")
     os.utime(runs[0].result(root), (begun - 1, begun - 1))  # done by an earlier call
-    assert table(runs, root, begun).title == "2 done, 2 waiting; about 20 minutes left"
+    assert table(runs, root, begun).title == "2 done, 2 waiting; about 21 min left"
 
 
 def test_done_runs_are_kept_and_a_failed_one_stops_only_what_needs_it(tiny, tmp_path):

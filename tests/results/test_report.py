@@ -7,16 +7,26 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 
 from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
+from hf_relpos.results.caveats import caveats
+from hf_relpos.results.compared_rates import TRIED, save_tried
 from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
 from hf_relpos.results.report import write_report
-from hf_relpos.results.result_file import RESULTS, read_result, read_results, smooth_by_position, write_results
+from hf_relpos.results.result_file import (
+    CONTEXT_NOTE,
+    RESULTS,
+    read_result,
+    read_results,
+    smooth_by_position,
+    write_results,
+)
 
 
 SEEDS = (42, 1337, 3407, 1024, 365)
@@ -99,7 +109,7 @@ def test_a_change_with_the_length_is_tested_itself(results):
     for index, result in enumerate(results):
         result["lengths"]["512"]["loss"] += 0.001 * (index % 7)
     words = " ".join(sentences(answers(group_results(results))[2]))
-    assert "From 128 to 512 tokens, perplexity falls: **alibi** (-4.6 %), **none** (-4.6 %)." in words
+    assert "Read at 512 instead of 128 tokens, perplexity falls: **alibi** (-4.6 %), **none** (-4.6 %)." in words
     assert "perplexity rises: **rotary** (+65." in words
 
 
@@ -113,12 +123,58 @@ def test_what_is_gained_over_a_sliding_window_is_asked_where_it_was_read(results
         result["sliding_baseline"] = {"length": 128, "stride": 64, "loss": 4.0, "perplexity": 54.6}
     groups = group_results(results)
     words = " ".join(sentences(answers(groups)[3]))
-    assert "From a sliding window of 128 to 512 tokens, perplexity falls: **none** (-25.9 %), **rotary**" in words
+    start = "Beside a window of 128 tokens that slides over the same text, reading 512 at once is"
+    assert f"{start} better: **none** (-25.9 %), **rotary**" in words
+    assert f"{start} no better and no worse, as far as is resolved at 5 seeds and 2 documents: **alibi**" in words
     write_report(results, tmp_path, title="Sliding")
     page = (tmp_path / "report.md").read_text()
     assert "| setting | seeds | sliding | 128 |" in page and "few have little context" in page
     del results[0]["sliding_baseline"]
     assert len(answers(group_results(results))) == 3
+
+
+def test_ends_of_trained_documents_are_no_new_documents(results, tmp_path):
+    for result in results:
+        result["documents"] = {"num_tokens": [9, 9], "loss": {length: [4.0, 4.1] for length in result["lengths"]}}
+    write_report(results, tmp_path, title="Whole")
+    assert "holds for new seeds and new documents (2 documents were read). " in (tmp_path / "report.md").read_text()
+    for result in results:
+        result["corpus"]["num_short_documents"] = 7
+    write_report(results, tmp_path, title="Whole")
+    assert "(2 documents were read; 7 shorter than 512 tokens cannot be). " in (tmp_path / "report.md").read_text()
+    for result in results:
+        result["corpus"]["read"] = {"num_ends": 2}
+    write_report(results, tmp_path, title="Cut")
+    page = (tmp_path / "report.md").read_text()
+    assert "new seeds and new documents" not in page and "new seeds and no new documents: the ends of 2 docu" in page
+    sentence = "The 2 documents are cut: the test is the end of texts whose beginnings were trained on; the interval "
+    assert f"{sentence}does not hold for new documents." in page.partition("## Perplexity")[0]
+
+
+def losses_of(*tenths):
+    return [{"step": 10 * index + 5, "loss": loss} for index, loss in enumerate(tenths)]
+
+
+def test_the_answer_says_how_short_the_trainings_were(results):
+    for result in results:
+        result["training"] |= {"num_parameters": 1_320_000, "num_tokens": 492_544, "passes": 0.2468}
+        result["training"]["log"] = losses_of(*[6.0] * 8, 4.5, 4.3)
+    (text,) = caveats(group_results(results))
+    assert text == (
+        "Each model has 1.3M parameters and was trained on 492,544 tokens, 0.25 passes over the text. The "
+        "training loss was still falling at the end: in the last tenth of the steps it is 0.200 nats below that in the "
+        "tenth before; the order may differ with longer training."
+    )
+    for result in results:
+        result["training"]["log"] = losses_of(*[6.0] * 8, 4.5, 4.502)
+    (text,) = caveats(group_results(results))
+    assert "hardly falling any more" in text and "0.002 nats above" in text
+    results[0]["training"]["num_parameters"] = 2_000_000
+    assert caveats(group_results(results))[0].startswith("Each model has 1.3M to 2.0M parameters and")
+    results[0]["training"] |= {"log": [], "passes": None}
+    assert caveats(group_results(results))[0].endswith(" 492,544 tokens; the order may differ with longer training.")
+    del results[0]["training"]["num_parameters"]
+    assert caveats(group_results(results)) == []
 
 
 def test_documents_widen_the_interval(results):
@@ -229,6 +285,39 @@ def test_the_page_holds_everything_in_one_file(results, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
 
 
+def test_score_and_slope_stand_beside_what_they_compare(results, run_script, tmp_path, capsys):
+    """The loss at two places of a text: no sentence calls a sign good or bad by itself."""
+    paths = write_report(results, tmp_path)
+    assert CONTEXT_NOTE in paths[0].read_text(encoding="utf-8") and CONTEXT_NOTE in paths[1].read_text(encoding="utf-8")
+    write_results(tmp_path / RESULTS, results)
+    run_script("report", "--results", tmp_path / RESULTS, "--output_dir", tmp_path / "table")
+    assert CONTEXT_NOTE in capsys.readouterr().out
+    assert CONTEXT_NOTE in (tmp_path / "table" / "table.md").read_text(encoding="utf-8")
+    assert "by themselves they do not say whether more context helps" in CONTEXT_NOTE
+    places = [*ROOT.glob("hf_relpos/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    for path in places:
+        text = " ".join(path.read_text(encoding="utf-8").split()).lower()
+        assert not re.search(r"below 0[^.]{0,20}context", text), path
+
+
+def test_learning_rates_that_were_tried_stand_in_the_report_of_a_comparison(results, run_script, tmp_path):
+    tried = {"none": {3e-3: 4.02, 6e-3: 4.0, 0.012: 4.01}, "alibi": {3e-3: 3.9, 6e-3: None, 1.5e-3: 3.95}}
+    save_tried(tmp_path, tried)
+    write_results(tmp_path / RESULTS, results)
+    expected = ["| scheme | 0.0015 | 0.003 | 0.006 | 0.012 |", "| none | – | 4.0200 | 4.0000* | 4.0100 |"]
+    expected.append("| alibi | 3.9500 | 3.9000* | diverged | – |")
+    pages = [write_report(results, tmp_path / "report")[0], tmp_path / "elsewhere" / "report.md"]
+    run_script("report", "--sweep", tmp_path, "--output_dir", pages[1].parent)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "## Learning rates that were tried" in text and all(line in text for line in expected)
+    (tmp_path / TRIED).unlink()
+    assert "were tried" not in write_report(results, tmp_path / "report")[0].read_text(encoding="utf-8")
+    (tmp_path / TRIED).write_text('{"none": 3}')
+    with pytest.raises(ValueError, match="learning rates .*cannot be read"):
+        write_report(results, tmp_path / "report")
+
+
 def test_finetuning_is_drawn_against_its_steps(tmp_path):
     results = [
         make_result("alibi", seed, 4 - steps / 1000, 512, num_steps=steps, base_train_length=128)
@@ -264,7 +353,7 @@ def test_a_table_leaves_out_the_files_that_cannot_be_read(results, run_script, t
     printed = capsys.readouterr()
     assert printed.err.count("left out: ") == 3 and all(name in printed.err for name in names[2:])
     table = (tmp_path / "report" / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + 4 + 2 and "| none (1337) |" in table
+    assert len(table.splitlines()) == 2 + 4 + 4 and "| none (1337) |" in table
     assert table.endswith("\n\nText: books, split test.\n")
 
 
@@ -308,7 +397,7 @@ def test_a_table_of_files_names_what_sets_runs_apart(run_script, tmp_path, capsy
     files = [tmp_path / f"{index}.json" for index in range(3)]
     run_script("report", "--results", *files, "--output_dir", tmp_path / "out")
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:-2]] == [
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:-4]] == [
         "| alibi 10 steps (1)",
         "| alibi 20 steps (1)",
         "| gpt2",

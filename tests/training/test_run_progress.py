@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import finetuning_flags, run_in_shell, training_flags
+from helpers import finetuning_flags, refusal, run_in_shell, training_flags
 
 from hf_relpos import messages
 from hf_relpos.cli import main
@@ -22,14 +22,14 @@ class Model:
         return 7_345_678
 
 
-def make_run(num_blocks: int | None = 1000, task: str | None = None, **changes):
+def make_run(num_blocks: int | None = 1000, task: str | None = None, longest: int | None = None, **changes):
     """What a banner tells of: 16 × 128 tokens a step on one CPU."""
     fields = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, n_gpu=0, world_size=1, block_size=128)
     fields |= dict(seed=7, bf16=False, fp16=False, output_dir="out/alibi", device=SimpleNamespace(type="cpu"))
     fields |= dict(eval_strategy=SimpleNamespace(value="steps"), **changes)
     blocks = iter(()) if num_blocks is None else range(num_blocks)
     corpus = SimpleNamespace(record={"name": "mine.txt"})
-    data = SimpleNamespace(train=blocks, validation=range(48), corpus=corpus)
+    data = SimpleNamespace(train=blocks, validation=range(48), corpus=corpus, longest_document=longest)
     return SimpleNamespace(
         model=Model(), data=data, data_args=SimpleNamespace(task=task), args=SimpleNamespace(**fields)
     )
@@ -60,6 +60,37 @@ def test_a_banner_counts_all_devices_and_says_where_a_run_resumes():
 def test_many_passes_over_a_corpus_are_warned_of(steps, warning):
     lines = banner(make_run(), steps)
     assert len(lines) == (4 if warning else 3) and (not warning or lines[3].startswith(warning))
+
+
+@pytest.mark.parametrize("longest, is_warned", [(127, True), (128, False), (None, False)])
+def test_blocks_that_no_document_fills_are_warned_of(longest, is_warned):
+    lines, said = banner(make_run(longest=longest), 10), "warning: no document has 128 tokens, the longest has 127: "
+    assert len(lines) == 3 + is_warned and lines[-1].startswith(said) == is_warned
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_training_warns_by_the_rule_of_evaluation(name, trained, data_flags, tmp_path, run_script, capsys):
+    """400 words are some 2,500 bytes, so fewer tokens; joined documents have no such limit."""
+    for crossed in ("false", "true"):
+        options = dict(max_steps=1, block_size=3000, per_device_train_batch_size=1, cross_document_attention=crossed)
+        flags = training_flags(data_flags, tmp_path / crossed, **options)
+        if name == "finetune":
+            flags = finetuning_flags(data_flags, trained / "none", tmp_path / crossed, **options)
+        run_script(name, *flags)
+        said = re.search(r"warning: no document has 3,000 tokens, the longest has ([\d,]+):", capsys.readouterr().out)
+        assert bool(said) == (crossed == "false")
+        if said:
+            longest = int(said[1].replace(",", ""))
+    evaluation = [
+        "--model_name_or_path",
+        tmp_path / "false",
+        "--eval_split",
+        "train",
+        "--output_dir",
+        tmp_path / "eval",
+    ]
+    error = refusal(run_script, capsys, "evaluate", [*data_flags, *evaluation, "--eval_lengths", 3000])
+    assert f"no document has 3000 tokens, the longest has {longest - 1};" in error  # without the token at its end
 
 
 def test_streams_and_tasks_have_no_passes():

@@ -1,0 +1,68 @@
+"""What an answer does not hold for: the documents that it was read from, and how short the trainings were."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .groups import Group
+from .result_file import has_held_out_ends
+
+
+FALLING = 0.01  # nats in the last tenth of the steps, from which the loss is said to be falling: 1 % of the perplexity
+
+
+def caveats(groups: Sequence[Group]) -> list[str]:
+    """A sentence each, for the end of the answer."""
+    return [line for line in (held_out_ends_text(groups), training_text(groups)) if line]
+
+
+def held_out_ends_text(groups: Sequence[Group]) -> str:
+    """That the text is the ends of documents that were trained on, where it is; else nothing."""
+    if not has_held_out_ends(groups[0].first):
+        return ""
+    number = len(groups[0].document_weights)
+    documents = f"{number} documents are" if number > 1 else "document is"
+    return (
+        f"The {documents} cut: the test is the end of texts whose beginnings were trained on; the interval does not "
+        "hold for new documents."
+    )
+
+
+def training_text(groups: Sequence[Group]) -> str:
+    """How large the models are, how long they were trained, and whether the loss was still falling; empty where records
+    do not tell."""
+    records = [result["training"] for group in groups for result in group.by_seed.values()]
+    if not all(record and record.get("num_parameters") and record.get("num_tokens") for record in records):
+        return ""
+    parameters = _range([record["num_parameters"] / 1e6 for record in records], "{:.1f}M parameters", "{:.1f}M")
+    text = f"Each model has {parameters} and was trained on "
+    text += _range([record["num_tokens"] for record in records], "{:,} tokens", "{:,}")
+    if all(record.get("passes") for record in records):
+        text += f", {_range([record['passes'] for record in records], '{:.2g} passes over the text', '{:.2g}')}"
+    falls = [fall for record in records if (fall := last_fall(record)) is not None]
+    if len(falls) < len(records):
+        return f"{text}; the order may differ with longer training."
+    mean = sum(falls) / len(falls)
+    how = f"in the last tenth of the steps it is {abs(mean):.3f} nats {'below' if mean > 0 else 'above'}"
+    how += " that in the tenth before"
+    if mean < FALLING:
+        return f"{text}. The training loss was hardly falling any more at the end: {how}."
+    return f"{text}. The training loss was still falling at the end: {how}; the order may differ with longer training."
+
+
+def last_fall(record: dict[str, Any]) -> float | None:
+    """By how many nats the mean of the logged training losses falls from the ninth to the last tenth of the steps;
+    `None` where there is none in one of the two."""
+    losses = [(entry["step"], entry["loss"]) for entry in record.get("log") or () if "loss" in entry]
+    last = max((step for step, _ in losses), default=0)
+    tenths = [[loss for step, loss in losses if start < step / last <= start + 0.1] for start in (0.8, 0.9)]
+    if not all(tenths):
+        return None
+    before, after = (sum(tenth) / len(tenth) for tenth in tenths)
+    return before - after
+
+
+def _range(values: Sequence[float], form: str, short: str) -> str:
+    """ "1.3M parameters", or "1.3M to 1.4M parameters" """
+    low, high = min(values), max(values)
+    text = form.format(high)
+    return text if short.format(low) == short.format(high) else f"{short.format(low)} to {text}"

@@ -1,0 +1,138 @@
+"""Figures of a report: what their bands and ticks are, and that their captions say so."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report import SEEDS, make_result, make_score
+
+from hf_relpos.results import report_figures
+from hf_relpos.results.figure_style import exact_labels, new_figure, round_ticks
+from hf_relpos.results.groups import group_results
+from hf_relpos.results.report import write_report
+from hf_relpos.results.report_tables import perplexity_rows
+
+
+@pytest.fixture
+def results():
+    """Documents differ by far more than seeds: an interval of the seeds alone would be narrow."""
+    found = []
+    for index, seed in enumerate(SEEDS):
+        for scheme, lead in (("none", 0.0), ("alibi", 0.05), ("rotary", 0.02)):
+            result = make_result(scheme, seed, 4 - lead * (1 + index / 10))
+            spread = np.linspace(-0.4, 0.4, 5)
+            losses = {length: (cell["loss"] + spread).tolist() for length, cell in result["lengths"].items()}
+            found.append(result | {"documents": {"num_tokens": [100] * 5, "loss": losses}})
+    return found
+
+
+def figures_of(results, monkeypatch):
+    """→ heading → its matplotlib figure and its caption."""
+    drawn = []
+    monkeypatch.setattr(report_figures, "figure_png", lambda figure, *_: drawn.append(figure) or b"")
+    groups = group_results(results)
+    found = report_figures.draw_figures(groups, groups[0].label)
+    return {each.heading: (figure, each.caption) for each, figure in zip(found, drawn)}
+
+
+def finetuned():
+    return [
+        make_result("alibi", seed, 4 - steps / 1000 - seed / 100, 512, num_steps=steps, base_train_length=128)
+        for seed in (1, 2)
+        for steps in (25, 50)
+    ]
+
+
+def test_each_figure_says_what_its_bands_are(results, monkeypatch):
+    tasks = [make_score(scheme, seed, seed / 20) for scheme in ("none", "alibi") for seed in range(5)]
+    others = [result | {"pos_embedding_type": "none"} for result in finetuned()]
+    found = {}
+    for each in (tasks, [*finetuned(), *others], results):
+        found |= figures_of(each, monkeypatch)
+    assert {kind.heading for kind in report_figures.KINDS} < {*found}
+    for heading, (figure, caption) in found.items():
+        drawn = sum(len(axes.collections) for axes in figure.axes)
+        assert caption.startswith("Bands: 95 % intervals ") if drawn else "no bands" in caption, heading
+        assert " ".join(figure.get_supxlabel().split()) == caption
+    assert "of the change itself, for new seeds and new documents" in found["Change of perplexity with the length"][1]
+    assert (
+        "of the difference, paired by seed, for new seeds on this text; the spread between documents is left out"
+        in (found["Loss by position, minus that of none"][1])
+    )
+    assert found["Bias by distance"][1] == (
+        f"A line for each layer and head, of seed {min(SEEDS)} alone, of 5 seeds; no bands."
+    )
+
+
+def test_a_setting_of_one_seed_is_named(results, monkeypatch):
+    one = [result for result in results if result["seed"] == 42]
+    assert all(
+        caption == "One seed: no bands." or "seed 42;" in caption
+        for _, caption in figures_of(one, monkeypatch).values()
+    )
+    some = [result for result in results if result["pos_embedding_type"] == "none" or result["seed"] == 42]
+    for heading, (figure, caption) in figures_of(some, monkeypatch).items():
+        bands = sum(len(axes.collections) for axes in figure.axes)
+        assert (
+            heading == "Bias by distance"
+            or bands == 1
+            and caption.endswith("One seed, no band: alibi, rotary.")
+            or ("may still be resolved" in caption)
+        )
+
+
+def test_the_band_of_the_perplexity_is_the_interval_of_the_table(results, monkeypatch):
+    figure, caption = figures_of(results, monkeypatch)["Perplexity by length"]
+    assert "for new seeds and new documents, as in the table" in caption
+    rows = perplexity_rows(group_results(results))
+    for row, line, band in zip(rows[1:], figure.axes[0].get_lines(), figure.axes[0].collections):
+        vertices = band.get_paths()[0].vertices
+        for column, length in ((2, 128), (3, 512)):
+            mean, low, high = map(float, re.findall(r"[\d.]+", row[column]))
+            at = vertices[vertices[:, 0] == length, 1]
+            assert (at.min(), at.max()) == pytest.approx((low, high), abs=0.006) and high > 1.2 * mean
+            assert line.get_ydata()[line.get_xdata() == length] == pytest.approx(mean, abs=0.006)
+
+
+def test_the_caption_is_in_the_report(results, tmp_path):
+    page, markdown = (path.read_text(encoding="utf-8") for path in write_report(results, tmp_path)[1::-1])
+    for text in ("Perplexity by length. Bands: 95 % intervals for new seeds and new documents, as in the table.",):
+        assert f'alt="{text}' in page and f"![{text}" in markdown
+    assert f"of seed {min(SEEDS)} alone, of 5 seeds" in markdown
+
+
+@pytest.mark.parametrize("top", [0.02, 0.7, 3, 19.2, 40, 180, 2e5])
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_labels_of_ticks_are_their_values(top, scale):
+    """Equal steps of 2.5 read +2, +5, +8, +10 once."""
+    axes = new_figure(9, 5).subplots()
+    axes.set_yscale(scale)
+    axes.set_ylim(top / 20 if scale == "log" else -top / 9, top)
+    (exact_labels if scale == "log" else round_ticks)(axes.yaxis, "+", " %")
+    axes.figure.canvas.draw()
+    pairs = [
+        (each.get_loc(), each.label1.get_text()) for each in axes.yaxis.get_major_ticks() + axes.yaxis.get_minor_ticks()
+    ]
+    shown = [(place, label) for place, label in pairs if label]
+    assert len(shown) > 2
+    for place, label in shown:
+        assert (
+            float(label.removesuffix(" %").replace("−", "-")) == pytest.approx(place, rel=1e-9, abs=1e-12)
+            and "e" not in label
+        )
+    if scale == "linear":
+        step = shown[1][0] - shown[0][0]
+        assert f"{step:.6e}".partition("e")[0] in ("1.000000", "2.000000", "5.000000")
+
+
+def test_no_figure_has_labels_that_round_their_ticks():
+    """A format of fixed decimals rounds; counts of tokens, in octaves, are whole."""
+    sources = Path(report_figures.__file__).parents[2]
+    for path in [
+        *sources.rglob("hf_relpos/**/*.py"),
+        *sources.rglob("benchmarks/*.py"),
+        *sources.rglob("scripts/*.py"),
+    ]:
+        for call in re.findall(r"yaxis.set_m\w+_formatter\((.*?)\)", path.read_text(encoding="utf-8")):
+            assert call == '"{x:g}"', path
