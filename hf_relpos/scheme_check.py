@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
+from .model.saved_code import foreign_schemes
 from .model.scheme_base import HOOKS, POSITION_EMBEDDINGS
 from .model.scheme_registry import build_position_embeddings, position_embedding_classes
 from .scheme_docs import lacking_in_card
@@ -27,9 +28,8 @@ from .scheme_files import imported_schemes
 
 
 # weights large enough that every part of the model matters; no dropout, so that a forward can be repeated
-TINY = dict(vocab_size=97, num_attention_heads=4, head_dim=8, max_position_embeddings=160)
-TINY |= dict(train_length=16, initializer_range=0.15, embedding_multiplier=2.0, hidden_dropout=0.0)
-TINY |= dict(pad_token_id=0, eos_token_id=1)
+TINY = dict(vocab_size=97, num_attention_heads=4, head_dim=8, max_position_embeddings=160, pad_token_id=0)
+TINY |= dict(train_length=16, initializer_range=0.15, embedding_multiplier=2.0, hidden_dropout=0.0, eos_token_id=1)
 LENGTH, LONG = 40, 160  # tokens, past the training length of 16, and ten times that
 CLOSE, PART = 2e-5, 1e-4  # fp32 logits of magnitude 1..10 in another order of operations
 SHIFTED = 2e-4  # rotations take their angles in fp32 from the positions themselves
@@ -73,8 +73,8 @@ class SchemeReport:
         return None
 
     def __str__(self) -> str:
-        lines = [self.pos_embedding_type, *map(str, self.findings), *(f"note     {note}" for note in self.notes)]
-        return "\n".join(lines)
+        notes = (f"note     {note}" for note in self.notes)
+        return "\n".join([self.pos_embedding_type, *map(str, self.findings), *notes])
 
     __repr__ = __str__
 
@@ -91,8 +91,7 @@ def check_position_embedding(pos_embedding_type: str, only: Sequence[str] = (), 
         only: names of `CHECKS`; all by default.
         **fields: of `RelPosConfig`, such as `pos_embedding_kwargs`.
 
-    Returns:
-        the report: print it, or read `passed`.
+    Returns: the report; print it, or read `passed`.
 
     Raises:
         ValueError: for a scheme that is not registered, or fields that the configuration refuses.
@@ -106,7 +105,9 @@ def check_position_embedding(pos_embedding_type: str, only: Sequence[str] = (), 
             findings.append(_find(name, subject, hooks))
         if not findings[-1].passed and name == "start":  # nothing else can be tried
             break
-    notes = (note for name, cls in classes.items() if (note := lacking_in_card(name, cls)))
+    notes = [note for name, cls in classes.items() if (note := lacking_in_card(name, cls))]
+    unsaved = foreign_schemes(pos_embedding_type).items()
+    notes += [f"{name!r} is not saved with models, since {reason}." for name, (_, reason) in unsaved]
     return SchemeReport(pos_embedding_type, tuple(findings), tuple(notes))
 
 
@@ -163,10 +164,9 @@ def _hook_of(error: BaseException) -> tuple[str, ...]:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Random numbers are after it what they were before, and nothing is said, nor counted as said once."""
-    disabled, warning_once = logging.root.manager.disable, getattr(logging.Logger, "warning_once", None)
+    disabled, warning_once = logging.root.manager.disable, logging.Logger.warning_once
+    bars, logging.Logger.warning_once = transformers_logging.is_progress_bar_enabled(), logging.Logger.warning
     logging.disable(logging.WARNING)
-    logging.Logger.warning_once = logging.Logger.warning
-    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

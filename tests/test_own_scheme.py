@@ -270,6 +270,8 @@ def test_what_a_script_defines_is_told_where_to_go(tmp_path, caplog):
     import_scheme_file(path)
     with caplog.at_level("WARNING", logger="transformers"):
         make_model("own_script").save_pretrained(tmp_path / "model")
+    (note,) = [each for each in check_position_embedding("own_script", only=["start"]).notes if "saved" in each]
+    assert note.startswith("'own_script' is not saved with models, since its file 'own_script.py' cannot be carried")
     (message,) = [record.message for record in caplog.records if "own_script" in record.message]
     assert (
         ":" not in message and "its file 'own_script.py' cannot be carried, as `import hf_relpos` in line 2" in message

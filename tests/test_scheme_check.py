@@ -313,7 +313,8 @@ def test_what_cannot_be_built_is_told_once():
 def test_a_card_that_will_be_empty_is_told(text, lacks):
     register_position_embedding("own")(type("Own", (Bias,), {"__doc__": text}))
     report = check_position_embedding("own", only=["start"])
-    assert report.passed and [lacks in note for note in report.notes] == ([True] if lacks else [])
+    notes = [note for note in report.notes if "is not saved" not in note]
+    assert report.passed and [lacks in note for note in notes] == ([True] if lacks else [])
     assert (f"note     {lacks}" if text is None else str(lacks)) in f"{report}None"
 
 
