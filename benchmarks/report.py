@@ -113,17 +113,17 @@ def plot_benchmark(result: dict[str, Any], folder: Path) -> list[Path]:
         memory = [r for r in result["memory"] if r["part"] == part and r.get("ratio", 0) > 0]
         if not times:
             continue
-        figure = new_figure(11, 4.6)
-        panels = figure.subplots(1, 2)
+        drawn = [(records, what) for records, what in ((times, "time"), (memory, "peak memory")) if records]
+        figure = new_figure(3.5 * (1 + len(drawn)), 4.6)
+        panels = figure.subplots(1, len(drawn), squeeze=False)[0]
         names = list(dict.fromkeys(record["name"] for record in [*times, *memory]))
-        for axes, records, what in ((panels[0], times, "time"), (panels[1], memory, "peak memory")):
-            if not records:
-                axes.set_axis_off()
-                continue
+        for axes, (records, what) in zip(panels, drawn):
             _draw(axes, records, names, colormaps["tab20"])
             axes.set(title=f"{what}, ratio to {base}", xlabel="length (tokens), equal tokens in all")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 + 2 * len(drawn), fontsize="small", frameon=False
+        )
         paths.append(folder / f"{part}_cost.png")
         save_figure(figure, paths[-1])
     return paths

@@ -10,7 +10,7 @@ from conftest import ROOT
 from benchmarks import measure as benchmarking
 from benchmarks import run
 from benchmarks.cases import HEAD_DIM, NUM_HEADS, Case
-from benchmarks.report import tables
+from benchmarks.report import peer_table, tables
 
 
 def test_samples_are_summarized_by_the_median_and_the_quartiles():
@@ -115,8 +115,37 @@ def test_wrong_arguments_are_one_line(flags, message, monkeypatch, tmp_path, cap
     assert re.search(message, error)
 
 
+def stored(name):
+    return json.loads((ROOT / "docs" / "results" / "speed" / name / "benchmark.json").read_text(encoding="utf-8"))
+
+
 def test_docs_are_made_from_the_result_files():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    for name in ("xeon", "native", "native_bf16", "bf16", "short", "memory", "profile", "long"):
-        result = json.loads((ROOT / "docs" / "results" / "speed" / name / "benchmark.json").read_text(encoding="utf-8"))
-        assert tables(result).partition("\n\n")[2].strip() in page
+    assert peer_table(stored("peers"), stored("peers_memory")) in page
+    for record in stored("peers_bf16")["times"]:
+        cell = f"{record['ratio']:.2f}"
+        if record["part"] == "attention" and record["mode"] == "forward_backward":
+            assert re.search(rf"^\| {record['name']} \|.* {cell} ", page, re.MULTILINE)
+        elif record["part"] == "step":
+            assert f" {cell} ({1000 * record['seconds']:.0f} ms) |" in page
+    for name in ("decode", "decode_reversed", "decode_before", "decode_before_reversed"):
+        for record in stored(name)["times"]:
+            if record["name"] != "llama":
+                assert re.search(rf"^\| {record['name']} \|.* {record['ratio']:.2f} \|", page, re.MULTILINE)
+
+
+def test_peers_stand_in_one_table():
+    """A row for each name, its ratios by length, of memory at the longest and of a cached step."""
+    times = [
+        {"part": "attention", "name": "sdpa_causal", "length": 8, "mode": mode, "ratio": ratio}
+        for mode, ratio in (("forward", 3.0), ("forward_backward", 1.0))
+    ]
+    times += [{"part": "step", "name": "none", "length": 16, "mode": "", "ratio": 0.5}]
+    times += [
+        {"part": "decode", "name": "none", "length": 9, "mode": "", "batch_size": rows, "ratio": rows / 4}
+        for rows in (1, 8)
+    ]
+    memory = [{"part": "step", "name": "none", "length": length, "ratio": length / 10} for length in (8, 16)]
+    table = peer_table({"times": times, "memory": []}, {"times": [], "memory": memory}).splitlines()
+    assert table[0] == "| ratio of | 8 | 16 | memory at 16 | cached step after 9 |"
+    assert "| sdpa_causal | 1.00 | – | – | – |" in table and "| none | – | 0.50 | 1.60 | 0.25 |" in table
