@@ -29,6 +29,16 @@ MODEL_FILES = (
 )
 
 
+def no_model(folder: str | Path) -> str:
+    """What a folder without config.json is, to end an error with: "not a model: it holds no config.json"."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return (
+            "not a model but an adapter of PEFT: merge it (`merge_and_unload`) and save the whole model with its "
+            "tokenizer; the adapter alone is published by PEFT's own `push_to_hub`"
+        )
+    return "not a model: it holds no config.json"
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Whatever a library raises in the body becomes a `ValueError` that says `what` and, in short, why.

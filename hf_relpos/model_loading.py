@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from .file_reading import MODEL_FILES, read_json, reading
+from .file_reading import MODEL_FILES, no_model, read_json, reading
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 
@@ -113,7 +113,7 @@ def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:
     path = Path(name)
     if os.path.isdir(name):
         if not (path / "config.json").is_file():
-            raise ValueError(f"{flag} {name!r} is not a model: it holds no config.json{_checkpoint_hint(path)}.")
+            raise ValueError(f"{flag} {name!r} is {no_model(path)}{_checkpoint_hint(path)}.")
         for file in MODEL_FILES:
             if (path / file).exists():
                 read_json(path / file, f"{flag}: file")

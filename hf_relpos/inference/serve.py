@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_serve_available
 from ..cli import command
 from ..file_reading import read_json, reading
 from ..messages import say_command
-from ..model.attention_mask import check_implementation
+from ..model.attention_mask import check_continuous_batching
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite
@@ -49,7 +49,8 @@ def check_model(name: str, options: Sequence[str]) -> RelPosConfig:
             if key := not_finite(path):
                 raise ValueError(f"the weights are not finite: {key!r} in {path.name!r} {NOT_FINITE}")
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
-        check_implementation(config, "paged|sdpa (--continuous-batching)")
+        with reading("--continuous-batching"):
+            check_continuous_batching(config)
     return config
 
 

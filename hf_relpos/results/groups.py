@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .result_file import SLIDING, other_corpus_mark, score_cells
+from .result_file import SLIDING, labels, other_corpus_mark, score_cells
 
 
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
@@ -218,6 +218,17 @@ def _same_split(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two results say that they are on the same text, whatever splits were named beside it."""
     known = first.get("split_fingerprint")
     return bool(known) and known == second.get("split_fingerprint")
+
+
+def setting_label(result: dict[str, Any]) -> str:
+    """What to call a run that stands alone: its scheme, what of its options is no default, and its seed; the model's
+    name without a record of its training."""
+    training = result.get("training")
+    if not training:
+        return labels([result])[0]
+    fields = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "layer_types", "sliding_window")
+    words = (VARIED[name](training.get(name, result.get(name))) for name in fields)
+    return f"{' '.join(filter(None, words))} ({result['seed']})" + other_corpus_mark(result)
 
 
 def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[str]:

@@ -231,7 +231,7 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
         (["serve", tmp_path / "nothing"], "is not a folder with a saved model"),
         (["serve", tmp_path / "llama"], "is not a model of the family ('relpos'), got 'llama'"),
         (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
-        (["serve", tmp_path / "bias", "--continuous-batching"], "would drop the position bias"),
+        (["serve", tmp_path / "bias", "--continuous-batching"], "has no place for the position bias"),
         (["serve", tmp_path / "bias", "--max_new_tokens"], "`max_new_tokens` must be one number of at least 1, got ''"),
         (["serve", tmp_path / "bias", "--max-new-tokens=0"], "`max_new_tokens` must be one number of at least 1"),
     ):
