@@ -235,6 +235,9 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
         text = f" of {corpus_name(base)}" if (base := record.get("base_corpus")) else ""
         length = record.get("base_train_length")
         lines.append(f"{made} {_code(base_model)}, which was trained at {length} tokens{text}.")
+    if edits := record.get("base_edits"):
+        texts = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in edits.items())
+        lines.append(f"Changed by hand before that, in its config.json: {'; '.join(texts)}.")
     fields = (record.get("changes") or {}).get("fields", {})
     if fields:
         changes = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in fields.items())

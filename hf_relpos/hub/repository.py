@@ -23,7 +23,15 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
-from ..model_loading import NOT_FINITE, check_folder, load_model, load_tokenizer_of, not_finite
+from ..model_loading import (
+    NOT_FINITE,
+    check_folder,
+    describe_edits,
+    edited_fields,
+    load_model,
+    load_tokenizer_of,
+    not_finite,
+)
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
@@ -88,7 +96,7 @@ def repository_files(
     Raises:
         ValueError: if the folder holds no model of the family or pickled weights; if it was imported and its licence or
             its origin is not known; if a result is of another model; if a file is a link to somewhere else; if a text
-            file holds a key of somebody or a path of a user's folder.
+            file holds a key of somebody or a path of a user's folder; if its scheme is not the one of its record.
     """
     folder = Path(folder)
     for name in ("config.json", *FILES, CARD):
@@ -106,6 +114,11 @@ def repository_files(
     config |= {"auto_map": AUTO_MAP}
     files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     record = read_record(str(folder))
+    if edits := edited_fields(folder):
+        raise ValueError(
+            f"{str(folder)!r}: {describe_edits(edits)}; a card would tell of another training than the model had. "
+            "`hf-relpos finetune` changes a scheme and records it."
+        )
     found = _find_results(folder, results, config, record)
     pictures = []
     for place, (path, result) in found.items():

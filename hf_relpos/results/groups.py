@@ -227,7 +227,10 @@ def setting_label(result: dict[str, Any]) -> str:
     if not training:
         return labels([result])[0]
     fields = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "layer_types", "sliding_window")
-    words = (VARIED[name](training.get(name, result.get(name))) for name in fields)
+    edits = result.get("edited_since_training") or {}
+    values = {name: training.get(name, result.get(name)) for name in fields}
+    values |= {name: after for name, (_, after) in edits.items() if name in values}
+    words = [VARIED[name](value) for name, value in values.items()] + (["edited after training"] if edits else [])
     return f"{' '.join(filter(None, words))} ({result['seed']})" + other_corpus_mark(result)
 
 
@@ -256,7 +259,17 @@ def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) ->
 
 
 def _facts(result: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal in all results, flat, for a message that names one field."""
+    """What must be equal in all results, flat, for a message that names one field.
+
+    Raises:
+        ValueError: for a result of a model whose scheme is not the one that its record says, or without a record.
+    """
+    if edits := result.get("edited_since_training"):
+        name, (before, after) = next(iter(edits.items()))
+        raise ValueError(
+            f"the result of {result.get('model')!r} is of no trained scheme: its `{name}` is {after!r} in config.json, "
+            f"{before!r} where it was trained: it cannot be compared."
+        )
     training, corpus = _training(result), result["corpus"]
     longest = max(result["lengths"], key=int)
     recipe = {f"recipe.{name}": value for name, value in training.get("recipe", {}).items()}
