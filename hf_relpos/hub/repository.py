@@ -133,10 +133,19 @@ def repository_files(
     else:
         name = repo_id.rpartition("/")[2] if repo_id else folder.resolve().name
         read = [result for _, result in found.values()]
-        written = model_card(config, name, record, read, pictures, repo_id, base_model, license, tags)
+        about = (repo_id, base_model, license, tags)
+        chats = _has_chat_template(folder)
+        written = model_card(config, name, record, read, pictures, *about, has_chat_template=chats)
         files[CARD] = signed(written).encode()
     check_texts(files, folder)
     return files
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has a template for chats."""
+    fields = folder / "tokenizer_config.json"
+    own = fields.is_file() and read_json(fields).get("chat_template")
+    return bool(own) or (folder / "chat_template.jinja").is_file()
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:
