@@ -122,10 +122,12 @@ def llama_config(config: RelPosConfig) -> LlamaConfig:
 
 
 def _training_flags(fields: Mapping[str, Any]) -> str:
-    """The flags of `hf-relpos train` that give a new model these fields."""
+    """The commands that give a new model these fields."""
     given = {name: json.dumps(value).strip('"') for name, value in fields.items() if name != "sliding_window"}
-    overrides = "--config_overrides " + ",".join(f"{name}={value}" for name, value in given.items()) if given else ""
-    return " and ".join(filter(None, [overrides, "no --sliding_window" if "sliding_window" in fields else ""]))
+    overrides = ",".join(f"{name}={value}" for name, value in given.items())
+    words = [f"`hf-relpos train --config_overrides {overrides}`"] if given else []
+    words += ["`hf-relpos train` without --sliding_window"] if "sliding_window" in fields else []
+    return " and ".join(words)
 
 
 def _source(target: str, config: RelPosConfig) -> str:

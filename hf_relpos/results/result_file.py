@@ -209,7 +209,11 @@ def ratio_notes(results: Sequence[dict[str, Any]]) -> list[str]:
     missing = [result for result in results if "task" not in result and _ratio(result) is None]
     notes = {
         "ratio –: it is the perplexity at the longest length by that at the training length, which is "
-        + (f"{length}; --eval_lengths must hold it and a longer one." if length else "not known (--train_length).")
+        + (
+            f"{length}: --eval_lengths of `hf-relpos evaluate` must hold it and a longer one."
+            if length
+            else "not known (--train_length of `hf-relpos evaluate`)."
+        )
         for length in (result["train_length"] for result in missing)
     }
     return sorted(notes)

@@ -150,7 +150,10 @@ def test_a_row_says_what_is_scaled_and_a_missing_ratio_why():
     assert setting_label({**result, "training": None}) == "rotary (7)"
     cells = {str(length): {"perplexity": 2.0} for length in (128, 512)}
     (note,) = ratio_notes([{**result, "lengths": cells}])
-    assert "ratio –" in note and "which is 512; --eval_lengths must hold it and a longer one" in note
+    assert (
+        "ratio –" in note
+        and "which is 512: --eval_lengths of `hf-relpos evaluate` must hold it and a longer one" in note
+    )
     (note,) = ratio_notes([{**result, "lengths": cells, "train_length": None}])
-    assert "not known (--train_length)" in note
+    assert "not known (--train_length of" in note
     assert ratio_notes([{**result, "lengths": cells, "train_length": 128}]) == []

@@ -75,12 +75,12 @@ REFUSED = {
     "norms": (
         "rotary",
         LLAMA | {"qk_norm": "head"},
-        "`qk_norm` must be None for a Llama, got 'head' .*--config_overrides qk_norm=null\\)",
+        "`qk_norm` must be None for a Llama, got 'head' .*--config_overrides qk_norm=null`\\)",
     ),
     "several": (
         "rotary",
         {"norm_type": "layer_norm"},
-        "got False .to train one: --config_overrides use_gated_mlp=true,norm_type=rms_norm.",
+        "got False .to train one: `hf-relpos train --config_overrides use_gated_mlp=true,norm_type=rms_norm.",
     ),
     "some biases": (
         "rotary",
@@ -90,7 +90,7 @@ REFUSED = {
     "windows": (
         "rotary",
         LLAMA | {"sliding_window": 9},
-        "`sliding_window` must be None for a Llama, got 9 .to train one: no --sliding_window",
+        "`sliding_window` must be None for a Llama, got 9 .to train one: `hf-relpos train` without --sliding_window",
     ),
     "a part of the channels": (
         "rotary",
