@@ -34,6 +34,7 @@ __all__ = [
     "RelPosForTokenClassification",
     "RelPosModel",
     "RelPosPreTrainedModel",
+    "check_position_embedding",
     "export_model",
     "import_model",
     "list_position_embeddings",
@@ -71,6 +72,13 @@ def export_model(model: "RelPosForCausalLM") -> Any:
     from .pretrained.exporting import export_model as export
 
     return export(model)
+
+
+def check_position_embedding(pos_embedding_type: str, **kwargs: Any) -> Any:
+    """`hf_relpos.scheme_check.check_position_embedding`, loaded when it is needed: tries a scheme on a tiny model."""
+    from .scheme_check import check_position_embedding as check
+
+    return check(pos_embedding_type, **kwargs)
 
 
 def __getattr__(name: str) -> Any:

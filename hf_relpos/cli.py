@@ -26,6 +26,7 @@ PROGRAM = "hf-relpos"
 # when its sub-command is called
 COMMANDS = {
     "schemes": ("hf_relpos.cli:schemes_main", "list the position schemes"),
+    "check": ("hf_relpos.check_command:main", "try a position scheme on a tiny model: causality, padding, caches"),
     "compare": ("hf_relpos.experiments.commands:compare_main", "train several schemes on a text and say which is best"),
     "train": ("hf_relpos.training.commands:train_main", "train a model with a position scheme"),
     "import": ("hf_relpos.pretrained.commands:import_main", "make a pretrained model of another family one of this"),
@@ -176,7 +177,10 @@ def schemes_main() -> None:
     for name, scheme in POSITION_EMBEDDINGS.items():
         title = (scheme.__doc__ or scheme.__name__).strip().partition("\n\n")[0]
         print(f"{name:<{width}}  {scheme.kind:<8}  {' '.join(title.split())}")
-    say_next("train", pos_embedding_type="alibi", max_steps=300, output_dir="output/alibi")
+    from .scheme_files import imported_schemes
+
+    name = (imported_schemes() or ["alibi"])[0]
+    say_next("train", pos_embedding_type=name, max_steps=300, output_dir=f"output/{name}")
 
 
 def parse_arguments(

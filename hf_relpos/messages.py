@@ -4,10 +4,11 @@ Of several processes the first one speaks alone.
 """
 
 import math
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 from .environment import is_first_process
@@ -30,11 +31,16 @@ def say_command(words: Iterable[object]) -> None:
     """`next: ` and the command, as a shell takes it, on stderr: it is advice, not output."""
     if is_first_process():
         sys.stdout.flush()
-        print(f"next: {shlex.join(map(str, words))}", file=sys.stderr, flush=True)
+        print(f"next: {shlex.join(_plain_path(str(word)) for word in words)}", file=sys.stderr, flush=True)
 
 
-def this_command(without: str, *more: str) -> list[str]:
-    """The command that this process runs, without a flag and its value, and with further words."""
+def _plain_path(word: str) -> str:
+    """A path without empty parts, `a//b`; other words as they are."""
+    return os.path.normpath(word) if "//" in word and os.path.exists(word) else word
+
+
+def this_command(without: Sequence[str], *more: str) -> list[str]:
+    """The command that this process runs, without some flags and their values, and with further words."""
     program, *words = sys.argv
     # a script needs its Python before it
     start = program.split(" ") if program.startswith("hf-relpos") else sys.orig_argv[: -len(words) or None]
@@ -44,8 +50,8 @@ def this_command(without: str, *more: str) -> list[str]:
             skips = False
             continue
         flag, equals, _ = word.partition("=")
-        skips = flag == without and not equals
-        if flag != without:
+        skips = flag in without and not equals
+        if flag not in without:
             kept.append(word)
     return [*start, *kept, *more]
 

@@ -50,6 +50,17 @@ def read_scheme(cls: type[PositionEmbedding]) -> dict[str, Any]:
     return read
 
 
+def lacking_in_card(name: str, cls: type[PositionEmbedding]) -> str | None:
+    """→ what the card of a model with this scheme will lack, in one line; `None` if it lacks nothing."""
+    wanted = "a title, an equation, and `Parameters: `, `Past the training length: ` and `Paper: ` or `Source: `"
+    if not (cls.__doc__ or "").strip():
+        return f"{name!r} has no docstring: the card of a model will say nothing of it. A card reads {wanted}."
+    read, groups = read_scheme(cls), (("Parameters", "Parameters per layer"), (PARTS[2],), ("Paper", "Source"))
+    missing = [] if read["equation"] else ["an equation"]
+    missing += [f"`{group[0]}: `" for group in groups if not {*group} & read.keys()]
+    return f"the docstring of {name!r} lacks {', '.join(missing)}: a card reads {wanted}." if missing else None
+
+
 def link_papers(text: str) -> str:
     """→ the text with a link for each paper of arXiv."""
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)

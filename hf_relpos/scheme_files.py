@@ -21,6 +21,13 @@ def imported_files(pos_embedding_type: str | None = None) -> list[Path]:
     return [file for file, module in _IMPORTED.items() if module.__name__ in modules]
 
 
+def imported_schemes(pos_embedding_type: str | None = None) -> list[str]:
+    """The names of the schemes that imported files define, in order; only those in `pos_embedding_type`, if given."""
+    modules = {module.__name__ for module in _IMPORTED.values()}
+    names = POSITION_EMBEDDINGS if pos_embedding_type is None else dict.fromkeys(_names(pos_embedding_type))
+    return [name for name in names if POSITION_EMBEDDINGS[name].__module__ in modules]
+
+
 def import_flags(pos_embedding_type: str | None) -> dict[str, list[str]]:
     """→ the flag that imports the files of a model's schemes, as records hold flags; empty if there are none."""
     files = imported_files(str(pos_embedding_type))
@@ -67,15 +74,29 @@ def _execute(path: str | Path, name: str, file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-        if POSITION_EMBEDDINGS.keys() == before.keys():
+        if before == POSITION_EMBEDDINGS:
             raise ValueError("it registers no position embedding")
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        for scheme in POSITION_EMBEDDINGS.keys() - before.keys():
-            del POSITION_EMBEDDINGS[scheme]
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        POSITION_EMBEDDINGS.clear()
+        POSITION_EMBEDDINGS.update(before)
+        reason = _file_beside(error, file) or (
+            str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        )
         raise ValueError(f"`import_file` {str(path)!r} cannot be imported: {reason}") from error
     return module
+
+
+def _file_beside(error: BaseException, file: Path) -> str | None:
+    """→ what to do if a file imports another one beside it, which no saved folder would carry."""
+    name = (getattr(error, "name", None) or "").removeprefix(f"{__package__}.model.").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and name and name != file.stem:
+        beside = [path for path in (file.with_name(f"{name}.py"), file.with_name(name)) if path.exists()]
+        if beside:
+            return (
+                f"it imports {name!r}, which lies beside it and would not be saved with models: put both into one file"
+            )
+    return None
 
 
 def check_schemes_are_imported(folder: Path) -> None:

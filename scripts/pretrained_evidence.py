@@ -344,11 +344,17 @@ def draw_passkeys(variants: dict[str, dict[str, Any]], axes: Any) -> None:
         for index, column in enumerate(columns):
             score, loss = cells.get((name, *column), (None, None))
             if score is not None:
-                text, color = f"{loss:.1f}, {score:.0%} found", "white" if loss > 3 else "black"
-                axes.text(index, row, text, ha="center", va="center", fontsize=7, color=color)
+                text, color = f"{loss:.1f}", "white" if loss > 3 else "black"
+                weight = "bold" if score == 1 else "normal"
+                axes.text(index, row, text, ha="center", va="center", fontsize=8, color=color, weight=weight)
     axes.set_yticks(range(len(variants)), [*variants])
-    axes.set_xticks(range(len(columns)), [f"{depth:g}\nof {length}" for length, depth in columns])
-    axes.set(xlabel="depth of the passkey; loss of its digits (nats per token)")
+    axes.set_xticks(range(len(columns)), [f"{depth:g}" for _, depth in columns])
+    for length in dict.fromkeys(length for length, _ in columns):
+        first = [column[0] for column in columns].index(length)
+        if first:
+            axes.axvline(first - 0.5, color="white", linewidth=3)
+        axes.text(first - 0.5, -0.65, f" {length:,} tokens", ha="left", va="bottom", fontsize=9)
+    axes.set(xlabel="depth of the passkey; its loss in nats per token, bold where all rows of the cell are found")
 
 
 if __name__ == "__main__":

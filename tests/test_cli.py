@@ -121,7 +121,7 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "hf-relpos: error: a sub-command is needed, one of schemes, compare, train"),
+        ([], "hf-relpos: error: a sub-command is needed, one of schemes, check, compare, train"),
         (["trian"], "hf-relpos: error: unknown sub-command: 'trian' (did you mean 'train'?)"),
         (["xyz"], "hf-relpos: error: unknown sub-command: 'xyz'; --help lists"),
         (["--verson"], "hf-relpos: error: unknown sub-command: '--verson'"),

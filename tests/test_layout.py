@@ -31,8 +31,11 @@ CONTRACT = {
     "special_tokens": "",
     "file_reading": "",
     "scheme_files": "model file_reading",
+    "scheme_docs": "model",
+    "scheme_check": "model scheme_docs scheme_files",
     "cli": "model scheme_files file_reading environment messages command_help",
     "__main__": "cli",
+    "check_command": "scheme_check scheme_files cli file_reading",
     "model_loading": "model file_reading",
     "pretrained": "model cli file_reading environment",
     "data": "model model_loading environment special_tokens",
@@ -40,15 +43,14 @@ CONTRACT = {
     "tasks": "data special_tokens",
     "results": "environment cli file_reading",
     "model_corpus": "data tasks results environment file_reading",
-    "scheme_docs": "model",
     "hub": "model model_loading results scheme_docs environment cli file_reading messages",
     "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
     "model_corpus hub messages",
     "demo": "model model_loading evaluation inference results cli model_corpus",
     "training": "model model_loading pretrained special_tokens data tasks results hub environment processes cli "
-    "scheme_files model_corpus file_reading messages",
-    "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_files "
-    "file_reading messages model_corpus",
+    "scheme_check scheme_files model_corpus file_reading messages",
+    "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_check "
+    "scheme_files file_reading messages model_corpus",
 }
 
 

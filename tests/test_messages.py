@@ -130,14 +130,23 @@ def test_other_processes_are_silent(has_terminal, clock, monkeypatch):
 
 def test_this_command_with_other_flags(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-relpos push", "a b", "me/x", "--dry_run", "true", "--private", "true"])
-    assert this_command("--dry_run") == ["hf-relpos", "push", "a b", "me/x", "--private", "true"]
+    sys.argv += ["--output_dir", "hub"]
+    assert this_command(["--dry_run", "--output_dir"]) == ["hf-relpos", "push", "a b", "me/x", "--private", "true"]
     again = ["--resume_from_checkpoint", "last"]
     for given in (["--resume_from_checkpoint=last"], ["--resume_from_checkpoint", "out/checkpoint-3"], []):
         monkeypatch.setattr(sys, "argv", ["hf-relpos train", *given, "--output_dir", "out"])
-        assert this_command(again[0], *again) == ["hf-relpos", "train", "--output_dir", "out", *again]
+        assert this_command(again[:1], *again) == ["hf-relpos", "train", "--output_dir", "out", *again]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", "--output_dir", "out"])
     monkeypatch.setattr(sys, "orig_argv", ["python3", "scripts/train.py", "--output_dir", "out"])
-    assert this_command(again[0], *again) == ["python3", "scripts/train.py", "--output_dir", "out", *again]
+    assert this_command(again[:1], *again) == ["python3", "scripts/train.py", "--output_dir", "out", *again]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
     monkeypatch.setattr(sys, "orig_argv", ["python3", "scripts/train.py"])
-    assert this_command(again[0]) == ["python3", "scripts/train.py"]
+    assert this_command(again[:1]) == ["python3", "scripts/train.py"]
+
+
+def test_a_path_is_said_without_empty_parts(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.py").touch()
+    say_command(["hf-relpos", "check", "a//b.py", "--prompt", "x // y", "https://a//b"])
+    assert capsys.readouterr().err == "next: hf-relpos check a/b.py --prompt 'x // y' https://a//b\n"

@@ -15,7 +15,7 @@ from conftest import ROOT, make_model, make_tokens
 from helpers import TINY, run_without_the_package, training_flags
 from transformers import AutoModelForCausalLM
 
-from hf_relpos import PositionEmbedding, register_position_embedding
+from hf_relpos import PositionEmbedding, check_position_embedding, register_position_embedding
 from hf_relpos.hub.repository import repository_files
 from hf_relpos.model.saved_code import code_files, foreign_schemes, saved_code
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
@@ -176,7 +176,7 @@ def test_the_card_shows_what_the_docstring_has(text, tmp_path):
 BAD_FILES = {
     "missing": (None, "does not exist"),
     "registers nothing": ("x = 1\n", "registers no position embedding"),
-    "an existing name": ("NAME alibi", "must be new and without '+' and '/', got 'alibi'"),
+    "an existing name": ("NAME alibi", "'alibi' is taken by AlibiBias: choose another"),
     "one that raises": ("raise KeyError('a\\nb')\n", "cannot be imported: KeyError:"),
     "no Python": ("def\n", "cannot be imported: SyntaxError:"),
 }
@@ -245,3 +245,35 @@ def test_the_text_stays_but_for_the_imports(tmp_path):
     assert carried[1:3] == ["import math  # noqa", "from .scheme_base import Positions as P"]
     assert carried[3] == "import numpy; from .scheme_base import Positions; y = 1"
     assert '    """Text – é."""' in carried and "        from .configuration_relpos import RelPosConfig" in carried
+
+
+def test_the_example_passes_all_checks(example):
+    import_scheme_file(example)
+    report = check_position_embedding("log_decay")
+    assert report.passed, report
+    assert "lacks `Past the training length: `, `Paper: `" in report.notes[0]
+
+
+@pytest.mark.parametrize("top", ["from own_helper import x", "from .own_helper import x", "import own_folder.part"])
+def test_a_file_that_imports_one_beside_it_is_refused_with_what_to_do(top, tmp_path):
+    (tmp_path / "own_helper.py").write_text("x = 1\n")
+    (tmp_path / "own_folder").mkdir()
+    with pytest.raises(ValueError) as refused:
+        import_scheme_file(write(tmp_path / "beside.py", "beside", top=top))
+    name = "own_folder" if "folder" in top else "own_helper"
+    said = f"it imports '{name}', which lies beside it and would not be saved with models: put both into one file"
+    assert str(refused.value).endswith(f"cannot be imported: {said}") and "beside" not in POSITION_EMBEDDINGS
+
+
+def test_what_a_script_defines_is_told_where_to_go(tmp_path, caplog):
+    path = write(tmp_path / "own_script.py", "own_script", top="import hf_relpos")
+    import_scheme_file(path)
+    with caplog.at_level("WARNING", logger="transformers"):
+        make_model("own_script").save_pretrained(tmp_path / "model")
+    (note,) = [each for each in check_position_embedding("own_script", only=["start"]).notes if "saved" in each]
+    assert note.startswith("'own_script' is not saved with models, since its file 'own_script.py' cannot be carried")
+    (message,) = [record.message for record in caplog.records if "own_script" in record.message]
+    assert (
+        ":" not in message and "its file 'own_script.py' cannot be carried, as `import hf_relpos` in line 2" in message
+    )
+    assert "; put the class into a file of its own. " in message

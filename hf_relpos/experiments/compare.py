@@ -23,6 +23,7 @@ from ..results.groups import group_results
 from ..results.questions import answers, sentences
 from ..results.report import write_report
 from ..results.result_file import best_result, read_result
+from ..scheme_check import check_imported
 from ..tasks.arguments import DataArguments
 from ..training.arguments import has_fast_bf16
 from ..training.model_setup import ModelArguments, new_config
@@ -129,6 +130,7 @@ def _check(args: CompareArguments) -> None:
     if args.seeds is not None and not 2 <= args.seeds <= len(SEEDS):
         raise ValueError(f"`seeds` must lie between 2 and {len(SEEDS)}, got {args.seeds}.")
     for scheme in args.schemes:
+        check_imported(RelPosConfig(pos_embedding_type=scheme))
         classes = position_embedding_classes(scheme).values()
         if args.run_length > args.train_length and any(cls.has_position_limit for cls in classes):
             raise ValueError(

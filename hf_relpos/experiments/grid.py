@@ -21,6 +21,7 @@ from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
 from ..model_loading import about_num_weights, check_size
 from ..results.training_record import RESULT_NEUTRAL_FLAGS
+from ..scheme_check import check_imported
 from ..scheme_files import imported_files
 from ..tasks.arguments import DataArguments
 from ..tasks.base import check_task
@@ -276,6 +277,7 @@ def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
                 if args.extend_learned_positions:
                     configs[run].max_position_embeddings = max(configs[run].max_position_embeddings, args.block_size)
             check_size(configs[run])
+            check_imported(configs[run])
             run.num_weights = about_num_weights(configs[run])
             flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
             tested, _ = parse_values(EVALUATE_TYPES, flags)

@@ -97,7 +97,7 @@ def _show(files: dict[str, Path | bytes], folder: str) -> None:
         size = len(content) if isinstance(content, bytes) else Path(content).stat().st_size
         print(f"{size:>12,} {name}")
     print(f"wrote {folder}, {_trained_on(files)}; nothing was sent")
-    say_command(this_command("--dry_run"))
+    say_command(this_command(["--dry_run", "--output_dir"]))
 
 
 def _trained_on(files: dict[str, Path | bytes]) -> str:

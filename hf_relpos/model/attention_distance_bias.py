@@ -22,6 +22,10 @@ from .attention_triton import TritonKernel  # noqa: F401
 from .functional_transforms import differentiable_gradients, is_tracing, is_transformed
 
 
+class NotFiniteError(ValueError):
+    """A table with NaN or infinity, which is said only where a look at it does not wait for a device."""
+
+
 def distance_bias_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -128,7 +132,7 @@ def _check_arguments(
     if bias_table.is_cuda:
         torch._assert_async(bias_table.isfinite().all(), "`bias_table` must be finite")  # without a wait for the device
     elif not bool(bias_table.isfinite().all()):
-        refuse("`bias_table` must be finite")
+        raise NotFiniteError("`bias_table` must be finite.")
 
 
 # The same code may be loaded from several saved folders beside the package: each copy has operators of its own

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention_distance_bias import distance_bias_attention, flex_distance_attention
+from .attention_distance_bias import NotFiniteError, distance_bias_attention, flex_distance_attention
 from .attention_kernel import TableCall, select_kernel
 from .attention_key_bias import add_key_bias, dense_key_bias
 from .attention_mask import (
@@ -267,17 +267,23 @@ class TablePlan(AttentionPlan):
     def _attend(
         self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output = distance_bias_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            self._table(layer, inputs, shared_bias),
-            scaling=layer.scaling,
-            offset=self.offset,
-            key_mask=self.seen_mask,
-            documents=self.documents,
-            window=self.group.window,
-        )
+        table = self._table(layer, inputs, shared_bias)
+        try:
+            output = distance_bias_attention(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                table,
+                scaling=layer.scaling,
+                offset=self.offset,
+                key_mask=self.seen_mask,
+                documents=self.documents,
+                window=self.group.window,
+            )
+        except NotFiniteError as error:
+            given = self.span, self.device, self.group.schemes
+            found = self.schemes.not_finite(*given) or layer.position_embeddings.not_finite(*given)
+            raise NotFiniteError(found or str(error)) from error
         return output.transpose(1, 2), None
 
     def _table(self, layer: nn.Module, inputs: AttentionInputs, shared_table: torch.Tensor | None) -> torch.Tensor:

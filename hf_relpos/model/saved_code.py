@@ -46,6 +46,10 @@ for _auto_class, _names in {
     _names[RelPosConfig.model_type] = AUTO_MAP[_auto_class].rpartition(".")[2]
 
 
+# what to do about a file that cannot be carried
+OWN_FILE, ONE_FILE = "; put the class into a file of its own", "; put both into one file"
+
+
 class NotCarried(ValueError):
     """Why the file of a scheme cannot go into a saved folder."""
 
@@ -113,15 +117,16 @@ def _obstacle(cls: type) -> str | None:
     """Why the file of a class cannot be carried; `None` if it can."""
     source = _source(cls)
     if source is None or source.suffix != ".py":
-        return "no Python file holds it"
+        return f"no Python file holds it{OWN_FILE}"
     if "." in cls.__qualname__:
-        return f"its class {cls.__qualname__!r} is not at the top level of a file"
+        return f"its class {cls.__qualname__!r} is not at the top level of a file{OWN_FILE}"
     if not source.stem.isidentifier() or source.stem in reserved_names():
         return f"its file must be renamed, {source.name!r} cannot lie beside the family's files"
     try:
         _portable(source)
     except (NotCarried, SyntaxError) as error:
-        return f"its file cannot be carried: {error}"
+        advice = "" if str(error).endswith(ONE_FILE) else OWN_FILE
+        return f"its file {source.name!r} cannot be carried, as {error}{advice}"
     return None
 
 
@@ -181,7 +186,7 @@ def _relative(node: ast.Import | ast.ImportFrom, used: set[str], at_top: bool) -
         return None
     if node.level:
         if node.level > 1 or node.module not in reserved_names():
-            raise NotCarried(f"it imports another local file in line {node.lineno}")
+            raise NotCarried(f"it imports another local file in line {node.lineno}{ONE_FILE}")
         return None
     by_module: dict[str, list[ast.alias]] = {}
     for alias in node.names:
@@ -221,7 +226,7 @@ def _check_installed(name: str) -> None:
         return
     places = [*(spec.submodule_search_locations or ()), spec.origin or ""]
     if not any({"site-packages", "dist-packages"} & {*Path(place).parts} for place in places):
-        raise NotCarried(f"it imports another local file, {name!r}")
+        raise NotCarried(f"it imports another local file, {name!r}{ONE_FILE}")
 
 
 def _with_import(registry: str, line: str) -> str:
@@ -269,5 +274,5 @@ class SelfContainedModel:
         for name, (module, reason) in foreign_schemes(self.config.pos_embedding_type).items():
             logger.warning(
                 f"The position embedding {name!r} is defined in {module!r}, which is not saved to {str(folder)!r}, "
-                f"since {reason}: import it before you load the model."
+                f"since {reason}. As it is, it must be imported before the model is loaded."
             )

@@ -4,6 +4,7 @@ Shape letters: B batch, H heads, Q query length, K key length, D head size, C hi
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -12,9 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
+from .hook_results import wrong_result
 from .kept_tables import name_scheme
 
+
+logger = logging.get_logger(__name__)
 
 POSITION_EMBEDDINGS: dict[str, type["PositionEmbedding"]] = {}
 
@@ -41,6 +46,8 @@ REQUIRED_HOOKS = {
     "max_table_position": ("distance_bias", "dense_bias"),
 }
 KINDS = ("none", "absolute", "relative")
+# hooks that may be of either kind
+HOOKS_OF_BOTH_KINDS = frozenset(("rotation", "rotate", "dense_bias", "score_bias"))
 # hooks of version 0.1.0 → what they are called now
 RENAMED_HOOKS = {"bias": "dense_bias", "key_state": "key_bias", "table_limit": "max_table_position"}
 
@@ -168,13 +175,17 @@ class PositionEmbedding(SelfInitialized, HookCaller):
     uses them and never stored as buffers: a buffer is cast by `model.to(dtype)` and left uninitialised by
     `from_pretrained`.
 
+    The docstring of a scheme becomes the card of its models: a title, an equation after an empty line, and what follows
+    `Parameters: `, `Past the training length: ` and `Paper: `.
+
     Class attributes:
         defaults: option name → default value; the only keys that `pos_embedding_kwargs` may hold for the scheme.
         shared_across_layers: one module for the whole model (True) or one per layer (False). `embed`, `rotation` and
             `rotate` are for shared schemes; `key_bias`, `score_bias` and `max_table_position` for those of a layer.
         has_position_limit: whether only `max_position_embeddings` positions are supported.
         starts_at_zero: whether it adds nothing with its initial parameters; a gate from 0 would keep it from learning.
-        kind: "absolute" (depends on the positions themselves), "relative" (on distances alone) or "none".
+        kind: "absolute" (depends on the positions themselves), "relative" (on distances alone) or "none". Without one,
+            a scheme with `embed` is absolute, one with `distance_bias` or `key_bias` relative; others must say it.
         uses_rope_parameters: whether it reads `config.rope_parameters`.
         hooks: the names of the hooks that the class overrides; set when the class is created.
 
@@ -184,6 +195,9 @@ class PositionEmbedding(SelfInitialized, HookCaller):
 
     Raises:
         TypeError: when a subclass is created, for hooks that nobody would call or that contradict each other.
+        ValueError: when a model is built, for a scheme that `from_pretrained` would not bring back: one with buffers or
+            other tensors in its attributes, or with parameters and no `reset_parameters`; in a forward, for a hook that
+            returns another shape than its docstring says.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -211,6 +225,8 @@ class PositionEmbedding(SelfInitialized, HookCaller):
     def forward(self, hook: str, *args: Any) -> Any:
         """→ what the method `hook` returns, times the gate of the scheme if it has one."""
         value = super().forward(hook, *args)
+        if (wrong := wrong_result(hook, value, args, self.num_table_heads)) is not None:
+            raise ValueError(f"{scheme_title(self)}: {wrong}.")
         if self.start_gate is None or value is None or hook not in StartGate.hooks:
             return value
         return self.start_gate(hook, value, args)
@@ -228,14 +244,20 @@ class PositionEmbedding(SelfInitialized, HookCaller):
         return inputs_embeds
 
     def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Any:
-        """(B or 1, Q) positions → whatever `rotate` needs, computed once per forward; `None` for no rotation."""
+        """(B or 1, Q) positions → whatever `rotate` needs, computed once per forward; `None` for no rotation.
+
+        What multiplies queries of (B, H, Q, D) needs a dimension for the heads, or a batch of H rows is taken for it:
+
+            angle = positions[:, None, :, None].float() * frequencies  # (B or 1, 1, Q, D/2), not (B, Q, D/2)
+            return angle.cos().to(dtype), angle.sin().to(dtype)
+        """
         return None
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes, or both
-        with more channels. Under tensor parallelism H and G are the heads of one rank, so that a rotation must not
-        differ between heads there."""
+        """(B, H, Q, D) query and (B, G, Q, D) key of a layer, before the cache → the same shapes, or both with more
+        channels. The rotation broadcasts against both: (B or 1, 1, Q, ..). Under tensor parallelism H and G are the
+        heads of one rank, so that a rotation must not differ between heads there."""
         return query, key
 
     def distance_bias(self, distance: torch.Tensor) -> torch.Tensor | None:
@@ -248,9 +270,9 @@ class PositionEmbedding(SelfInitialized, HookCaller):
         return None
 
     def dense_bias(self, positions: Positions) -> torch.Tensor | None:
-        """→ (B or 1, H, Q, K) fp32 for all H heads, added to the scaled scores: for a bias that does not depend on the
-        distance alone. It is evaluated for every pair, unless `max_table_position` says up to which
-        query `distance_bias` is the whole bias."""
+        """→ (B or 1, H, Q, K) fp32 for all H heads (`expand` one that they share), added to the scaled scores: for a
+        bias that does not depend on the distance alone. It is evaluated for every pair, unless `max_table_position`
+        says up to which query `distance_bias` is the whole bias."""
         return None
 
     def key_bias(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -297,13 +319,25 @@ def _check_hooks(cls: type[PositionEmbedding]) -> None:
         near = difflib.get_close_matches(name, public, n=1, cutoff=0.85)
         if near and name not in public and not name.startswith("_"):
             refuse(name, f"is not part of a scheme; did you mean `{near[0]}`?")
+    if cls.hooks and cls.kind == "none":
+        if "embed" not in cls.hooks and cls.hooks & HOOKS_OF_BOTH_KINDS:
+            reason = "must be 'relative' (it depends on distances alone) or 'absolute' (on the positions themselves)"
+            refuse("kind", f"{reason}: `{sorted(cls.hooks & HOOKS_OF_BOTH_KINDS)[0]}` may be of either kind.")
+        cls.kind = "absolute" if "embed" in cls.hooks else "relative"
+
+
+def scheme_title(scheme: PositionEmbedding) -> str:
+    """→ "position embedding 'alibi'", as errors name a scheme."""
+    names = [name for name, cls in POSITION_EMBEDDINGS.items() if cls is type(scheme)]
+    return f"position embedding {(names or [type(scheme).__name__])[0]!r}"
 
 
 def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]], type[PositionEmbedding]]:
-    """Class decorator: makes a scheme selectable as `pos_embedding_type=name`.
+    """Class decorator: makes a scheme selectable as `pos_embedding_type=name`. A class that is defined again, as when a
+    cell of a notebook is run twice, takes the place of the old one.
 
     Raises:
-        ValueError: for a name that is taken or that holds "+" or "/".
+        ValueError: for a name that another class has, or that is empty or holds "+", "/" or white space.
         TypeError: for anything that is not a subclass of `PositionEmbedding`, or overrides no hook and so would act as
             `none`.
     """
@@ -311,8 +345,12 @@ def register_position_embedding(name: str) -> Callable[[type[PositionEmbedding]]
     def register(cls: type[PositionEmbedding]) -> type[PositionEmbedding]:
         if not (isinstance(cls, type) and issubclass(cls, PositionEmbedding)):
             raise TypeError(f"position scheme {name!r} must be a subclass of PositionEmbedding, got {cls!r}.")
-        if name in POSITION_EMBEDDINGS or {*name} & {*"+/"}:
-            raise ValueError(f"position embedding name must be new and without '+' and '/', got {name!r}")
+        if not isinstance(name, str) or re.fullmatch(r"[^\s+/]+", name) is None:
+            raise ValueError(f"position embedding name must be a word without '+' and '/', got {name!r}.")
+        if (before := POSITION_EMBEDDINGS.get(name)) is not None:
+            if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"position embedding name {name!r} is taken by {before.__name__}: choose another.")
+            logger.warning_once(f"Position embedding {name!r} is defined again: new models have the new class.")
         if not cls.hooks and POSITION_EMBEDDINGS:  # the first one is `none`
             raise TypeError(f"position scheme {name!r} would act as 'none': it must override one of {list(HOOKS)}.")
         POSITION_EMBEDDINGS[name] = cls

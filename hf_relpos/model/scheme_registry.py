@@ -14,7 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .functional_transforms import is_traced
 from .kept_tables import kept_table
 from .scheme_absolute import SinusoidalEmbedding  # noqa: F401  (importing a family registers its schemes)
-from .scheme_base import BIAS_HOOKS, POSITION_EMBEDDINGS, PositionEmbedding, Positions, StartGate
+from .scheme_base import (
+    BIAS_HOOKS,
+    POSITION_EMBEDDINGS,
+    PositionEmbedding,
+    Positions,
+    SelfInitialized,
+    StartGate,
+    scheme_title,
+)
 from .scheme_content import ForgetGate  # noqa: F401
 from .scheme_distance_bias import AlibiBias  # noqa: F401
 from .scheme_names import scheme_hint
@@ -203,6 +211,17 @@ class PositionEmbeddings(nn.ModuleDict):
         schemes = self._with("distance_bias", names=names).values()
         return add_biases(distance_table(scheme, length, device) for scheme in schemes)
 
+    def not_finite(self, length: int, device: torch.device, names: Iterable[str]) -> str | None:
+        """→ which of the schemes has a distance table that is not finite, and where; `None` if none has."""
+        for scheme in self._with("distance_bias", names=names).values():
+            table = distance_table(scheme, length, device)
+            wrong = (~table.isfinite()).nonzero().tolist()
+            if wrong:
+                head, distance = wrong[0]
+                value = table[head, distance].item()
+                return f"{scheme_title(scheme)}: `distance_bias` must be finite, got {value} at distance {distance}."
+        return None
+
     def dense_bias(
         self,
         positions: Positions,
@@ -274,6 +293,39 @@ def build_position_embeddings(config: Any, layer_idx: int | None = None) -> Posi
             given = config.pos_embedding_kwargs or {}
             options = {option: given.get(option, value) for option, value in cls.defaults.items()}
             schemes[name] = cls(config, **options)
+            _check_parts(schemes[name])
             if name in (config.position_gates or ()):
                 schemes[name].start_gate = StartGate(1 if "embed" in cls.hooks else config.num_attention_heads)
     return schemes
+
+
+def _check_parts(scheme: PositionEmbedding) -> None:
+    """Raises `ValueError` for a scheme that holds what `from_pretrained` does not bring back, or parameters that nobody
+    initialises."""
+    internal = vars(nn.Module()).keys()
+    own = [f"`{name}`" for name in scheme._parameters]
+    for prefix, part in scheme.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        attributes = {name: value for name, value in vars(part).items() if name not in internal}
+        tensors = [name for name, value in attributes.items() if _holds_tensor(value)]
+        for what, names in (("buffer", part._buffers), ("tensor", tensors)):
+            for name in names:
+                raise ValueError(
+                    f"{scheme_title(scheme)}: the {what} `{dot}{name}` would not come back from `from_pretrained`: "
+                    "compute it from Python numbers in the hook that uses it, or make it a parameter."
+                )
+        # transformers initialises the layers of torch
+        is_layer = type(part).__module__.startswith("torch.nn.") and "container" not in type(part).__module__
+        if part is not scheme and part._parameters and not is_layer and not isinstance(part, SelfInitialized):
+            own += [f"`{dot}{name}`" for name in part._parameters]
+    if own and type(scheme).reset_parameters is PositionEmbedding.reset_parameters:
+        raise ValueError(
+            f"{scheme_title(scheme)}: `reset_parameters` must initialise the parameter {own[0]}, through "
+            "`transformers.initialization` or `torch.nn.init`: override it."
+        )
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = (*value.values(),)
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple, set)) and any(map(_holds_tensor, value)))

@@ -12,7 +12,7 @@ FALLING = 0.01  # nats in the last tenth of the steps, from which the loss is sa
 
 def caveats(groups: Sequence[Group]) -> list[str]:
     """A sentence each, for the end of the answer."""
-    return [line for line in (held_out_ends_text(groups), training_text(groups)) if line]
+    return [line for line in (held_out_ends_text(groups), data_order_text(groups), training_text(groups)) if line]
 
 
 def held_out_ends_text(groups: Sequence[Group]) -> str:
@@ -24,6 +24,18 @@ def held_out_ends_text(groups: Sequence[Group]) -> str:
     return (
         f"The {documents} cut: the test is the end of texts whose beginnings were trained on; the interval does not "
         "hold for new documents."
+    )
+
+
+def data_order_text(groups: Sequence[Group]) -> str:
+    """That all seeds of a setting read the data in one order, where they did; else nothing."""
+    orders = [[(result["training"] or {}).get("data_seed") for result in group.by_seed.values()] for group in groups]
+    fixed = {order[0] for order in orders if len(order) > 1 and None not in order and len(set(order)) == 1}
+    if not fixed:
+        return ""
+    return (
+        f"The seeds of a setting read the data in one order (`data_seed` {', '.join(map(str, sorted(fixed)))}): the "
+        "intervals hold for other initial weights, not for other orders."
     )
 
 

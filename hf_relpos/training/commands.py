@@ -61,7 +61,7 @@ def _run(function: Callable[..., dict[str, Any]], given: tuple[Any, ...]) -> Non
         function(*given)
     except KeyboardInterrupt as stopped:
         if stopped.args and given[-1].world_size == 1:  # of several processes the launcher's command is not known here
-            again = this_command("--resume_from_checkpoint", "--resume_from_checkpoint", "last")
+            again = this_command(["--resume_from_checkpoint"], "--resume_from_checkpoint", "last")
             _say(lambda: say_command(again))
         raise
     folder = given[-1].output_dir

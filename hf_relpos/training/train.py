@@ -22,6 +22,7 @@ from ..model.modeling_relpos import RelPosForCausalLM
 from ..model_corpus import ModelCorpus
 from ..processes import end_with_parent, only_owner
 from ..results.training_record import TRAINING_RECORD, read_record
+from ..scheme_check import check_imported
 from ..tasks.arguments import DataArguments
 from .arguments import DTYPES, FinetuningArguments, RelPosTrainingArguments
 from .checkpoints import STATE, damage, find_checkpoint, load_weights, weights_damage
@@ -81,12 +82,14 @@ def train(
     checkpoint = find_checkpoint(args)
     if model_args.model_name_or_path:
         model, tokenizer = load_saved(model_args, data_args)
+        check_imported(model.config)
         _check_length(model.config, args.block_size)
         own = ModelCorpus.read(model_args.model_name_or_path)
         data_args = own.fill(data_args)
         data = load_training_data(data_args, args, own, tokenizer)
     else:
         config = new_config(model_args, args.block_size)
+        check_imported(config)
         _check_length(config, args.block_size)
         own = ModelCorpus(None)
         data_args = own.fill(data_args)
@@ -110,6 +113,7 @@ def finetune(
     if not model_args.model_name_or_path:
         raise ValueError("--model_name_or_path is required.")
     model, tokenizer, changes = load_changed(model_args, data_args, args.block_size, args.seed)
+    check_imported(model.config)
     limit = model.config.max_positions
     if args.extend_learned_positions:
         if limit is None:

@@ -428,6 +428,8 @@ def test_a_scheme_with_a_bias_of_its_own_is_asked_for_it():
     class Parity(PositionEmbedding):
         """A bias that is no function of the distance."""
 
+        kind = "absolute"
+
         def dense_bias(self, positions):
             return (positions.key[:, None, None] % 2).float().expand(-1, 6, positions.query.shape[1], -1)
 

@@ -123,7 +123,7 @@ def test_a_class_without_hooks_is_not_registered():
         register_position_embedding("nothing")(Nothing)
     with pytest.raises(TypeError, match="position scheme 'nothing' must be a subclass of PositionEmbedding"):
         register_position_embedding("nothing")(torch.nn.Linear)
-    with pytest.raises(ValueError, match="position embedding name must be new and without"):
+    with pytest.raises(ValueError, match="position embedding name 'alibi' is taken by AlibiBias: choose another"):
         register_position_embedding("alibi")(POSITION_EMBEDDINGS["t5"])
     assert "nothing" not in POSITION_EMBEDDINGS
 
@@ -161,3 +161,115 @@ def test_in_mixes_the_config_says_what_the_layers_say(scheme, has_table, monkeyp
 def test_a_group_is_told_by_its_schemes_and_its_window():
     assert LayerGroup(("alibi",), None) == LayerGroup(("alibi",), None) != LayerGroup(("alibi",), 4)
     assert LayerGroup(("alibi", "fox"), None).hooks == {"distance_bias", "key_bias"}
+
+
+def of_config(**members):
+    """→ a scheme with what `make` adds to an instance."""
+    make = members.pop("make")
+
+    def __init__(self, config):
+        super(cls, self).__init__(config)
+        make(self)
+
+    bias = {"distance_bias": lambda self, distance: -distance.float().expand(6, -1)}
+    cls = type("Own", (PositionEmbedding,), {"__init__": __init__, **bias, **members})
+    return cls
+
+
+class Part(torch.nn.Module):
+    """Of a scheme: parameters that nobody else initialises."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda self: self.register_buffer("m", torch.ones(6)), "the buffer `m` would not come back from"),
+        (lambda self: self.register_buffer("m", torch.ones(6), persistent=False), "the buffer `m` would not"),
+        (lambda self: setattr(self, "part", torch.nn.BatchNorm1d(3)), "the buffer `part.running_mean` would not"),
+        (lambda self: setattr(self, "slopes", torch.ones(6)), "the tensor `slopes` would not come back"),
+        (lambda self: setattr(self, "kept", {"a": [torch.ones(6)]}), "the tensor `kept` would not come back"),
+        (
+            lambda self: setattr(self, "a", torch.nn.Parameter(torch.empty(6))),
+            "`reset_parameters` must initialise the parameter `a`",
+        ),
+        (
+            lambda self: setattr(self, "a", torch.nn.ParameterList([torch.nn.Parameter(torch.empty(6))])),
+            "`reset_parameters` must initialise the parameter `a.0`",
+        ),
+        (lambda self: setattr(self, "part", Part()), "`reset_parameters` must initialise the parameter `part.weight`"),
+    ],
+)
+def test_what_would_not_come_back_is_refused_where_a_model_is_built(make, message):
+    register_position_embedding("own")(of_config(make=make))
+    try:
+        with pytest.raises(ValueError) as refused:
+            make_model("own")
+    finally:
+        del POSITION_EMBEDDINGS["own"]
+    assert str(refused.value).startswith(f"position embedding 'own': {message}")
+
+
+def test_layers_of_torch_and_numbers_of_python_are_no_fault():
+    def make(self):
+        self.line, self.table, self.none = torch.nn.Linear(1, 6), torch.nn.Embedding(9, 6), None
+        self.slopes, self.names = [0.5] * 6, {"a": (1, 2)}
+
+    register_position_embedding("own")(of_config(make=make))
+    try:
+        assert make_model("own").model.position_embeddings["own"].slopes == [0.5] * 6
+    finally:
+        del POSITION_EMBEDDINGS["own"]
+
+
+@pytest.mark.parametrize(
+    ("hooks", "kind"),
+    [
+        (["embed"], "absolute"),
+        (["embed", "dense_bias"], "absolute"),
+        (["distance_bias"], "relative"),
+        (["key_bias"], "relative"),
+        (["rotation", "rotate"], "`rotate` may be of either kind."),
+        (["dense_bias"], "`dense_bias` may be of either kind."),
+        (["score_bias"], "`score_bias` may be of either kind."),
+    ],
+)
+@pytest.mark.parametrize("said", [{}, {"kind": "none"}], ids=["forgotten", "none"])
+def test_the_kind_follows_from_the_hooks_or_must_be_said(hooks, kind, said):
+    fields = {"shared_across_layers": hooks[0] not in ("key_bias", "score_bias"), **dict.fromkeys(hooks, hook), **said}
+    if kind in ("absolute", "relative"):
+        assert type("Own", (PositionEmbedding,), fields).kind == kind
+    else:
+        with pytest.raises(TypeError) as refused:
+            type("Own", (PositionEmbedding,), fields)
+        assert str(refused.value).startswith("position scheme 'Own': `kind` must be 'relative' (it depends on dist")
+        assert str(refused.value).endswith(kind)
+
+
+def test_a_class_that_is_defined_again_takes_its_place(caplog):
+    def define(name="Again", factor=1):
+        return type(name, (PositionEmbedding,), {"distance_bias": lambda self, d: -factor * d.float().expand(6, -1)})
+
+    try:
+        register_position_embedding("again")(define())
+        first, tokens = make_model("again"), make_tokens(1, 9)
+        before = first(tokens).logits
+        with caplog.at_level("WARNING", logger="transformers"):
+            for factor in (2, 3):
+                register_position_embedding("again")(define(factor=factor))
+        assert caplog.text.count("'again' is defined again: new models have the new class") == 1
+        assert not torch.equal(make_model("again")(tokens).logits, before)
+        assert torch.equal(first(tokens).logits, before)
+        with pytest.raises(ValueError, match="^position embedding name 'again' is taken by Again: choose another.$"):
+            register_position_embedding("again")(define("Other"))
+    finally:
+        POSITION_EMBEDDINGS.pop("again", None)
+
+
+@pytest.mark.parametrize("name", ["", "a+b", "a/b", "a b", "a\n", " a", 3, None])
+def test_a_name_that_is_no_word_is_refused(name):
+    with pytest.raises(ValueError, match="^position embedding name must be a word without '\\+' and '/', got "):
+        register_position_embedding(name)(of_config(make=lambda self: None))

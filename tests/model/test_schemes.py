@@ -486,7 +486,7 @@ def test_a_new_scheme_is_one_class():
 
 
 def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="must be new.*'alibi'"):
+    with pytest.raises(ValueError, match="'alibi' is taken by AlibiBias"):
         register_position_embedding("alibi")(PositionEmbedding)
 
 

@@ -158,6 +158,7 @@ def losses_of(*tenths):
 def test_the_answer_says_how_short_the_trainings_were(results):
     for result in results:
         result["training"] |= {"num_parameters": 1_320_000, "num_tokens": 492_544, "passes": 0.2468}
+        result["training"]["data_seed"] = result["seed"]
         result["training"]["log"] = losses_of(*[6.0] * 8, 4.5, 4.3)
     (text,) = caveats(group_results(results))
     assert text == (
@@ -174,6 +175,16 @@ def test_the_answer_says_how_short_the_trainings_were(results):
     results[0]["training"] |= {"log": [], "passes": None}
     assert caveats(group_results(results))[0].endswith(" 492,544 tokens; the order may differ with longer training.")
     del results[0]["training"]["num_parameters"]
+    assert caveats(group_results(results)) == []
+
+
+def test_seeds_that_share_the_order_of_the_data_are_said(results):
+    for result in results:
+        result["training"]["data_seed"] = 42
+    (text,) = caveats(group_results(results))
+    assert text.startswith("The seeds of a setting read the data in one order (`data_seed` 42): the intervals hold for")
+    for result in results:
+        result["training"]["data_seed"] = result["seed"]
     assert caveats(group_results(results)) == []
 
 
