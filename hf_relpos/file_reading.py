@@ -16,6 +16,7 @@ MAX_DIGITS = 300  # of a number: a float holds no more
 MAX_VALUES = 100_000  # of a YAML file, with each alias written out
 ODD = re.compile(r"[-+]?0+[_0]*[1-7][\d_]*\d$|.*:")  # numbers that YAML reads as 8 for 010, as 90 for 1:30
 MAX_REASON = 300  # characters of a library's message
+TRAINING_RECORD = "training.json"  # what a run leaves beside its weights
 # what a folder of a model may hold besides weights and code, each a dictionary
 MODEL_FILES = (
     "config.json",
@@ -27,6 +28,16 @@ MODEL_FILES = (
     "added_tokens.json",
     "vocab.json",
 )
+
+
+def no_model(folder: str | Path) -> str:
+    """What a folder without config.json is, to end an error with: "not a model: it holds no config.json"."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return (
+            "not a model but an adapter of PEFT: merge it (`merge_and_unload`) and save the whole model with its "
+            "tokenizer; the adapter alone is published by PEFT's own `push_to_hub`"
+        )
+    return "not a model: it holds no config.json"
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 Nothing here imports the data libraries: loading a model needs torch and transformers only.
 """
 
+import copy
 import hashlib
 import json
+import logging
 import os
 import sys
 from difflib import get_close_matches
@@ -18,14 +20,25 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from .file_reading import MODEL_FILES, read_json, reading
+from .file_reading import MODEL_FILES, TRAINING_RECORD, no_model, read_json, reading
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 
 
+logger = logging.getLogger(__name__)
+
 NOT_FINITE = "holds NaN or infinity"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
 VERSION = "transformers_version"  # of config.json: of the library that wrote it
+# what config.json and the record of the training must agree in: another scheme computes with weights trained otherwise
+SCHEME_FIELDS = (
+    "pos_embedding_type",
+    "pos_embedding_kwargs",
+    "rope_parameters",
+    "position_gates",
+    "layer_types",
+    "sliding_window",
+)
 # a config.json of a few bytes can ask for any number
 MAX_LAYERS = 4096
 
@@ -51,6 +64,8 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
             f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
             f"got model_type {saved.get('model_type')!r}."
         )
+    if is_family:
+        warn_of_edits(name)
     with reading(what):
         model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
         _check_generation_config(model)
@@ -63,6 +78,49 @@ def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
         if weight.device.type != "meta" and not is_finite(weight.detach()):
             raise ValueError(f"`model_name_or_path` {name!r}: the weights are not finite: {key!r} {NOT_FINITE}.")
     return model
+
+
+def edited_fields(name: str | Path) -> dict[str, list[Any]]:
+    """In what the scheme of a saved folder is another than the record of its training says.
+
+    Returns:
+        field → [value in training.json, value in config.json]; empty where they agree, without a record, and for a name
+        on the Hub.
+    """
+    record_file, config_file = Path(name) / TRAINING_RECORD, Path(name) / "config.json"
+    if not record_file.is_file() or not config_file.is_file():
+        return {}
+    record, config = read_json(record_file, "training record"), read_json(config_file)
+    recorded = {field: record[field] for field in SCHEME_FIELDS if field in record}
+    others = {field: value for field, value in config.items() if field not in recorded}
+    before = _scheme_fields({**others, **{field: value for field, value in recorded.items() if value is not None}})
+    after = _scheme_fields(config)
+    pairs = {field: [before.get(field) or None, after.get(field) or None] for field in recorded}
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def warn_of_edits(name: str) -> None:
+    """Says in one line that the scheme of a saved folder is not the one that was trained, where that is so."""
+    if edits := edited_fields(name):
+        logger.warning(f"{name}: {describe_edits(edits)}: this is not the scheme that was trained.")
+
+
+def describe_edits(edits: dict[str, list[Any]]) -> str:
+    """→ what `edited_fields` found, in words."""
+    pairs = (
+        f"`{field}` is {after!r} in config.json and {before!r} in training.json"
+        for field, (before, after) in edits.items()
+    )
+    return "; ".join(pairs)
+
+
+def _scheme_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a scheme with its defaults; as they stand where they are no configuration that is known here."""
+    try:
+        config = RelPosConfig.from_dict(copy.deepcopy(fields))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return fields
+    return {field: getattr(config, field, None) for field in SCHEME_FIELDS}
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -113,7 +171,7 @@ def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:
     path = Path(name)
     if os.path.isdir(name):
         if not (path / "config.json").is_file():
-            raise ValueError(f"{flag} {name!r} is not a model: it holds no config.json{_checkpoint_hint(path)}.")
+            raise ValueError(f"{flag} {name!r} is {no_model(path)}{_checkpoint_hint(path)}.")
         for file in MODEL_FILES:
             if (path / file).exists():
                 read_json(path / file, f"{flag}: file")

@@ -1,6 +1,7 @@
 """Loading a saved model: it needs no library for data or plots, and a spoilt folder is refused everywhere."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from conftest import ROOT, save_with_tokenizer
 from helpers import ending, finetuning_flags, installed, refusal, words_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+
+from hf_relpos.model_loading import edited_fields
 
 
 LOAD = """
@@ -98,3 +101,65 @@ def test_weights_that_are_not_finite_are_used_nowhere(
     line = ending(monkeypatch, capsys, program, *words_of(program, folder, data_flags, tmp_path / "x"))
     assert "the weights are not finite" in line and weight in line
     assert not (tmp_path / "x").exists()
+
+
+# --- a configuration that was edited
+
+
+EDITS = {
+    "another scheme": (
+        {"pos_embedding_type": "none", "rope_parameters": None},
+        "pos_embedding_type",
+        "'none'",
+        "'rotary'",
+    ),
+    "another base": ({"rope_parameters": {"rope_theta": 500.0}}, "rope_parameters", "500.0", "10000.0"),
+    "a window": ({"sliding_window": 16}, "sliding_window", "16", "None"),
+}
+
+
+def edit(folder, fields):
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
+
+
+@pytest.mark.parametrize("fields, name, after, before", EDITS.values(), ids=EDITS)
+def test_an_edited_scheme_is_not_published(fields, name, after, before, trained, tmp_path, run_script, capsys):
+    folder = copy_of(trained / "rotary", tmp_path / "model")
+    assert edited_fields(folder) == {}
+    edit(folder, fields)
+    flags = ["--dry_run", "true", "--output_dir", tmp_path / "out"]
+    line = refusal(run_script, capsys, "push_to_hub", [folder, "alice/m", *flags])
+    found = re.search(rf"`{name}` is (.*?) in config.json and (.*?) in training.json", line)
+    assert after in found[1] and before in found[2] and not (tmp_path / "out").exists()
+
+
+def test_an_edited_scheme_is_said_once_and_not_compared(trained, data_flags, tmp_path, run_script, caplog, capsys):
+    folder = copy_of(trained / "rotary", tmp_path / "model")
+    edit(folder, EDITS["another scheme"][0])
+    model = ["--model_name_or_path", folder]
+
+    def warned():
+        lines = [record.getMessage() for record in caplog.records if "training.json" in record.getMessage()]
+        caplog.clear()
+        return lines
+
+    run_script("generate", *model, "--prompt", "the", "--max_new_tokens", 2)
+    (line,) = warned()
+    assert "`pos_embedding_type` is 'none' in config.json and 'rotary' in training.json" in line and "\n" not in line
+    for name, path in (("edited", folder), ("whole", trained / "rotary")):
+        flags = ["--eval_lengths", 32, 64, "--max_windows", 2, "--output_dir", tmp_path / name]
+        run_script("evaluate", "--model_name_or_path", path, *data_flags, *flags)
+        assert len(warned()) == (name == "edited")
+    assert "none edited after training (42)" in capsys.readouterr().out
+    results = [tmp_path / name / "results.json" for name in ("edited", "whole")]
+    line = refusal(run_script, capsys, "report", ["--results", *results, "--output_dir", tmp_path / "report"])
+    assert "is of no trained scheme: its `pos_embedding_type` is 'none' in config.json, 'rotary' where" in line
+    run_script("finetune", *finetuning_flags(data_flags, folder, tmp_path / "tuned"))
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert len(warned()) == 1 and record["pos_embedding_type"] == "none" and record["history"] == []
+    assert record["base_edits"]["pos_embedding_type"] == ["rotary", "none"] and edited_fields(tmp_path / "tuned") == {}
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "Changed by hand before that, in its config.json: pos_embedding_type from 'rotary' to 'none'" in card

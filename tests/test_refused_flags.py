@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers import ending, installed, words_of
+from transformers import PreTrainedConfig
 
 from hf_relpos import RelPosForCausalLM, cli
 from hf_relpos.cli import describe
@@ -112,6 +113,20 @@ def test_a_name_that_is_neither_folder_nor_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ending(monkeypatch, capsys, "generate", "--model_name_or_path", "alice/model", "--prompt", "x")
     assert "`model_name_or_path` 'alice/model': there is no such folder, and the Hub gives no such model" in line
+
+
+def test_a_misspelt_folder_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alibi").mkdir()
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    for program in ("finetune", "train", "evaluate", "generate"):
+        words = [
+            "--model_name_or_path",
+            "alibii",
+            *(["--prompt", "x"] if program == "generate" else ["--output_dir", "x"]),
+        ]
+        line = ending(monkeypatch, capsys, program, *words)
+        assert "`model_name_or_path` 'alibii': there is no such folder (did you mean 'alibi'?)" in line, program
 
 
 def test_a_name_that_is_looked_up_on_the_hub_is_said_so_once(monkeypatch, capsys):

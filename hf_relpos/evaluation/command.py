@@ -78,11 +78,14 @@ def main() -> None:
     """The command line of scripts/evaluate.py."""
     types = (EvaluationArguments, DataArguments)
     args, data_args = parse_arguments(types, DESCRIPTION, usual=USUAL, required=USUAL[:2])
-    from ..results.result_file import context_notes, corpus_note, markdown_table, split_name
+    from ..results.groups import setting_label
+    from ..results.result_file import context_notes, corpus_note, markdown_table, ratio_notes, split_name
     from .evaluate import evaluate_model
 
     result = evaluate_model(args, data_args)
-    print("\n".join([markdown_table([result]), *context_notes([result]), corpus_note([result])]))
+    results, names = [result], [setting_label(result)]  # a row says what is scaled, as in reports
+    notes = [*ratio_notes(results), *context_notes(results), corpus_note(results, names)]
+    print("\n".join([markdown_table(results, names), *notes]))
     print(_read_text(result))
     if row := result.get("sliding_baseline"):
         text = f"by a sliding window of {row['length']}, the training length, on the same tokens"

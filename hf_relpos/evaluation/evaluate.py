@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ..environment import check_at_least_1, check_room, hardware, peak_memory_mib, versions, write_json
 from ..model_corpus import ModelCorpus, UsedCorpus
-from ..model_loading import load_model, load_model_tokenizer
+from ..model_loading import edited_fields, load_model, load_model_tokenizer
 from ..pretrained.families import pretraining_length
 from ..results.plots import plot_results, plot_scores
 from ..results.training_record import TRAINING_RECORD, given_flags, read_record
@@ -54,7 +54,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     own = ModelCorpus.read(args.model_name_or_path)
     data_args = own.fill(data_args)
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
-    record = read_record(args.model_name_or_path)
+    record, edits = read_record(args.model_name_or_path), edited_fields(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
     lengths = check_lengths(args.eval_lengths or default_lengths(train_length, model.config), model)
     train_length = train_length or pretraining_length(model.config)
@@ -72,6 +72,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
         "distance_bias": bias_curves(model, lengths[-1]),
         "attn_implementation": model.config._attn_implementation,
         "dtype": args.dtype,
+        **({"edited_since_training": edits} if edits else {}),
         "training": {key: value for key, value in record.items() if key not in ("versions", "hardware")} or None,
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "versions": versions(),

@@ -58,6 +58,7 @@ def push(args: PushArguments, folder: str, repo_id: str) -> None:
     """Publishes a saved folder, or shows what would be published."""
     from huggingface_hub.utils import validate_repo_id
 
+    from .model_card import CARD, origin_of
     from .push import full_name, publish
     from .repository import check_loads, check_weights, repository_files
 
@@ -67,6 +68,9 @@ def push(args: PushArguments, folder: str, repo_id: str) -> None:
     files = repository_files(folder, repo_id, args.results, args.base_model, args.license)
     check_loads(folder)
     check_weights(files)
+    if isinstance(files[CARD], bytes):  # else the card that is there says it
+        _, license = origin_of(read_json(Path(folder) / "config.json"), args.base_model, args.license)
+        print(f"licence of the weights: {license}" + ("" if args.license else ", by default (--license)"))
     if args.dry_run:
         _show(files, args.output_dir or f"hub/{repo_id}")  # beside the model it would be one more result to collect
         return

@@ -43,6 +43,7 @@ def model_card(
     tags: Sequence[str] | None = None,
     commands: Sequence[str] | None = None,
     other_seeds: Sequence[dict[str, Any]] = (),
+    has_chat_template: bool = False,
 ) -> ModelCard:
     """The card of a model.
 
@@ -61,6 +62,7 @@ def model_card(
         commands: what was run; by default the commands that the record and the results give.
         other_seeds: results of the same setting with other seeds, for a card of all of them: `results` must be one
             then, and the card gives means over the seeds.
+        has_chat_template: whether its tokenizer has one, in which a model that was converted is asked.
 
     Returns:
         a `huggingface_hub.ModelCard`; the same for the same arguments.
@@ -74,12 +76,13 @@ def model_card(
     if commands is None:
         commands = reproduction(name, record, results)
     evaluations = [[result, *other_seeds] for result in results]
+    options = {field: record.get(field) for field in ("pos_embedding_kwargs", "rope_parameters")}
     repository = base_model if base_model and "/" in base_model else origin
     return ModelCard.from_template(
         _metadata(config, name, license, repository, tags, evaluations),
         template_path=str(TEMPLATE),
         name=escape_markdown(name),
-        schemes=[scheme_facts(*item, config) for item in position_classes(config).items()],
+        schemes=[scheme_facts(*item, {**options, **config}) for item in position_classes(config).items()],
         evaluations=[evaluation_section(runs, config, pictures[i : i + 1]) for i, runs in enumerate(evaluations)],
         scheme_files=carried_names(config["pos_embedding_type"]),
         commands="\n".join(commands) or None,
@@ -87,6 +90,7 @@ def model_card(
         fence=_fence("\n".join(commands)),
         license=license,
         **_use(config, repo_id or name, record, results),
+        is_chat=has_chat_template and not record.get("corpus"),
         **_training(config, [record, *(result["training"] for result in other_seeds)], results, base_model),
     )
 
@@ -203,8 +207,21 @@ def scheme_facts(name: str, scheme: type, config: dict[str, Any]) -> dict[str, s
     read, rope_type = read_scheme(scheme), (config.get("rope_parameters") or {}).get("rope_type")
     points = [f"- **{part}**: {read[part]}" for part in PARTS if part in read]
     points += [f"- **{part}** ({rope_type}): {says}" for part, values, says in read["special"] if rope_type in values]
-    text = "\n\n".join([*read["text"], "\n".join(points)])
+    text = _own_values("\n\n".join([*read["text"], "\n".join(points)]), scheme, config)
     return {"name": name, "title": read["title"], "equation": read["equation"], "text": link_papers(text)}
+
+
+def _own_values(text: str, scheme: type, config: dict[str, Any]) -> str:
+    """→ the text of a scheme, in which an option stands with the value of the model, or "by default"."""
+    own = {**(config.get("rope_parameters") or {}), **(config.get("pos_embedding_kwargs") or {})}
+    for name in scheme.defaults:
+        value = str(own[name]) if name in own else None
+        text = re.sub(
+            rf"`{name}` (\d[\d.e-]*\d|\d)(?![\w.]*\w)",
+            lambda found: f"`{name}` {value or f'by default {found[1]}'}",  # noqa: B023
+            text,
+        )
+    return text
 
 
 def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_model: str | None) -> str:
@@ -226,15 +243,21 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
             f"Trained at a length of {length} tokens on {record['num_tokens']:,} tokens of the split train of "
             f"{corpus_name(record['corpus'])}, {seeds_in_words(records)}."
         )
-    elif config.get("train_length") and not record:
+    elif config.get("train_length") and not record and not config.get("imported_from"):  # there it is the most it takes
         lines.append(f"Trained at a length of {config['train_length']} tokens.")
     if origin := config.get("imported_from"):
+        origin = {**origin, "base_model": origin.get("base_model") or (None if record else base_model)}
         lines.append(_origin(origin))
-    if base_model and not (origin and base_model == origin.get("base_model")):
+    if base_model and not (origin and base_model == origin["base_model"]):
         made = "Finetuned from" if record.get("num_steps", 1) else "Copied, without training, from"
-        text = f" of {corpus_name(base)}" if (base := record.get("base_corpus")) else ""
-        length = record.get("base_train_length")
-        lines.append(f"{made} {_code(base_model)}, which was trained at {length} tokens{text}.")
+        base, length = record.get("base_corpus"), record.get("base_train_length")
+        is_known = length and (base or not origin)  # of a model of another family it is the most that it takes
+        text = f" of {corpus_name(base)}" if base else ""
+        trained = f", which was trained at {length} tokens{text}" if is_known else ""
+        lines.append(f"{made} {_code(base_model)}{trained}.")
+    if edits := record.get("base_edits"):
+        texts = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in edits.items())
+        lines.append(f"Changed by hand before that, in its config.json: {'; '.join(texts)}.")
     fields = (record.get("changes") or {}).get("fields", {})
     if fields:
         changes = (escape_markdown(f"{name} from {before!r} to {after!r}") for name, (before, after) in fields.items())
@@ -248,7 +271,7 @@ def _origin(origin: dict[str, Any]) -> str:
     revision = f"at revision {_code(origin['revision'])} " if origin.get("revision") else ""
     changes = (f"{name} from {before!r} to {after!r}" for name, (before, after) in origin["changes"].items())
     changed = escape_markdown("; ".join(changes)) or "nothing but the names of its weights"
-    return f"Imported {named}{revision}(`model_type` {_code(origin['model_type'])}), which changed {changed}."
+    return f"Converted {named}{revision}(`model_type` {_code(origin['model_type'])}), which changed {changed}."
 
 
 # --- the training

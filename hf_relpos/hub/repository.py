@@ -23,7 +23,15 @@ from ..model.modeling_relpos import (
     RelPosModel,
 )
 from ..model.saved_code import AUTO_MAP, foreign_schemes, saved_code
-from ..model_loading import NOT_FINITE, check_folder, load_model, load_tokenizer_of, not_finite
+from ..model_loading import (
+    NOT_FINITE,
+    check_folder,
+    describe_edits,
+    edited_fields,
+    load_model,
+    load_tokenizer_of,
+    not_finite,
+)
 from ..results.plots import plot_results, plot_scores
 from ..results.result_file import read_result
 from ..results.training_record import TRAINING_RECORD, read_record
@@ -88,7 +96,7 @@ def repository_files(
     Raises:
         ValueError: if the folder holds no model of the family or pickled weights; if it was imported and its licence or
             its origin is not known; if a result is of another model; if a file is a link to somewhere else; if a text
-            file holds a key of somebody or a path of a user's folder.
+            file holds a key of somebody or a path of a user's folder; if its scheme is not the one of its record.
     """
     folder = Path(folder)
     for name in ("config.json", *FILES, CARD):
@@ -106,6 +114,11 @@ def repository_files(
     config |= {"auto_map": AUTO_MAP}
     files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     record = read_record(str(folder))
+    if edits := edited_fields(folder):
+        raise ValueError(
+            f"{str(folder)!r}: {describe_edits(edits)}; a card would tell of another training than the model had. "
+            "`hf-relpos finetune` changes a scheme and records it."
+        )
     found = _find_results(folder, results, config, record)
     pictures = []
     for place, (path, result) in found.items():
@@ -120,10 +133,19 @@ def repository_files(
     else:
         name = repo_id.rpartition("/")[2] if repo_id else folder.resolve().name
         read = [result for _, result in found.values()]
-        written = model_card(config, name, record, read, pictures, repo_id, base_model, license, tags)
+        about = (repo_id, base_model, license, tags)
+        chats = _has_chat_template(folder)
+        written = model_card(config, name, record, read, pictures, *about, has_chat_template=chats)
         files[CARD] = signed(written).encode()
     check_texts(files, folder)
     return files
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has a template for chats."""
+    fields = folder / "tokenizer_config.json"
+    own = fields.is_file() and read_json(fields).get("chat_template")
+    return bool(own) or (folder / "chat_template.jinja").is_file()
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> None:

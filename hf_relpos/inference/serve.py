@@ -18,10 +18,10 @@ from transformers.utils.import_utils import is_serve_available
 from ..cli import command
 from ..file_reading import read_json, reading
 from ..messages import say_command
-from ..model.attention_mask import check_implementation
+from ..model.attention_mask import check_continuous_batching
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite
+from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite, warn_of_edits
 from .serving_limits import FollowClient, follow_clients, limit_handler, pin_model, pop_cap, start_empty_prompts
 
 
@@ -48,8 +48,10 @@ def check_model(name: str, options: Sequence[str]) -> RelPosConfig:
         for path in sorted(Path(name).glob("model*.safetensors")):
             if key := not_finite(path):
                 raise ValueError(f"the weights are not finite: {key!r} in {path.name!r} {NOT_FINITE}")
+    warn_of_edits(name)
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
-        check_implementation(config, "paged|sdpa (--continuous-batching)")
+        with reading("--continuous-batching"):
+            check_continuous_batching(config)
     return config
 
 
@@ -98,6 +100,20 @@ def adapt_server(name: str, cap: int) -> None:
     server.build_server = build
 
 
+def _say_when_up(words: Sequence[str]) -> None:
+    """Makes the server say how it is asked, as soon as it listens."""
+    import uvicorn
+
+    startup = uvicorn.Server.startup
+
+    async def startup_and_say(self: Any, *args: Any, **kwargs: Any) -> None:
+        await startup(self, *args, **kwargs)
+        if self.started:
+            say_command(words)
+
+    uvicorn.Server.startup = startup_and_say
+
+
 def request_command(arguments: Sequence[str]) -> list[str]:
     """→ the command that asks the server for a text."""
     words = [part for word in arguments for part in word.split("=", 1)]
@@ -123,7 +139,7 @@ def main() -> None:
         cap = pop_cap(arguments)
         config = check_model(arguments[1], arguments[2:])
         adapt_server(arguments[1], cap or config.max_position_embeddings)
-        say_command(request_command(arguments))
+        _say_when_up(request_command(arguments))
     app(arguments)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..special_tokens import document_start
 from .request_checks import MAX_BODY, MAX_PROMPT_TOKENS, TOKEN_FIELDS, check_body, check_first
@@ -32,11 +32,11 @@ def pop_cap(options: list[str]) -> int | None:
 
 
 class Client:
-    """Whether the client of a request is still there, for the threads that work for it, and whether it named a number
-    of tokens."""
+    """Whether the client of a request is still there, for the threads that work for it, whether it named a number of
+    tokens, and its seed."""
 
     def __init__(self) -> None:
-        self.named_tokens = True
+        self.named_tokens, self.seed = True, None
         self.gone, self._callbacks = threading.Event(), []
 
     def when_gone(self, callback: Callable[[], Any]) -> None:
@@ -118,7 +118,10 @@ def limit_handler(handler: Any, cap: int) -> None:
 
     @functools.wraps(build)
     def capped(body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seed = body.pop("seed", None)  # is set where its text is generated: here it would spoil that of another request
         config = build(body, *args, **kwargs)
+        CLIENT.get().seed = seed
+        _set_sampling(config, body, is_shared=kwargs.get("use_cb", False))
         if body.get("generation_config") is None:  # a number that was not asked for, but for those that were checked
             config.max_new_tokens = min(config.max_new_tokens or cap, cap)
             CLIENT.get().named_tokens = any(body.get(name) is not None for name in TOKEN_FIELDS)
@@ -127,13 +130,42 @@ def limit_handler(handler: Any, cap: int) -> None:
     handler._build_generation_config = capped
 
 
+def _set_sampling(config: GenerationConfig, body: dict[str, Any], is_shared: bool) -> None:
+    """Makes a request sample that gives a `temperature` above 0 or a `top_p` below 1; at a `temperature` of 0 it takes
+    the likeliest tokens.
+
+    Args:
+        config: of the request, changed in place; transformers sets the values, but not that they are used.
+        body: of the request.
+        is_shared: whether one configuration serves all requests, as in continuous batching.
+    """
+    options = json.loads(body.get("generation_config") or "{}")
+    given = {**options, **body}
+    temperature, top_p = given.get("temperature"), given.get("top_p")
+    for name in {"temperature", "repetition_penalty"} & set(options):  # 2 is a number too, but for transformers
+        setattr(config, name, float(given[name]))
+    if "do_sample" in options and body.get("temperature") is None and body.get("top_p") is None:
+        return
+    if temperature == 0:
+        config.do_sample = False
+    elif temperature is not None or (top_p is not None and top_p < 1):
+        if is_shared and not config.do_sample:
+            raise ValueError(
+                "`temperature` must be 0, and `top_p` 1, with --continuous-batching: all requests have one setting, "
+                f"that of the model, got {temperature!r} and {top_p!r}."
+            )
+        config.do_sample = True
+
+
 def start_empty_prompts(handler: Any) -> None:
     """Makes the handler of completions take an empty prompt for the start of a document."""
     handle = handler.handle_request
 
     @functools.wraps(handle)
     async def started(body: dict[str, Any], request_id: str) -> Any:
-        if body.get("prompt", "") == "":
+        if body.get("prompt") is None:
+            raise ValueError("`prompt` must be given: a text to continue, or an empty one to begin a document.")
+        if body["prompt"] == "":
             _, _, tokenizer = handler._resolve_model(dict(body))
             if not tokenizer("")["input_ids"]:
                 body["prompt"] = tokenizer.decode(document_start(tokenizer))
@@ -172,7 +204,8 @@ def pin_model(manager: Any) -> None:
 def _follow(manager: Any) -> None:
     stream, generate = manager.generate_streaming, manager.generate_non_streaming
     if hasattr(manager, "async_submit"):
-        manager.async_submit = _skip_gone(manager.async_submit)
+        manager.async_submit = _skip_gone(_seeded(manager.async_submit))
+        manager.submit = _seeded(manager.submit)
 
     def generate_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, *args)
@@ -198,6 +231,22 @@ def _follow(manager: Any) -> None:
 
     manager.generate_streaming, manager.generate_non_streaming = generate_streaming, generate_non_streaming
     manager.follows_clients = True
+
+
+def _seeded(submit: Callable[..., Any]) -> Callable[..., Any]:
+    """Sets the seed of a request where its text is generated, one request after the other."""
+
+    def submit_seeded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seed = CLIENT.get().seed
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if seed is not None:
+                torch.manual_seed(seed)
+            return function(*args, **kwargs)
+
+        return submit(run, *args, **kwargs)
+
+    return submit_seeded
 
 
 def _skip_gone(submit: Callable[..., Any]) -> Callable[..., Any]:

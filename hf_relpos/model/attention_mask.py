@@ -31,6 +31,17 @@ def check_implementation(config: PreTrainedConfig, attn_implementation: str | No
         )
 
 
+def check_continuous_batching(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a scheme that continuous batching of transformers would compute wrongly."""
+    scheme, reason = f"pos_embedding_type {config.pos_embedding_type!r}", None
+    if config.has_position_bias:
+        reason = f"has no place for the position bias of {scheme}"
+    elif config.requires_unpacked:
+        reason = f"puts several sequences into one row, and the angles of {scheme} follow the length of the row"
+    if reason:
+        raise ValueError(f"continuous batching {reason}: use `generate`, with prompts padded on the left.")
+
+
 def row_mask(bias: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """The additive mask of one query that sees all keys: (H, K) fp32 bias → (1, H, 1, K)."""
     return _fit(bias[None, :, None], query)

@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mask import check_implementation
+from .attention_mask import check_continuous_batching, check_implementation
 from .attention_plan import AttentionPlan
 from .attention_planner import example_embeds, plan_layers
 from .configuration_relpos import RelPosConfig
@@ -79,7 +79,7 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; its paged attention has no place for a position bias, so bias schemes are refused."""
-        check_implementation(self.config, f"paged|{self.config._attn_implementation}")
+        check_continuous_batching(self.config)
         return super().init_continuous_batching(*args, **kwargs)
 
     def attention_path(self) -> str:

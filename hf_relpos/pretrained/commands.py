@@ -15,7 +15,8 @@ hf-relpos import HuggingFaceTB/SmolLM2-135M output/smollm2
 """
 EXPORT_DESCRIPTION = """\
 Writes a model of the family as a LlamaForCausalLM with the same logits, which vLLM, llama.cpp and other programs serve.
-Its position scheme must be rotary, plain or scaled.
+Its position scheme must be rotary, plain or scaled, and its layers those of a Llama: `hf-relpos train` makes
+them with --config_overrides use_gated_mlp=true.
 
 hf-relpos export output/yarn output/yarn-llama
 """

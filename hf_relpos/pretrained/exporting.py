@@ -1,8 +1,10 @@
 """`hf-relpos export`: a model with rotary positions as a `LlamaForCausalLM`, with the same logits."""
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,9 +101,10 @@ def llama_config(config: RelPosConfig) -> LlamaConfig:
     found["attention_out_bias"] = config.attention_out_bias
     if {*config.pos_embedding_type.split("/")} != {"rotary"}:
         raise ValueError(f"`pos_embedding_type` must be 'rotary' for a Llama, got {config.pos_embedding_type!r}.")
-    for name, value in required.items():
-        if found[name] != value:
-            raise ValueError(f"`{name}` must be {value!r} for a Llama, got {found[name]!r}.")
+    wrong = {name: value for name, value in required.items() if found[name] != value}
+    for name, value in wrong.items():
+        flags = "" if config.imported_from else f" (to train one: {_training_flags(wrong)})"
+        raise ValueError(f"`{name}` must be {value!r} for a Llama, got {found[name]!r}{flags}.")
     if (partial := rope_parameters.pop("partial_rotary_factor", 1.0)) != 1:
         raise ValueError(f"`partial_rotary_factor` must be 1 for a Llama, got {partial!r}.")
     if rope_parameters["rope_type"] not in ROPE_TYPES:
@@ -116,6 +119,15 @@ def llama_config(config: RelPosConfig) -> LlamaConfig:
     made = LlamaConfig(**fields)
     made.architectures = [LlamaForCausalLM.__name__]
     return made
+
+
+def _training_flags(fields: Mapping[str, Any]) -> str:
+    """The commands that give a new model these fields."""
+    given = {name: json.dumps(value).strip('"') for name, value in fields.items() if name != "sliding_window"}
+    overrides = ",".join(f"{name}={value}" for name, value in given.items())
+    words = [f"`hf-relpos train --config_overrides {overrides}`"] if given else []
+    words += ["`hf-relpos train` without --sliding_window"] if "sliding_window" in fields else []
+    return " and ".join(words)
 
 
 def _source(target: str, config: RelPosConfig) -> str:

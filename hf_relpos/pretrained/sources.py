@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from ..file_reading import reading
+from ..file_reading import no_model, reading
 
 
 WHOLE, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
@@ -81,7 +81,7 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
         if len(files) == 1:
             return Source(name, path, files[0])
     if not (path / "config.json").is_file():
-        raise ValueError(f"`model` {name!r} is not a model: it holds no config.json.")
+        raise ValueError(f"`model` {name!r} is {no_model(path)}.")
     cached = re.search(r"models--(.+)/snapshots/([0-9a-f]{40})$", str(path.absolute()))
     base_model, commit = (cached[1].replace("--", "/", 1), cached[2]) if cached else (None, None)
     return Source(name, path, None, base_model, commit, _license(path))

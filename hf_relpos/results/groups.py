@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .result_file import SLIDING, other_corpus_mark, score_cells
+from .result_file import SLIDING, labels, other_corpus_mark, score_cells
 
 
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
@@ -220,6 +220,20 @@ def _same_split(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return bool(known) and known == second.get("split_fingerprint")
 
 
+def setting_label(result: dict[str, Any]) -> str:
+    """What to call a run that stands alone: its scheme, what of its options is no default, and its seed; the model's
+    name without a record of its training."""
+    training = result.get("training")
+    if not training:
+        return labels([result])[0]
+    fields = ("pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "layer_types", "sliding_window")
+    edits = result.get("edited_since_training") or {}
+    values = {name: training.get(name, result.get(name)) for name in fields}
+    values |= {name: after for name, (_, after) in edits.items() if name in values}
+    words = [VARIED[name](value) for name, value in values.items()] + (["edited after training"] if edits else [])
+    return f"{' '.join(filter(None, words))} ({result['seed']})" + other_corpus_mark(result)
+
+
 def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> list[str]:
     """What to call each run: what sets its group apart, and its seed.
 
@@ -245,7 +259,17 @@ def run_labels(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) ->
 
 
 def _facts(result: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal in all results, flat, for a message that names one field."""
+    """What must be equal in all results, flat, for a message that names one field.
+
+    Raises:
+        ValueError: for a result of a model whose scheme is not the one that its record says, or without a record.
+    """
+    if edits := result.get("edited_since_training"):
+        name, (before, after) = next(iter(edits.items()))
+        raise ValueError(
+            f"the result of {result.get('model')!r} is of no trained scheme: its `{name}` is {after!r} in config.json, "
+            f"{before!r} where it was trained: it cannot be compared."
+        )
     training, corpus = _training(result), result["corpus"]
     longest = max(result["lengths"], key=int)
     recipe = {f"recipe.{name}": value for name, value in training.get("recipe", {}).items()}

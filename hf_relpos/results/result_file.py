@@ -204,6 +204,21 @@ def context_notes(results: Sequence[dict[str, Any]]) -> list[str]:
     return [CONTEXT_NOTE] if is_shown and not any("task" in result for result in results) else []
 
 
+def ratio_notes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """→ why `markdown_table` shows no ratio for a result on text, where that is so."""
+    missing = [result for result in results if "task" not in result and _ratio(result) is None]
+    notes = {
+        "ratio –: it is the perplexity at the longest length by that at the training length, which is "
+        + (
+            f"{length}: --eval_lengths of `hf-relpos evaluate` must hold it and a longer one."
+            if length
+            else "not known (--train_length of `hf-relpos evaluate`)."
+        )
+        for length in (result["train_length"] for result in missing)
+    }
+    return sorted(notes)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows of plain text, the first one the head → a table, the first column to the left, the others to the right."""
     head, *body = [[escape_markdown(cell) for cell in row] for row in rows]

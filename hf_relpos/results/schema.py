@@ -64,6 +64,7 @@ RECORD = _object(
         "log": {"type": "array", "items": _object({"step": COUNT, "loss": NUMBER, "eval_loss": NUMBER}, "step")},
         "corpus": CORPUS,
         "changes": _object({"fields": {"type": "object", "additionalProperties": PAIR}}, "fields", True),
+        "base_edits": {"type": "object", "additionalProperties": PAIR},
         "history": {"type": "array", "items": MADE},
         "resume": _object({"values": ANY_OBJECT}),
         "versions": ANY_OBJECT,
@@ -92,6 +93,7 @@ RESULT = {
     "hardware": HARDWARE,
     "corpus": CORPUS,
     "flags": OBJECT_OR_NULL,
+    "edited_since_training": {**OBJECT_OR_NULL, "additionalProperties": PAIR},
     "training": {**RECORD, "type": ["object", "null"]},
     "distance_bias": _object({"distances": {"type": "array"}, "layers": {"type": "array"}}, "distances layers", True),
 }

@@ -8,11 +8,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..file_reading import read_json
+from ..file_reading import TRAINING_RECORD, read_json
 from .schema import check_schema
 
 
-TRAINING_RECORD = "training.json"
 # flags that do not change the result
 RESULT_NEUTRAL_FLAGS = {
     "attn_implementation",

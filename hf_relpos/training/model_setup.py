@@ -12,7 +12,7 @@ from ..file_reading import parse_json as strict_json
 from ..file_reading import parse_yaml
 from ..model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..model_loading import check_size, check_vocab_size, load_model, load_model_tokenizer
+from ..model_loading import check_folder, check_size, check_vocab_size, load_model, load_model_tokenizer
 from ..pretrained.importing import describe_import, import_model, is_foreign
 from ..special_tokens import document_end
 from ..tasks.arguments import DataArguments
@@ -123,6 +123,7 @@ def load_saved(model_args: SavedModelArguments, data_args: DataArguments) -> tup
         kwargs["position_start_augmentation"] = True
     if model_args.position_sampling is not None:
         kwargs["position_sampling"] = _sampling(model_args)
+    check_folder(name)  # before anything asks the Hub
     if is_foreign(name):
         model = import_model(name, **kwargs)
         if is_first_process():

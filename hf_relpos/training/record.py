@@ -8,6 +8,7 @@ from transformers import Trainer
 from ..environment import hardware, peak_memory_mib, versions
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
+from ..model_loading import edited_fields
 from ..results.training_record import given_flags, read_record
 from ..scheme_files import import_flags
 from .arguments import RelPosTrainingArguments
@@ -116,8 +117,10 @@ def base_facts(name: str, train_length: int | None) -> dict[str, Any]:
     """What the record of a run holds of the model that it continues: its name, length and how it was made."""
     base, base_name = read_record(name), Path(name).name if Path(name).exists() else name
     corpus = ModelCorpus.read(name).record or None
-    made = []
-    if "flags" in base:
+    made, edits = [], edited_fields(name)
+    if "flags" in base and not edits:  # no command makes one that was edited
         made = [{"name": base_name, "script": base["script"], "flags": base["flags"], "corpus": corpus}]
     facts = {"base_model": base_name, "base_train_length": train_length, "base_corpus": corpus}
+    if edits:
+        return {**facts, "base_edits": edits, "history": []}
     return {**facts, "history": base.get("history", []) + made}

@@ -126,11 +126,24 @@ def _change_positions(fields: dict[str, Any], changes: ChangeArguments, block_si
         fields["max_position_embeddings"] = block_size  # a larger table would have rows that no training step reaches
     elif rope_type == "dynamic" and changes.rope_parameters is not None and fields["train_length"]:
         fields["max_position_embeddings"] = fields["train_length"]  # where it has its original length
+    elif rope_type == "yarn" and changes.rope_parameters is not None:
+        _set_stretched_length(fields, has_table)
     if rope_type == "dynamic" and block_size > fields["max_position_embeddings"]:
         raise ValueError(
             "`block_size` must be at most `max_position_embeddings`, the original length of rope_type 'dynamic', "
             f"{fields['max_position_embeddings']}, got {block_size}."
         )
+
+
+def _set_stretched_length(fields: dict[str, Any], has_table: bool) -> None:
+    """Of YaRN, `max_position_embeddings` is the length that the factor stretches to, as transformers compares them."""
+    rotation = fields["rope_parameters"]
+    original, factor = rotation.get("original_max_position_embeddings"), rotation.get("factor")
+    is_drawn_from = fields["position_sampling"] or fields["position_start_augmentation"]
+    if has_table or is_drawn_from or not all(isinstance(value, (int, float)) for value in (original, factor)):
+        return
+    if (length := original * factor) == int(length) and length > 0:
+        fields["max_position_embeddings"] = int(length)
 
 
 def with_weights(

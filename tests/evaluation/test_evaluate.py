@@ -11,7 +11,8 @@ from helpers import refusal
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_relpos.evaluation.evaluate import default_lengths
-from hf_relpos.results.result_file import CONTEXT_NOTE, REQUIRED_KEYS, labels
+from hf_relpos.results.groups import setting_label
+from hf_relpos.results.result_file import CONTEXT_NOTE, REQUIRED_KEYS, labels, ratio_notes
 
 
 def test_evaluation_writes_a_result_a_table_and_plots(trained, data_flags, tmp_path, run_script, capsys):
@@ -135,3 +136,24 @@ def test_evaluation_refuses(flags, message, trained, data_flags, tmp_path, run_s
     common = ["--model_name_or_path", trained / "learned", "--output_dir", tmp_path / "x", *data_flags]
     assert message in refusal(run_script, capsys, "evaluate", [*common, *flags])
     assert not (tmp_path / "x").exists()
+
+
+def test_a_row_says_what_is_scaled_and_a_missing_ratio_why():
+    training = {
+        "pos_embedding_type": "rotary",
+        "pos_embedding_kwargs": {},
+        "rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 10000.0},
+    }
+    result = {"pos_embedding_type": "rotary", "seed": 7, "corpus": {}, "training": training, "train_length": 512}
+    assert setting_label(result) == "rotary rope_type=yarn, factor=4 (7)"
+    assert setting_label({**result, "training": {**training, "rope_parameters": None}}) == "rotary (7)"
+    assert setting_label({**result, "training": None}) == "rotary (7)"
+    cells = {str(length): {"perplexity": 2.0} for length in (128, 512)}
+    (note,) = ratio_notes([{**result, "lengths": cells}])
+    assert (
+        "ratio –" in note
+        and "which is 512: --eval_lengths of `hf-relpos evaluate` must hold it and a longer one" in note
+    )
+    (note,) = ratio_notes([{**result, "lengths": cells, "train_length": None}])
+    assert "not known (--train_length of" in note
+    assert ratio_notes([{**result, "lengths": cells, "train_length": 128}]) == []

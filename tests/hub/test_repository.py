@@ -294,3 +294,18 @@ def test_what_is_pickled_beside_a_checkpoint_holds_no_token(tmp_path):
     torch.save(args, tmp_path / "training_args.bin")
     assert args.hub_token == TOKEN
     assert not re.search(TOKEN.encode(), (tmp_path / "training_args.bin").read_bytes())
+
+
+def test_an_adapter_is_no_model_and_says_what_to_do(tmp_path, run_script, capsys):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    line = refusal(run_script, capsys, tmp_path / "lora", "alice/m")
+    assert "not a model but an adapter of PEFT: merge it" in line and "config.json" not in line
+
+
+def test_a_push_names_the_licence_that_it_writes(saved, tmp_path, run_script, capsys):
+    run_script("push_to_hub", saved, "alice/m", "--dry_run", "true", "--output_dir", tmp_path / "one")
+    assert "licence of the weights: apache-2.0, by default (--license)" in capsys.readouterr().out
+    flags = ("--license", "mit", "--dry_run", "true", "--output_dir", tmp_path / "two")
+    run_script("push_to_hub", saved, "alice/m", *flags)
+    assert "licence of the weights: mit\n" in capsys.readouterr().out

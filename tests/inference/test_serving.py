@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_model, make_tokenizer, save_with_tokenizer
@@ -109,6 +110,32 @@ def test_completion(served):
     pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
     pieces = [piece for piece in pieces if piece]
     assert len(pieces) > 2 and "".join(pieces) == answer.choices[0].text
+
+
+def test_a_temperature_samples_and_a_seed_repeats_it(served):
+    client, name, model = served
+    greedy = expected_texts(model)[1]
+
+    def text(stream=False, **fields):
+        answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=NEW_TOKENS, stream=stream, **fields)
+        return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+
+    for stream in (False, True):
+        first = text(stream, temperature=9, seed=1)
+        assert first == text(stream, temperature=9, seed=1) and first != greedy
+        assert first != text(stream, temperature=9, seed=2)
+    assert len({text(top_p=0.99) for _ in range(4)}) > 1
+    assert text(temperature=0, top_p=0.5, seed=1) == text(top_p=1) == text() == greedy
+    options = [{"temperature": 9}, {"temperature": 9, "do_sample": False}]
+    sampled, taken = (text(extra_body={"generation_config": json.dumps(fields)}, seed=1) for fields in options)
+    assert sampled != taken
+    chat = {"model": name, "messages": MESSAGES, "max_tokens": NEW_TOKENS, "temperature": 9}
+    replies = [client.chat.completions.create(**chat, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert replies[0] == replies[1] != replies[2]
+    with pytest.raises(openai.BadRequestError, match="`prompt` must be given"):
+        client.post("/completions", body={"model": name, "max_tokens": 2}, cast_to=dict)
+    log = Path(f"{name}.log").read_text(encoding="utf-8")
+    assert log.index("Application startup complete") < log.index("next: curl")
 
 
 def test_lists_the_served_model_and_no_other(served):
@@ -217,6 +244,8 @@ def test_continuous_batching(tmp_path):
         assert client.completions.create(**request).choices[0].text == expected_texts(model)[1]
         pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
         assert "".join(pieces) == expected_texts(model)[1]
+        with pytest.raises(openai.BadRequestError, match="must be 0, .* with --continuous-batching"):
+            client.completions.create(**request | {"temperature": 0.7})
 
 
 def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
@@ -231,7 +260,7 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
         (["serve", tmp_path / "nothing"], "is not a folder with a saved model"),
         (["serve", tmp_path / "llama"], "is not a model of the family ('relpos'), got 'llama'"),
         (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
-        (["serve", tmp_path / "bias", "--continuous-batching"], "would drop the position bias"),
+        (["serve", tmp_path / "bias", "--continuous-batching"], "has no place for the position bias"),
         (["serve", tmp_path / "bias", "--max_new_tokens"], "`max_new_tokens` must be one number of at least 1, got ''"),
         (["serve", tmp_path / "bias", "--max-new-tokens=0"], "`max_new_tokens` must be one number of at least 1"),
     ):

@@ -256,7 +256,9 @@ def test_continuous_batching_is_generate_or_refused(scheme):
     options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else the cache fills most of the memory
     if scheme in BIASED:
-        with pytest.raises(ValueError, match=rf"pos_embedding_type '{scheme}', got 'paged.sdpa'"):
+        with pytest.raises(
+            ValueError, match=rf"continuous batching .* '{scheme}': use `generate`, with prompts padded"
+        ):
             model.generate_batch(prompts, generation_config=options)
         return
     batch = model.generate_batch(prompts, generation_config=options, continuous_batching_config=small, warmup=False)
@@ -272,7 +274,7 @@ def test_continuous_batching_is_generate_or_refused(scheme):
 def test_angles_that_follow_the_row_are_refused_where_rows_hold_several_requests(rope_type):
     factors = {"factor": 4.0} if rope_type == "dynamic" else {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     model = make_model("rotary", rope_parameters={"rope_type": rope_type, **factors})
-    with pytest.raises(ValueError, match="got 'paged.sdpa': its rows hold several sequences"):
+    with pytest.raises(ValueError, match="continuous batching puts several sequences into one row"):
         model.generate_batch([[5, 6, 7], [8, 9]], generation_config=GenerationConfig(max_new_tokens=2))
 
 

@@ -67,14 +67,31 @@ def test_a_model_trained_here_is_served_as_a_llama(rope_parameters, tied, tmp_pa
 REFUSED = {
     "another scheme": ("alibi", LLAMA, "`pos_embedding_type` must be 'rotary' for a Llama, got 'alibi'"),
     "some layers": ("rotary/none", LLAMA, "`pos_embedding_type` must be 'rotary' for a Llama, got 'rotary/none'"),
-    "no gate": ("rotary", {}, "`use_gated_mlp` must be True for a Llama, got False"),
-    "norms": ("rotary", LLAMA | {"qk_norm": "head"}, "`qk_norm` must be None for a Llama, got 'head'"),
+    "no gate": (
+        "rotary",
+        {},
+        "`use_gated_mlp` must be True for a Llama, got False .*--config_overrides use_gated_mlp=true",
+    ),
+    "norms": (
+        "rotary",
+        LLAMA | {"qk_norm": "head"},
+        "`qk_norm` must be None for a Llama, got 'head' .*--config_overrides qk_norm=null`\\)",
+    ),
+    "several": (
+        "rotary",
+        {"norm_type": "layer_norm"},
+        "got False .to train one: `hf-relpos train --config_overrides use_gated_mlp=true,norm_type=rms_norm.",
+    ),
     "some biases": (
         "rotary",
         LLAMA | {"attention_bias": True, "attention_out_bias": False},
         "`attention_out_bias` must be True for a Llama, got False",
     ),
-    "windows": ("rotary", LLAMA | {"sliding_window": 9}, "`sliding_window` must be None for a Llama, got 9"),
+    "windows": (
+        "rotary",
+        LLAMA | {"sliding_window": 9},
+        "`sliding_window` must be None for a Llama, got 9 .to train one: `hf-relpos train` without --sliding_window",
+    ),
     "a part of the channels": (
         "rotary",
         LLAMA | {"partial_rotary_factor": 0.5},

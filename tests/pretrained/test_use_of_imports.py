@@ -112,8 +112,31 @@ def card_of(**origin):
 def test_a_card_says_where_a_model_comes_from():
     card = card_of()
     assert card.data.license == "llama3.2" and card.data.base_model == "meta/llama"
-    said = "Imported from `meta/llama` at revision `0a1b` (`model_type` `llama`), which changed pad_token_id from -1"
+    said = "Converted from `meta/llama` at revision `0a1b` (`model_type` `llama`), which changed pad_token_id from -1"
     assert said in card.text and "`llama3.2`; code: Apache 2.0" in card.text
+
+
+def test_a_card_of_a_converted_model_tells_nothing_that_is_not_known(llama, tmp_path):
+    """Its own options, no training that nobody recorded, and a prompt as its tokenizer writes one."""
+    fields = {"rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}, "train_length": 8192}
+    config = {
+        "pos_embedding_type": "rotary",
+        "imported_from": ORIGIN | {"base_model": None, "revision": None},
+        **fields,
+    }
+    text = model_card(config, "name", base_model="meta/llama", has_chat_template=True).text
+    assert "Converted from `meta/llama` (`model_type` `llama`)" in text
+    assert not any(word in text for word in ("Finetuned", "Trained at", "8192", "None tokens", "rope_theta` 10000 "))
+    assert "`rope_theta` 100000.0 and `partial_rotary_factor` by default 1.0" in text
+    assert "inputs = tokenizer.apply_chat_template(messages, " in text and 'tokenizer("The"' not in text
+    tuned = model_card({"pos_embedding_type": "alibi"}, "name", base_model="alice/base").text
+    assert "Finetuned from `alice/base`." in tuned and 'tokenizer("The"' in tuned
+    import_pretrained(llama, tmp_path / "imported", base_model="meta/llama", license="mit")
+    for template in (True, False):
+        if not template:
+            (tmp_path / "imported" / "chat_template.jinja").unlink()
+        card = repository_files(tmp_path / "imported")["README.md"].decode()
+        assert ("apply_chat_template" in card) == template
 
 
 @pytest.mark.parametrize("name", ["license", "base_model"])

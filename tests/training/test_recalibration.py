@@ -114,6 +114,7 @@ def test_shorter_blocks_leave_the_length_of_pretraining(data_flags, tmp_path, ru
     run_script("finetune", *finetuning_flags(data_flags, tmp_path / "short", tmp_path / "yarn", **yarn))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "yarn").config
     assert config.rope_parameters["original_max_position_embeddings"] == config.train_length == 128
+    assert config.max_position_embeddings == 512  # 4 × 128: else transformers warns of another ratio
     # a temperature acts past the length of pretraining only
     sharp = dict(pos_embedding_type="temperature", pos_embedding_kwargs='{"beta": 0.5}', max_steps=0)
     run_script("finetune", *finetuning_flags(data_flags, tmp_path / "drope", tmp_path / "sharp", **sharp))
