@@ -158,10 +158,11 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> None:
     folder = Path(folder)
     try:
         card = repository_files(folder, repo_id)[CARD]
-        if isinstance(card, bytes):
-            write_bytes(folder / CARD, card)  # half of one would pass for one that was edited
     except Exception as error:  # the model and its results are saved already
         logger.warning(f"No card was written: {error}")
+        return
+    if isinstance(card, bytes):
+        write_bytes(folder / CARD, card)  # half of one would pass for one that was edited
 
 
 def draw_result(result: dict[str, Any]) -> tuple[str, bytes]:

@@ -52,6 +52,6 @@ def _wanted_shape(hook: str, args: tuple[Any, ...], num_heads: int) -> tuple[int
     if hook == "key_bias":
         return first.shape[0], num_heads, first.shape[1]
     if hook == "dense_bias":
-        (batch_size, query_length), (key_batch_size, key_length) = first.query.shape, first.key.shape
-        return max(batch_size, key_batch_size), num_heads, query_length, key_length
+        parts = (first.query, first.key, first.distance, first.visible)
+        return max(len(part) for part in parts), num_heads, first.query.shape[1], first.key.shape[1]
     return tuple(first.shape)
