@@ -23,7 +23,7 @@ STEPS_FOR_A_SEED = 1500  # a further seed is worth more than steps beyond these
 NUM_RATES = 3  # learning rates that are tried for each scheme, two at first and one on the better side
 MAX_PASSES = 8  # over the training text
 # seconds of a run besides its steps and its evaluation, by who does it
-START_UP = {"here": 3.0, "forked": 5.0, "spawned": 12.0}
+START_UP = {"here": 3.0, "forked": 9.0, "spawned": 12.0}
 UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400}
 
 
