@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,45 +130,21 @@ def live_table(
         remark: the same → a line to say now, or nothing.
         names: what to call the runs, by default as `labels` does.
     """
-    summary = summary or partial(_summary, root=root, begun=time.time())
-    names = names or labels(runs)
-    console, stop, begun = console or Console(file=sys.__stderr__, soft_wrap=True), threading.Event(), time.time()
-    told: dict[str, set[str]] = {"runs": set(), "warnings": set()}
-
-    def say_remark() -> None:
-        if line := remark([(run, status(run, root, begun)) for run in runs]):
-            console.print(line, highlight=False)
-
-    def follow() -> None:
-        if console.is_terminal:
-            with Live(progress_table(runs, root, begun, summary, names), console=console, auto_refresh=False) as live:
-                while not stop.wait(seconds):
-                    _tell_warnings(console, [(run, status(run, root, begun)) for run in runs], root, told, names)
-                    live.update(progress_table(runs, root, begun, summary, names), refresh=True)
-                    say_remark()
-                live.update(progress_table(runs, root, begun, summary, names), refresh=True)
-            return
-        seen: dict[str, str] = {}
-        said = time.time()
-        while True:
-            ended = stop.wait(seconds)
-            due = time.time() - said >= seconds_per_line and not ended
-            found = [(run, status(run, root, begun)) for run in runs]
-            for run, state in found:
-                changed = state["state"] != seen.get(run.key, "waiting")
-                if changed or (due and state["state"] in ACTIVE):
-                    words = [state["state"], *filter(None, _numbers(state))]
-                    console.print(f"{run.key}  {names[run]}: {', '.join(words)}", highlight=False)
-                seen[run.key] = state["state"]
-            _tell_warnings(console, found, root, told, names)
-            if due:
-                console.print(summary(found), highlight=False)
-                say_remark()
-                said = time.time()
-            if ended:
-                return
-
-    thread = threading.Thread(target=follow, daemon=True)
+    begun = time.time()
+    watch = _Watch(
+        runs=runs,
+        root=root,
+        begun=begun,
+        console=console or Console(file=sys.__stderr__, soft_wrap=True),
+        summary=summary or partial(_summary, root=root, begun=begun),
+        remark=remark,
+        names=names or labels(runs),
+    )
+    stop = threading.Event()
+    if watch.console.is_terminal:
+        thread = threading.Thread(target=watch.redraw, args=(stop, seconds), daemon=True)
+    else:
+        thread = threading.Thread(target=watch.print_lines, args=(stop, seconds, seconds_per_line), daemon=True)
     thread.start()
     try:
         yield
@@ -176,30 +153,84 @@ def live_table(
         thread.join()
 
 
-def _tell_warnings(console: Any, found: Found, root: Path, told: dict[str, set[str]], names: dict[Run, str]) -> None:
-    """Prints what the logs of runs that take steps warn of, once for all runs that are warned of the same."""
-    for run, state in found:
-        if "step" not in state or run.key in told["runs"]:
-            continue
-        told["runs"].add(run.key)
-        with suppress(OSError):
-            lines = (run.folder(root) / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-            for line in dict.fromkeys(lines):
-                if line.startswith("warning: ") and line not in told["warnings"]:
-                    told["warnings"].add(line)
-                    console.print(f"{run.key}  {names[run]}: {line}", highlight=False)
+@dataclass
+class _Watch:
+    """What `live_table` shows, until an event is set; each look at the folders serves all that is said of it."""
+
+    runs: Sequence[Run]
+    root: Path
+    begun: float
+    console: Any
+    summary: Summary
+    remark: Callable[[Found], str]
+    names: dict[Run, str]
+    told: dict[str, set[str]] = field(default_factory=lambda: {"runs": set(), "warnings": set()})
+
+    def redraw(self, stop: threading.Event, seconds: float) -> None:
+        """On a terminal: a table in its place."""
+        table = _table(self._look(), self.summary, self.names)
+        with Live(table, console=self.console, auto_refresh=False) as live:
+            ended = False
+            while not ended:
+                ended = stop.wait(seconds)
+                found = self._look()
+                if not ended:
+                    self._tell_warnings(found)
+                live.update(_table(found, self.summary, self.names), refresh=True)
+                if not ended:
+                    self._say_remark(found)
+
+    def print_lines(self, stop: threading.Event, seconds: float, seconds_per_line: float) -> None:
+        """Elsewhere: lines."""
+        seen: dict[str, str] = {}
+        said, ended = time.time(), False
+        while not ended:
+            ended = stop.wait(seconds)
+            due = time.time() - said >= seconds_per_line and not ended
+            found = self._look()
+            for run, state in found:
+                changed = state["state"] != seen.get(run.key, "waiting")
+                if changed or (due and state["state"] in ACTIVE):
+                    words = [state["state"], *filter(None, _numbers(state))]
+                    self._print(f"{run.key}  {self.names[run]}: {', '.join(words)}")
+                seen[run.key] = state["state"]
+            self._tell_warnings(found)
+            if due:
+                self._print(self.summary(found))
+                self._say_remark(found)
+                said = time.time()
+
+    def _look(self) -> Found:
+        return [(run, status(run, self.root, self.begun)) for run in self.runs]
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+
+    def _say_remark(self, found: Found) -> None:
+        if line := self.remark(found):
+            self._print(line)
+
+    def _tell_warnings(self, found: Found) -> None:
+        """Prints what the logs of runs that take steps warn of, once for all runs that are warned of the same."""
+        for run, state in found:
+            if "step" not in state or run.key in self.told["runs"]:
+                continue
+            self.told["runs"].add(run.key)
+            with suppress(OSError):
+                lines = (run.folder(self.root) / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+                for line in dict.fromkeys(lines):
+                    if line.startswith("warning: ") and line not in self.told["warnings"]:
+                        self.told["warnings"].add(line)
+                        self._print(f"{run.key}  {self.names[run]}: {line}")
 
 
-def progress_table(
-    runs: Sequence[Run],
-    root: Path,
-    begun: float,
-    summary: Summary | None = None,
-    names: dict[Run, str] | None = None,
-) -> Table:
+def progress_table(runs: Sequence[Run], root: Path, begun: float) -> Table:
     """The runs that are active or failed, and how many there are in each state."""
     found = [(run, status(run, root, begun)) for run in runs]
-    summary, names = summary or partial(_summary, root=root, begun=begun), names or labels(runs)
+    return _table(found, partial(_summary, root=root, begun=begun), labels(runs))
+
+
+def _table(found: Found, summary: Summary, names: dict[Run, str]) -> Table:
     table = Table("run", "state", "step", "loss", "left", title=summary(found))
     for run, state in found:
         if state["state"] not in ("done", "waiting"):

@@ -146,8 +146,8 @@ def sweep(args: SweepArguments) -> None:
     if args.executor == "ray" and args.num_parallel not in (None, 1):
         raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)
+    names = labels(runs)
     if args.dry_run:
-        names = labels(runs)
         for run in runs:
             print(f"{run.key}  {names[run]}: {status(run, root)['state']}")
         return
@@ -155,10 +155,10 @@ def sweep(args: SweepArguments) -> None:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before", flush=True)
     with only_owner(root, seconds=-1):  # where nothing can be written no run is started
         pass
-    with signals_interrupt(), live_table(runs, root):
+    with signals_interrupt(), live_table(runs, root, names=names):
         failed = _run_all(todo, root, args)
     for run in failed:
-        print(f"failed: {labels(runs)[run]}: {failure_of(run, root) or 'see above'}", file=sys.stderr)
+        print(f"failed: {names[run]}: {failure_of(run, root) or 'see above'}", file=sys.stderr)
     results = collect_results(runs, root)
     texts = "; ".join(dict.fromkeys(map(split_name, results)))
     print(f"{len(results)} of {len(runs)} results, in {root / RESULTS}" + (f": {texts}" if texts else ""))
