@@ -1,5 +1,5 @@
-// Attention with a bias that depends on the head and the distance alone, and RMSNorm, on CPUs: the functions that Python
-// calls.
+// The functions that Python calls: on CPUs, attention with a bias that depends on the head and the distance alone, and
+// RMSNorm.
 #include <ATen/Parallel.h>
 
 #include <cstdio>

@@ -14,7 +14,7 @@ constexpr int64_t kGrain = 32768;  // numbers that a thread takes at least, as i
 constexpr int64_t kRows = 32;      // rows of a part of the gradient of the weight, at least
 constexpr int64_t kParts = 256;    // how many there are, at most
 
-// How many numbers of a row are taken at a time: as many as a vector has, which is known in advance, or those at its end.
+// How many numbers of a row are taken at a time: as many as a vector has, or those at its end.
 struct Whole {};
 struct Part {
   int64_t count;
