@@ -61,8 +61,25 @@ def test_each_figure_says_what_its_bands_are(results, monkeypatch):
         in (found["Loss by position, minus that of none"][1])
     )
     assert found["Bias by distance"][1] == (
-        f"A line for each layer and head, of seed {min(SEEDS)} alone, of 5 seeds; no bands."
+        f"A line for each layer and head, of seed {min(SEEDS)} alone, of 5 seeds; no bands. To ±12, as far as one is "
+        "within."
     )
+
+
+def test_biases_are_drawn_as_far_as_they_are_seen(results, monkeypatch):
+    """Layers that share a bias are one line for each head; where all have left the frame, nothing would be seen."""
+    distances = [*range(9), 100, 200, 512, 1024]
+    shared, steep = ([-slope * distance for distance in distances] for slope in (0.01, 0.1))
+    for result in results:
+        layers = [[shared]] * 2 if result["pos_embedding_type"] == "alibi" else [[steep], [shared]]
+        layers = [[[-20.0] * len(distances)]] if result["pos_embedding_type"] == "none" else layers
+        result["distance_bias"] = {"distances": distances, "layers": layers}
+    figure, _ = figures_of(results, monkeypatch)["Bias by distance"]
+    panels = {axes.get_title().partition(",")[0]: axes for axes in figure.axes if axes.get_title()}
+    lines = {name: [line for line in axes.get_lines() if len(line.get_xdata()) > 2] for name, axes in panels.items()}
+    assert {name: len(each) for name, each in lines.items()} == {"none": 1, "alibi": 1, "rotary": 2}
+    assert lines["alibi"][0].get_label() == "all layers"
+    assert {name: each[0].get_xdata()[-1] for name, each in lines.items()} == {"none": 8, "alibi": 512, "rotary": 512}
 
 
 def test_a_setting_of_one_seed_is_named(results, monkeypatch):
