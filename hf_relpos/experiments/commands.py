@@ -11,13 +11,13 @@ from ..cli import command, parse_arguments
 
 
 SWEEP_DESCRIPTION = """\
-Runs the experiment that a YAML file states, and continues where an earlier call stopped. A small one:
+Runs the experiment that a YAML file states, and continues where an earlier call stopped. A small file is
 
-train: {train_file: my.txt, vocab_size: 2048, max_steps: 500, learning_rate: 3e-3}
-grid:
-  pos_embedding_type: [rotary, alibi]
-  seed: [1, 2, 3]
-evaluate: {eval_lengths: [128, 512]}
+  train: {train_file: my.txt, vocab_size: 2048, max_steps: 500, learning_rate: 3e-3}
+  grid:
+    pos_embedding_type: [rotary, alibi]
+    seed: [1, 2, 3]
+  evaluate: {eval_lengths: [128, 512]}
 
 hf-relpos sweep --experiment experiment.yaml --output_dir output/experiment
 """
