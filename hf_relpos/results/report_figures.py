@@ -22,7 +22,7 @@ from .figure_style import (
     round_ticks,
     write_caption,
 )
-from .groups import Group
+from .groups import VARIED, Group
 from .questions import Matrix, changes_between
 from .result_file import has_held_out_ends, smooth_by_position, text_title
 
@@ -253,20 +253,30 @@ def _log(result: dict[str, Any]) -> dict[int, float]:
 
 
 def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
+    """A line for each setting over its steps; a setting that was finetuned for one number of steps is a point."""
     axes = figure.subplots()
     curves: dict[str, dict[int, list[float]]] = {}
     for group in _finetuned(groups):
-        first = group.first
-        name = f"{first['pos_embedding_type']} {first['training']['base_train_length']} → {first['train_length']}"
+        steps = group.first["training"]["num_steps"]
         losses = list(group.values(str(group.lengths()[-1]), "loss").values())
-        curves.setdefault(name, {})[first["training"]["num_steps"]] = losses
+        curves.setdefault(_setting_without_steps(group), {})[steps] = losses
     for name, points in curves.items():
         steps = sorted(points)
         found = _over_seeds(np.array([points[step] for step in steps]).T)
         _line(axes, steps, found, name, marker="o", markersize=4)
-    length = groups[0].lengths()[-1]
-    axes.set_xscale("log")
+    length, places = groups[0].lengths()[-1], sorted({step for points in curves.values() for step in points})
+    axes.set_xscale("symlog", linthresh=min(filter(None, places), default=1))  # 0 steps are the model as it was
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.set_xticks([], minor=True)
     _finish(axes, groups, marks=False, xlabel="finetuning steps", ylabel=f"loss at {length} (nats per token)")
+
+
+def _setting_without_steps(group: Group) -> str:
+    """ "rotary rope_type=yarn, factor=8.0 128 → 1024": the label, with the lengths before and after."""
+    training, name = group.first["training"], group.label
+    for field, value in (("num_steps", training["num_steps"]), ("train_length", group.train_length)):
+        name = name.replace(f" {VARIED[field](value)}", "")
+    return f"{name} {training['base_train_length']} → {group.train_length}"
 
 
 def _finetuned(groups: Sequence[Group]) -> list[Group]:

@@ -153,3 +153,20 @@ def test_no_figure_has_labels_that_round_their_ticks():
     ]:
         for call in re.findall(r"yaxis.set_m\w+_formatter\((.*?)\)", path.read_text(encoding="utf-8")):
             assert call == '"{x:g}"', path
+
+
+def test_finetuned_settings_of_one_scheme_have_lines_of_their_own(monkeypatch):
+    """Plain, interpolated and YaRN's rotations were all called "rotary 128 → 512", and the last one drawn."""
+    ropes = [None, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}]
+    runs = [
+        make_result("rotary", seed, 4 - steps / 1000, 512, num_steps=steps, base_train_length=128, rope_parameters=rope)
+        for rope in ropes
+        for steps in (0, 25, 100)
+        for seed in (1, 2)
+    ]
+    figure, _ = figures_of(runs, monkeypatch)["Loss after finetuning"]
+    (axes,) = figure.axes
+    names = ["rotary", "rotary rope_type=linear, factor=4.0", "rotary rope_type=yarn, factor=4.0"]
+    assert [line.get_label() for line in axes.get_lines()] == [f"{name} 128 → 512" for name in names]
+    assert all(line.get_xdata().tolist() == [0, 25, 100] for line in axes.get_lines())
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "25", "100"]
