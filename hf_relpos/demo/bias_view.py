@@ -57,7 +57,6 @@ def draw_bias(axes: Any, entry: PageModel, table: np.ndarray, scale: str) -> Non
         axes.plot(distances + shift, values[distances], label=f"head {head}", **style)
     if shift:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="distance + 1 (tokens)" if shift else "distance (tokens)", ylabel="bias (added to the scores)")
     if (entry.model.config.train_length or 0) <= table.shape[1]:
         mark_training([entry], axes)

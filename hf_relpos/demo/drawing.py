@@ -122,6 +122,10 @@ def svg(draw: Callable[..., None], size: tuple[float, float], label: str, *argum
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes, *arguments)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":  # whose own labels are formulas, which are text here
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
         axes.grid(alpha=0.18)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

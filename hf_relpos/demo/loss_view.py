@@ -231,7 +231,6 @@ def _draw_differences(
         low, high = means - 2 * errors, means + 2 * errors
         axes.fill_between(positions, low, high, color=each.entry.color, alpha=0.16, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
     unit, place = ("nats per token", "tokens") if is_per_token else ("bits per byte", "bytes")
     axes.set(xlabel=f"position ({place} of context)", ylabel=f"difference of the loss ({unit})")
     legend(axes)
@@ -252,6 +251,5 @@ def _draw_losses(axes: Any, read: Sequence[TextLosses]) -> None:
         positions, means = smooth_by_position([None, *losses[1:].tolist()])
         axes.plot(positions, means, color=color, linewidth=2, marker="" if len(means) > 1 else "o")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="position (tokens of context)", ylabel="loss (nats per token)")
     mark_training([each.entry for each in read], axes)

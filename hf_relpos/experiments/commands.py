@@ -11,9 +11,15 @@ from ..cli import command, parse_arguments
 
 
 SWEEP_DESCRIPTION = """\
-Runs the experiment that a YAML file states, and continues where an earlier call stopped.
+Runs the experiment that a YAML file states, and continues where an earlier call stopped. A small file is
 
-hf-relpos sweep --experiment experiments/relative_schemes.yaml --output_dir output/relative --scale 0.01
+  train: {train_file: my.txt, vocab_size: 2048, max_steps: 500, learning_rate: 3e-3}
+  grid:
+    pos_embedding_type: [rotary, alibi]
+    seed: [1, 2, 3]
+  evaluate: {eval_lengths: [128, 512]}
+
+hf-relpos sweep --experiment experiment.yaml --output_dir output/experiment
 """
 COMPARE_DESCRIPTION = """\
 Compares position schemes on a text: a learning rate for each by validation loss, several seeds, and the answer with

@@ -130,8 +130,11 @@ def _check(args: CompareArguments) -> None:
     if args.seeds is not None and not 2 <= args.seeds <= len(SEEDS):
         raise ValueError(f"`seeds` must lie between 2 and {len(SEEDS)}, got {args.seeds}.")
     for scheme in args.schemes:
-        check_imported(RelPosConfig(pos_embedding_type=scheme))
-        classes = position_embedding_classes(scheme).values()
+        try:
+            classes = position_embedding_classes(scheme).values()
+            check_imported(RelPosConfig(pos_embedding_type=scheme))
+        except ValueError as error:  # which names the field of a model
+            raise ValueError(f"`schemes` {scheme!r}: {error}") from error
         if args.run_length > args.train_length and any(cls.has_position_limit for cls in classes):
             raise ValueError(
                 f"`schemes`: {scheme!r} has no positions past `train_length` {args.train_length}: leave it out, or "

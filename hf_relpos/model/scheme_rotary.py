@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .functional_transforms import assert_async, is_tracing
+from .functional_transforms import assert_async, clamp, is_tracing
 from .scheme_base import POSITION_EMBEDDINGS, PositionEmbedding, register_position_embedding
 
 
@@ -287,7 +287,8 @@ class PolarEmbedding(PositionEmbedding):
 
     Parameters: H·D, the same for all layers. Past the training length: reported to hold its loss far better than the
     rotation, without finetuning.
-    Paper: Gopalakrishnan et al. 2025, arXiv 2509.10534.
+    Paper: Gopalakrishnan et al. 2025, arXiv 2509.10534. Differs: a phase that a step has carried out of the range learns
+    on where that leads back.
     """
 
     kind = "relative"
@@ -317,7 +318,7 @@ class PolarEmbedding(PositionEmbedding):
         """→ cos and sin of the query, each (B or 1, H, Q, D), then those of the key, each (B or 1, 1, Q, D)."""
         channel = torch.arange(self.head_dim, device=positions.device, dtype=torch.float32)
         angle = positions[:, None, :, None].float() * self.rope_theta ** (-channel / self.head_dim)
-        turned = angle - self.phase.float().clamp(-2 * math.pi, 0.0)[:, None]
+        turned = angle - clamp(self.phase.float(), -2 * math.pi, 0.0)[:, None]
         return tuple(x.to(dtype) for x in (turned.cos(), turned.sin(), angle.cos(), angle.sin()))
 
     @staticmethod

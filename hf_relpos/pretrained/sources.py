@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"`model` {name!r} is not a folder.")
+        print(f"{name} is no folder here: asking the Hub for it", file=sys.stderr, flush=True)
         with hub_errors(name):
             path = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
     elif not (path / "config.json").is_file():

@@ -16,8 +16,9 @@ from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
 from .questions import Answer, answers, detail_rows, pair_rows, sentences
 from .report_figures import draw_figures
+from .report_files import write_tables
 from .report_page import Section, as_html, as_markdown
-from .report_tables import context_rows, perplexity_rows, score_rows, setup_rows
+from .report_tables import Rows, context_rows, perplexity_rows, score_rows, setup_rows
 from .result_file import (
     CONTEXT_NOTE,
     RESULTS,
@@ -41,7 +42,7 @@ def write_report(
     varied: Sequence[str] = (),
     root: Path | None = None,
 ) -> list[Path]:
-    """Writes report.md with its figures, and report.html, which holds all in one file.
+    """Writes report.md with its figures, report.html, which holds all in one file, and the tables as CSV and LaTeX.
 
     Args:
         results: of scripts/evaluate.py, any number of seeds of each setting.
@@ -77,7 +78,7 @@ def write_report(
         if section.image:
             paths.append(folder / section.file_name)
             write_bytes(paths[-1], section.image)
-    return paths
+    return paths + write_tables(groups, answers(groups), _main_rows(groups), folder)
 
 
 def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section]:
@@ -90,9 +91,9 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     if groups[0].score_name:
         note = f"{text}. {groups[0].score_name}, by the length of the rows in tokens and their kind, with the 95 % "
         note += "interval over the seeds, which ignores the limits 0 and 1."
-        sections.append(Section("Score by length", [note], score_rows(groups)))
+        sections.append(Section("Score by length", [note], _main_rows(groups)))
     else:
-        sections.append(Section("Perplexity by length", [_perplexity_note(groups, text)], perplexity_rows(groups)))
+        sections.append(Section("Perplexity by length", [_perplexity_note(groups, text)], _main_rows(groups)))
     sections += [_pair_section(answer, text) for answer in found if answer.pairs]
     sections.append(Section("What was trained", [], setup_rows(groups)))
     if not groups[0].score_name:
@@ -104,6 +105,10 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
             heading = f"All pairs: {answer.question.title}"
             sections.append(Section(heading, [_test_note(answer)], detail_rows(answer), is_detail=True))
     return [section for section in sections if section.rows is None or len(section.rows) > 1]
+
+
+def _main_rows(groups: Sequence[Group]) -> Rows:
+    return score_rows(groups) if groups[0].score_name else perplexity_rows(groups)
 
 
 def _perplexity_note(groups: Sequence[Group], text: str) -> str:
@@ -185,7 +190,10 @@ class ReportArguments:
     )
     sweep: str | None = field(
         default=None,
-        metadata={"help": "Output folder of sweep.py: statistics over the seeds, as report.html and report.md."},
+        metadata={
+            "help": "Output folder of sweep.py: statistics over the seeds, as report.html and report.md, and the "
+            "tables as CSV and LaTeX."
+        },
     )
     baseline: str | None = field(
         default=None, metadata={"help": "Setting whose loss by position is subtracted; none or the first by default."}

@@ -22,7 +22,7 @@ from .figure_style import (
     round_ticks,
     write_caption,
 )
-from .groups import Group
+from .groups import VARIED, Group
 from .questions import Matrix, changes_between
 from .result_file import has_held_out_ends, smooth_by_position, text_title
 
@@ -253,20 +253,30 @@ def _log(result: dict[str, Any]) -> dict[int, float]:
 
 
 def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
+    """A line for each setting over its steps; a setting that was finetuned for one number of steps is a point."""
     axes = figure.subplots()
     curves: dict[str, dict[int, list[float]]] = {}
     for group in _finetuned(groups):
-        first = group.first
-        name = f"{first['pos_embedding_type']} {first['training']['base_train_length']} → {first['train_length']}"
+        steps = group.first["training"]["num_steps"]
         losses = list(group.values(str(group.lengths()[-1]), "loss").values())
-        curves.setdefault(name, {})[first["training"]["num_steps"]] = losses
+        curves.setdefault(_setting_without_steps(group), {})[steps] = losses
     for name, points in curves.items():
         steps = sorted(points)
         found = _over_seeds(np.array([points[step] for step in steps]).T)
         _line(axes, steps, found, name, marker="o", markersize=4)
-    length = groups[0].lengths()[-1]
-    axes.set_xscale("log")
+    length, places = groups[0].lengths()[-1], sorted({step for points in curves.values() for step in points})
+    axes.set_xscale("symlog", linthresh=min(filter(None, places), default=1))  # 0 steps are the model as it was
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.set_xticks([], minor=True)
     _finish(axes, groups, marks=False, xlabel="finetuning steps", ylabel=f"loss at {length} (nats per token)")
+
+
+def _setting_without_steps(group: Group) -> str:
+    """ "rotary rope_type=yarn, factor=8.0 128 → 1024": the label, with the lengths before and after."""
+    training, name = group.first["training"], group.label
+    for field, value in (("num_steps", training["num_steps"]), ("train_length", group.train_length)):
+        name = name.replace(f" {VARIED[field](value)}", "")
+    return f"{name} {training['base_train_length']} → {group.train_length}"
 
 
 def _finetuned(groups: Sequence[Group]) -> list[Group]:
@@ -274,35 +284,44 @@ def _finetuned(groups: Sequence[Group]) -> list[Group]:
 
 
 def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
-    """One panel for each scheme with a bias, of its first seed: a line for each layer and head, up to ±12."""
+    """One panel for each scheme with a bias, of its first seed: a line for each layer and head."""
     from matplotlib import colormaps
 
     shown = [group for group in groups if _curves(group)]
     columns = min(3, len(shown))
     figure.set_size_inches(9, 3.2 * math.ceil(len(shown) / columns))
-    panels = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False, sharex=True).flat
+    panels = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat
     for group, axes in zip(shown, panels):  # in this order: the panels that are left stay in the iterator
-        curves = _curves(group)
-        far = SHOWN_LENGTHS * group.train_length
-        near = [index for index, distance in enumerate(curves["distances"]) if distance <= far]
-        distances = [curves["distances"][index] for index in near]
-        for layer, heads in enumerate(curves["layers"]):
-            color = colormaps["viridis"](layer / max(1, len(curves["layers"]) - 1))
+        distances, layers = _shown_biases(group)
+        for layer, heads in enumerate(layers):
+            color = colormaps["viridis"](layer / max(1, len(layers) - 1))
             for head, values in enumerate(heads):
-                label = f"layer {layer}" if head == 0 else None
-                axes.plot(
-                    distances, [values[index] for index in near], color=color, linewidth=0.9, linestyle="-", label=label
-                )
+                name = f"layer {layer}" if len(layers) > 1 else "all layers"
+                label = name if head == 0 else None
+                axes.plot(distances, values, color=color, linewidth=0.9, linestyle="-", label=label)
         title = plain(f"{group.label}, seed {next(iter(group.by_seed))}")
         axes.set(title=title, xlabel="distance (tokens)")
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -LARGEST_BIAS), min(high, LARGEST_BIAS))
-        axes.axvline(group.train_length, color="grey", linestyle=":", linewidth=1)
+        if group.train_length <= distances[-1]:
+            axes.axvline(group.train_length, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
     for axes in list(panels):
         axes.set_axis_off()
     figure.axes[0].set_ylabel("bias (added to the scores)")
-    figure.axes[0].legend(fontsize="x-small")
+
+
+def _shown_biases(group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """→ (N,) distances and (layers, heads, N) biases: up to the last distance where one is within ±12, at most four
+    training lengths; one layer where all are the same."""
+    curves = _curves(group)
+    distances, layers = np.array(curves["distances"]), np.array(curves["layers"])
+    seen = (np.abs(layers) <= LARGEST_BIAS).any(axis=(0, 1)).nonzero()[0]
+    last = distances[seen[-1]] if len(seen) else distances[0]
+    near = distances <= max(min(last, SHOWN_LENGTHS * group.train_length), distances[min(8, len(distances) - 1)])
+    layers = layers[:1] if (layers == layers[:1]).all() else layers
+    return distances[near], layers[..., near]
 
 
 def _curves(group: Group) -> dict[str, Any] | None:
@@ -362,7 +381,7 @@ def _caption_of_biases(groups: Sequence[Group]) -> str:
     seeds, count = {next(iter(group.by_seed)) for group in shown}, max(len(group.by_seed) for group in shown)
     which = f"seed {seeds.pop()}" if len(seeds) == 1 else "the first seed of each setting"
     whole = f"{which} alone, of {count} seeds" if count > 1 else which
-    return f"A line for each layer and head, of {whole}; no bands."
+    return f"A line for each layer and head, of {whole}; no bands. To ±{LARGEST_BIAS:g}, as far as one is within."
 
 
 CHANGE = Kind("Change of perplexity with the length", _has_longer_lengths, _change_by_length, _caption_of_change)

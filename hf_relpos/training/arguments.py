@@ -85,7 +85,9 @@ class RelPosTrainingArguments(TrainingArguments):
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of the weights and of dropout."})
-    data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the data, apart from --seed."})
+    data_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the order of the data; that of --seed by default."}
+    )
     eval_strategy: str = field(default="steps", metadata={"choices": [each.value for each in IntervalStrategy]})
     eval_steps: float | None = 1000
     save_steps: float = 1000
@@ -142,6 +144,8 @@ class RelPosTrainingArguments(TrainingArguments):
             self.max_steps = self.default_steps if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = TrainingArguments.num_train_epochs if self.max_steps == -1 else 1.0
+        if self.data_seed is None:
+            self.data_seed = self.seed
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = max(1, TOKENS_PER_STEP // self.block_size)
         if self.per_device_eval_batch_size is None:

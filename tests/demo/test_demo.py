@@ -394,6 +394,7 @@ def test_attention_is_the_mean_over_the_queries_at_each_distance(entries, monkey
     assert bias.model.config._attn_implementation == "sdpa"
     page = attention_view.attention_page(entries, TEXT, 1, 2)
     assert page.count("<svg") == 2 and 'aria-label="Attention by distance, layer 1, head 2"' in page
+    assert "mathdefault" not in page and ">0.05</text>" in page  # labels of a logarithmic axis as a reader wants them
     own, first = (100 * np.mean(shares) for shares in (np.diagonal(weights)[1:], weights[1:, 0]))
     assert f">{own:.1f} %</td>" in page and f">{first:.1f} %</td>" in page
     nearest_half = np.cumsum([sum(weights[i, i - d] for i in range(max(d, 1), count)) for d in range(count)])

@@ -1,5 +1,6 @@
 """What single schemes promise beyond their formulas: bounds of parameters, edges of buckets, positions served."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -32,6 +33,23 @@ def test_kerple_parameters_out_of_range_act_as_the_bound_and_find_back(scheme, l
         assert (kerple.p.grad[:2] != 0).all() == low_moves and (kerple.a.grad[[1, 3, 5]] != 0).all() == low_moves
         assert (kerple.p.grad[2:4] != 0).all() and (kerple.a.grad[[0, 2, 4]] != 0).all()
         assert (kerple.p.grad[4:] != 0).all() == (scheme == "kerple_log" or not low_moves)
+
+
+def test_pope_phases_out_of_range_act_as_the_bound_and_find_back():
+    """They begin at their upper bound: after `torch.clamp` those that the first step raises would never learn again."""
+    pope = POSITION_EMBEDDINGS["pope"](make_config("pope"))
+    positions = torch.zeros(1, 1, dtype=torch.long)  # where the sine of the query is that of -phase
+    with torch.no_grad():
+        pope.phase.zero_()
+        expected = pope.rotation(positions, torch.float32)
+        pope.phase[0], pope.phase[1] = 0.5, -2 * math.pi - 0.5
+    for actual, value in zip(pope.rotation(positions, torch.float32), expected):
+        assert torch.allclose(actual, value, atol=1e-6)
+    for sign, raises in ((1, True), (-1, False)):  # a step against the gradient raises the phases, or lowers them
+        pope.zero_grad()
+        (sign * pope.rotation(positions, torch.float32)[1]).sum().backward()
+        assert (pope.phase.grad[0] != 0).all() != raises and (pope.phase.grad[1] != 0).all() == raises
+        assert (pope.phase.grad[2:] == -sign).all()
 
 
 def buckets(distance: torch.Tensor, num_buckets: int, max_distance: int) -> list[int]:

@@ -6,6 +6,7 @@ import math
 import re
 
 import numpy as np
+import pandas
 import pytest
 from conftest import ROOT
 from scipy import stats
@@ -281,7 +282,7 @@ def test_the_page_holds_everything_in_one_file(results, tmp_path):
     paths = write_report(results, tmp_path, "none", "Which <scheme>?")
     page, markdown = (path.read_text(encoding="utf-8") for path in paths[:2][::-1])
     assert "<h1>Which &lt;scheme&gt;?</h1>" in page and "http" not in page.replace("http-equiv", "")
-    assert page.count("data:image/png;base64,") == len(paths) - 2 == 6
+    assert page.count("data:image/png;base64,") == sum(path.suffix == ".png" for path in paths) == 6
     assert "Best at 128 tokens: <b>alibi</b> (perplexity 53.52" in page and "| rotary | 5 |" in markdown
     answer, figure, table = (markdown.index(f"## {x}") for x in ("Answer", "Loss by position, minus", "Perplexity by"))
     assert answer < figure < table  # the verdict comes first
@@ -292,8 +293,11 @@ def test_the_page_holds_everything_in_one_file(results, tmp_path):
         "perplexity_by_length.png",
         "training_loss.png",
         "bias_by_distance.png",
+        "values.csv",
+        "pairs.csv",
+        "table.tex",
     }
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
 
 
 def test_score_and_slope_stand_beside_what_they_compare(results, run_script, tmp_path, capsys):
@@ -468,7 +472,7 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert "<script" not in page and "http://x" not in re.sub(
         "<td.*?</td>|<th.*?</th>|<h.*?</h.>|<p>.*?</p>|<li>.*?</li>|<img.*?>", "", page
     )
-    assert shown.count(HOSTILE) >= 5 and page.count("<img") == len(paths) - 2
+    assert shown.count(HOSTILE) >= 5 and page.count("<img") == sum(path.suffix == ".png" for path in paths)
     assert {row.count("<td") for row in page.split("<tr>")[1:]} == {0, 3, 4, 5, 7}  # the columns of the tables
     assert "<script" not in paths[1].read_text(encoding="utf-8")
 
@@ -557,3 +561,19 @@ def test_scores_of_a_task_are_compared_by_length_and_kind(tmp_path):
     assert "score_by_length.png" in {path.name for path in paths}
     with pytest.raises(ValueError, match="`score_name` is 'accuracy' and None"):
         group_results([*results, make_result("none", 7, train_length=64)])
+
+
+def test_tables_as_files(results, tmp_path):
+    """What a paper takes: all values and pairs as CSV, the main table for LaTeX."""
+    write_report([*results, make_result("linear_cpb")], tmp_path)
+    values, pairs = (pandas.read_csv(tmp_path / name) for name in ("values.csv", "pairs.csv"))
+    row = values[(values.setting == "none") & (values.length == 512)].iloc[0]
+    assert row["mean"] == pytest.approx(math.exp(3.95 + np.mean(NOISE))) and row.low < row["mean"] < row.high
+    assert len(values) == 4 * 2 and (row.measure, row.seeds, row.documents) == ("perplexity", 5, 1)
+    one_seed = values[values.setting == "linear_cpb"]
+    assert one_seed.low.isna().all() and one_seed.high.isna().all()
+    pair = pairs[(pairs["first"] == "alibi") & (pairs.second == "none")].iloc[0]
+    assert pair.difference == pytest.approx(-0.02) and pair.unit == "nats" and pair.resolved
+    assert len(pairs) == 3 * 6 and pair.question == "Which trains best? (at 128 tokens)"
+    table = (tmp_path / "table.tex").read_text()
+    assert r"\toprule" in table and r"linear\_cpb & 1 & 54.60" in table

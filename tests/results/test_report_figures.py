@@ -61,8 +61,25 @@ def test_each_figure_says_what_its_bands_are(results, monkeypatch):
         in (found["Loss by position, minus that of none"][1])
     )
     assert found["Bias by distance"][1] == (
-        f"A line for each layer and head, of seed {min(SEEDS)} alone, of 5 seeds; no bands."
+        f"A line for each layer and head, of seed {min(SEEDS)} alone, of 5 seeds; no bands. To ±12, as far as one is "
+        "within."
     )
+
+
+def test_biases_are_drawn_as_far_as_they_are_seen(results, monkeypatch):
+    """Layers that share a bias are one line for each head; where all have left the frame, nothing would be seen."""
+    distances = [*range(9), 100, 200, 512, 1024]
+    shared, steep = ([-slope * distance for distance in distances] for slope in (0.01, 0.1))
+    for result in results:
+        layers = [[shared]] * 2 if result["pos_embedding_type"] == "alibi" else [[steep], [shared]]
+        layers = [[[-20.0] * len(distances)]] if result["pos_embedding_type"] == "none" else layers
+        result["distance_bias"] = {"distances": distances, "layers": layers}
+    figure, _ = figures_of(results, monkeypatch)["Bias by distance"]
+    panels = {axes.get_title().partition(",")[0]: axes for axes in figure.axes if axes.get_title()}
+    lines = {name: [line for line in axes.get_lines() if len(line.get_xdata()) > 2] for name, axes in panels.items()}
+    assert {name: len(each) for name, each in lines.items()} == {"none": 1, "alibi": 1, "rotary": 2}
+    assert lines["alibi"][0].get_label() == "all layers"
+    assert {name: each[0].get_xdata()[-1] for name, each in lines.items()} == {"none": 8, "alibi": 512, "rotary": 512}
 
 
 def test_a_setting_of_one_seed_is_named(results, monkeypatch):
@@ -136,3 +153,20 @@ def test_no_figure_has_labels_that_round_their_ticks():
     ]:
         for call in re.findall(r"yaxis.set_m\w+_formatter\((.*?)\)", path.read_text(encoding="utf-8")):
             assert call == '"{x:g}"', path
+
+
+def test_finetuned_settings_of_one_scheme_have_lines_of_their_own(monkeypatch):
+    """Plain, interpolated and YaRN's rotations were all called "rotary 128 → 512", and the last one drawn."""
+    ropes = [None, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}]
+    runs = [
+        make_result("rotary", seed, 4 - steps / 1000, 512, num_steps=steps, base_train_length=128, rope_parameters=rope)
+        for rope in ropes
+        for steps in (0, 25, 100)
+        for seed in (1, 2)
+    ]
+    figure, _ = figures_of(runs, monkeypatch)["Loss after finetuning"]
+    (axes,) = figure.axes
+    names = ["rotary", "rotary rope_type=linear, factor=4.0", "rotary rope_type=yarn, factor=4.0"]
+    assert [line.get_label() for line in axes.get_lines()] == [f"{name} 128 → 512" for name in names]
+    assert all(line.get_xdata().tolist() == [0, 25, 100] for line in axes.get_lines())
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "25", "100"]
