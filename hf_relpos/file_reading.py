@@ -28,6 +28,8 @@ MODEL_FILES = (
     "added_tokens.json",
     "vocab.json",
 )
+# of which a folder with a tokenizer holds at least one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
 def no_model(folder: str | Path) -> str:

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -20,13 +22,14 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from .file_reading import MODEL_FILES, TRAINING_RECORD, no_model, read_json, reading
+from .file_reading import MODEL_FILES, TOKENIZER_FILES, TRAINING_RECORD, no_model, read_json, reading
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 
 
 logger = logging.getLogger(__name__)
 
+MODEL_FLAG = "`model_name_or_path`"
 NOT_FINITE = "holds NaN or infinity"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
 VERSION = "transformers_version"  # of config.json: of the library that wrote it
@@ -43,41 +46,82 @@ SCHEME_FIELDS = (
 MAX_LAYERS = 4096
 
 
-def load_model(name: str, model_class: Any, **kwargs: Any) -> Any:
+def load_model(name: str, model_class: Any, flag: str = MODEL_FLAG, **kwargs: Any) -> Any:
     """`model_class.from_pretrained(name)`, with one clear error for what is not a model.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        model_class: that loads it.
+        flag: what to call it in an error.
+        **kwargs: of `from_pretrained`.
 
     Raises:
         ValueError: if the folder or repository is missing, holds no model, one that does not fit, or one that is
             damaged.
     """
-    check_folder(name)
-    what = f"`model_name_or_path` {name!r} cannot be loaded"
-    if not Path(name).is_dir():
-        what = f"`model_name_or_path` {name!r}: there is no such folder, and the Hub gives no such model"
-    with reading(what):
+    check_folder(name, flag)
+    what = f"{flag} {name!r} cannot be loaded"
+    if not Path(name).is_dir() and not constants.HF_HUB_OFFLINE:
+        what = f"{flag} {name!r}: there is no such folder, and the Hub gives no such model"
+    with _loading(name, what):
         saved, _ = RelPosConfig.get_config_dict(name)
         is_family = isinstance(saved, dict) and saved.get("model_type") == RelPosConfig.model_type
         if is_family:
             check_size(RelPosConfig.from_dict(saved))
     if model_class is RelPosForCausalLM and not is_family:
         raise ValueError(
-            f"`model_name_or_path` {name!r} must be a model of the family ('relpos'), "
-            f"got model_type {saved.get('model_type')!r}."
+            f"{flag} {name!r} must be a model of the family ('relpos'), got model_type {saved.get('model_type')!r}."
         )
     if is_family:
         warn_of_edits(name)
-    with reading(what):
-        model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused here, by name
+    with _loading(name, what), _without_report(is_family):
+        model, report = model_class.from_pretrained(name, **kwargs)
         _check_generation_config(model)
-    wrong = sorted(report["missing_keys"])
-    if isinstance(model, RelPosForCausalLM):
-        wrong += sorted(report["unexpected_keys"])
-    if wrong:
-        raise ValueError(f"`model_name_or_path` {name!r} holds other weights than its configuration says: {wrong[0]}.")
+    if wrong := _wrong_weights(model, report):
+        raise ValueError(f"{flag} {name!r} holds other weights than its configuration says: {wrong}.")
     for key, weight in model.named_parameters():
         if weight.device.type != "meta" and not is_finite(weight.detach()):
-            raise ValueError(f"`model_name_or_path` {name!r}: the weights are not finite: {key!r} {NOT_FINITE}.")
+            raise ValueError(f"{flag} {name!r}: the weights are not finite: {key!r} {NOT_FINITE}.")
     return model
+
+
+def _wrong_weights(model: Any, report: dict[str, Any]) -> str:
+    """In what the weights of a folder are others than the model's, of the report of `from_pretrained`; or ""."""
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        return f"{key} has the shape {tuple(found)} in the file and {tuple(expected)} by config.json"
+    missing = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    if isinstance(model, RelPosForCausalLM):
+        missing += [f"{key} is no weight of it" for key in sorted(report["unexpected_keys"])]
+    return missing[0] if missing else ""
+
+
+@contextmanager
+def _without_report(is_family: bool) -> Iterator[None]:
+    """Without transformers' table of weights that do not fit: of the family's models they are refused in one line."""
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not is_family or "LOAD REPORT" not in str(record.msg)
+
+    transformers_logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        transformers_logger.removeFilter(is_other)
+
+
+@contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    """`reading` of what a folder or the Hub gives by a name; where it cannot be asked, the error says so."""
+    try:
+        with reading(what):
+            yield
+    except ValueError as error:
+        is_absent = isinstance(error.__cause__, OSError) and not os.path.isdir(name)
+        if is_absent and constants.HF_HUB_OFFLINE:
+            raise ValueError(f"{what}: it is no folder, and HF_HUB_OFFLINE is set.") from error
+        raise
 
 
 def edited_fields(name: str | Path) -> dict[str, list[Any]]:
@@ -157,7 +201,7 @@ def model_hashes(name: str) -> dict[str, str]:
     return found
 
 
-def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:
+def check_folder(name: str, flag: str = MODEL_FLAG) -> None:
     """Looks at the folder of a model before any library reads it; a name on the Hub passes.
 
     Args:
@@ -178,12 +222,18 @@ def check_folder(name: str, flag: str = "`model_name_or_path`") -> None:
     elif os.path.exists(name):
         raise ValueError(f"{flag} {name!r} is not a folder.")
     else:
-        near = get_close_matches(path.name, _folders(path.parent), 1)
-        hint = f" (did you mean {str(path.with_name(near[0]))!r}?)" if near else ""
+        hint = folder_hint(name)
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and _folders(path.parent))
-        if is_path or near:
+        if is_path or hint:
             raise ValueError(f"{flag} {name!r}: there is no such folder{hint}.")
         _say_hub(name)
+
+
+def folder_hint(name: str) -> str:
+    """→ "", or a folder whose name is near that of one that is missing."""
+    path = Path(name)
+    near = get_close_matches(path.name, _folders(path.parent), 1)
+    return f" (did you mean {str(path.with_name(near[0]))!r}?)" if near else ""
 
 
 @cache
@@ -256,7 +306,9 @@ def load_tokenizer_of(name: str, what: str) -> Any:
     for file in MODEL_FILES if path.is_dir() else ():
         if (path / file).exists():
             read_json(path / file, f"{what}: file")
-    with reading(what):
+    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"no tokenizer in {name!r}: `save_pretrained` of a tokenizer saves one there.")
+    with _loading(name, what):
         tokenizer = AutoTokenizer.from_pretrained(name)
         if type(tokenizer.model_max_length) not in (int, float):
             raise ValueError(f"`model_max_length` must be a number, got {tokenizer.model_max_length!r}")

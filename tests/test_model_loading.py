@@ -47,6 +47,11 @@ def other_scheme(folder):
     (folder / "config.json").write_text(json.dumps(config | {"pos_embedding_type": "alibi"}))
 
 
+def another_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+
+
 def truncated_weights(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -65,9 +70,10 @@ def no_tokenizer(folder):
 
 SPOILT = {
     "weights of another scheme": (other_scheme, "holds other weights than its configuration says"),
+    "another width": (another_width, "has the shape (300, 32) in the file and (300, 64) by config.json"),
     "truncated weights": (truncated_weights, "cannot be loaded"),
     "a larger tokenizer": (larger_tokenizer, "`vocab_size` of the model is 300, but the tokenizer has 301 entries"),
-    "no tokenizer": (no_tokenizer, "no tokenizer can be loaded"),
+    "no tokenizer": (no_tokenizer, "no tokenizer in "),
 }
 
 

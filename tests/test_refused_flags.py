@@ -112,7 +112,7 @@ def test_a_missing_folder_is_no_question_for_the_hub(trained, tmp_path, monkeypa
 def test_a_name_that_is_neither_folder_nor_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ending(monkeypatch, capsys, "generate", "--model_name_or_path", "alice/model", "--prompt", "x")
-    assert "`model_name_or_path` 'alice/model': there is no such folder, and the Hub gives no such model" in line
+    assert "`model_name_or_path` 'alice/model' cannot be loaded: it is no folder, and HF_HUB_OFFLINE is set." in line
 
 
 def test_a_misspelt_folder_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, capsys):

@@ -248,9 +248,8 @@ def check_loads(folder: str | Path) -> None:
         ValueError: if weights are missing, spoilt or too many, or if there is no tokenizer.
     """
     architecture, *_ = _read_config(Path(folder))["architectures"]
-    load_model(str(folder), MODELS[architecture])
-    what = f"{str(folder)!r} holds no tokenizer that can be loaded (`save_pretrained` saves one there)"
-    load_tokenizer_of(str(folder), what)
+    load_model(str(folder), MODELS[architecture], "the folder")
+    load_tokenizer_of(str(folder), f"{str(folder)!r} holds no tokenizer that can be loaded")
 
 
 def folder_results(folder: Path) -> list[Path]:

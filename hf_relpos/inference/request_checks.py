@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .request_errors import errors_in_form
+from .request_fields import shown
+
 
 TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-ANSWERS = ("n", "best_of")
 MAX_PROMPT_TOKENS = 8192  # of a text that a model reads at once, unless it is made for longer ones
 MAX_CHARACTERS = 32 * MAX_PROMPT_TOKENS  # of a text that is cut into tokens at all, which takes long and much memory
 MAX_BODY = 8 * MAX_CHARACTERS  # bytes of a request: JSON may write a character as "\u0000"
@@ -54,23 +56,21 @@ def check_body(body: dict[str, Any], cap: int) -> None:
             f"`questions`: {len(questions)} with {count} characters in all; their product must be at most "
             f"{MAX_PROMPT_TOKENS}."
         )
-    for name in ANSWERS:
-        if body.get(name) not in (None, 1):
-            raise ValueError(f"`{name}` must be 1, the server gives one answer, got {_shown(body[name])}.")
     for name in TOKEN_FIELDS:
         if body.get(name) is not None:
             check_tokens(name, body[name], cap)
     for name, limits in NUMBERS.items():
-        if body.get(name) is not None and not (name == "temperature" and body[name] == 0):  # the likeliest token
+        if body.get(name) is not None:
             check_number(name, body[name], *limits)
     seed = body.get("seed")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-        raise ValueError(f"`seed` must be a whole number of at least 0, got {_shown(seed)}.")
+        raise ValueError(f"`seed` must be a whole number of at least 0, got {shown(seed)}.")
     _check_stop(body.get("stop"))
     _check_template_variables(body.get("chat_template_kwargs"))
     for name in ("messages", "input"):
         if isinstance(body.get(name), list):
             _check_parts(name, body[name])
+    _check_messages(body)
     if body.get("generation_config") is not None:
         _check_generation_config(body["generation_config"], cap)
 
@@ -85,13 +85,8 @@ def check_tokens(name: str, value: Any, cap: int) -> None:
     """Raises `ValueError` unless the value is a number of 1 to `cap`."""
     if type(value) is not int or not 1 <= value <= cap:
         raise ValueError(
-            f"`{name}` must be a number of 1 to {cap} (--max_new_tokens of the server), got {_shown(value)}."
+            f"`{name}` must be a number of 1 to {cap} (--max_new_tokens of the server), got {shown(value)}."
         )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]} .."
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -106,9 +101,33 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Raises `ValueError` unless the value is a number of `least` to `most`."""
-    if type(value) not in (int, float) or not least <= value <= most:
-        raise ValueError(f"`{name}` must be a number of {least} to {most}, got {_shown(value)}.")
+    """Raises `ValueError` unless the value is a number of `least` to `most`, or a temperature of 0: the likeliest
+    token."""
+    takes_0 = name.endswith("temperature")
+    if type(value) not in (int, float) or not (least <= value <= most or (takes_0 and value == 0)):
+        raise ValueError(
+            f"`{name}` must be {'0, or ' if takes_0 else 'a number of '}{least} to {most}, got {shown(value)}."
+        )
+
+
+def check_logit_bias(bias: Any, vocab_size: int) -> dict[tuple[int, ...], float]:
+    """→ the `sequence_bias` of transformers that says the same; raises `ValueError` unless it maps tokens to numbers of
+    -100 to 100."""
+    is_right = isinstance(bias, dict) and all(
+        token.isascii()
+        and token.isdecimal()
+        and len(token) < 10
+        and int(token) < vocab_size
+        and type(value) in (int, float)
+        and -100 <= value <= 100
+        for token, value in bias.items()
+    )
+    if not is_right:
+        raise ValueError(
+            f"`logit_bias` must map tokens, as texts of 0 to {vocab_size - 1}, to numbers of -100 to 100, "
+            f"got {shown(bias)}."
+        )
+    return {(int(token),): float(value) for token, value in bias.items()}
 
 
 def _check_stop(stop: Any) -> None:
@@ -119,7 +138,7 @@ def _check_stop(stop: Any) -> None:
     is_list = isinstance(texts, list) and 1 <= len(texts) <= MAX_STOPS
     if not is_list or not all(isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARACTERS for text in texts):
         raise ValueError(
-            f"`stop` must be 1 to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters, got {_shown(stop)}."
+            f"`stop` must be 1 to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters, got {shown(stop)}."
         )
 
 
@@ -128,7 +147,7 @@ def _check_template_variables(variables: Any) -> None:
     if variables is None:
         return
     if not isinstance(variables, dict):
-        raise ValueError(f"`chat_template_kwargs` must be a dictionary, got {_shown(variables)}.")
+        raise ValueError(f"`chat_template_kwargs` must be a dictionary, got {shown(variables)}.")
     own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
     if taken := sorted(own & set(variables)):
         raise ValueError(f"`chat_template_kwargs` must hold variables of the model's template only, got {taken[0]!r}.")
@@ -141,7 +160,27 @@ def _check_parts(name: str, messages: list[Any]) -> None:
         for part in parts if isinstance(parts, list) else ():
             kind = part.get("type") if isinstance(part, dict) else part
             if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                raise ValueError(f"`{name}` must hold text only, got a part of type {_shown(kind)}.")
+                raise ValueError(f"`{name}` must hold text only, got a part of type {shown(kind)}.")
+
+
+def _check_messages(body: dict[str, Any]) -> None:
+    """What is no chat would be an error without a reason, deep in transformers."""
+    if "messages" in body:
+        messages = body["messages"]
+        is_chat = isinstance(messages, list) and messages and all(map(_is_message, messages))
+        if not is_chat:
+            raise ValueError(
+                '`messages` must be a list of {"role": .., "content": ..}, the content a text or parts of type "text", '
+                f"got {shown(messages)}."
+            )
+    if "input" in body and not isinstance(body["input"], (str, list)):
+        raise ValueError(f"`input` must be a text or a list of messages, got {shown(body['input'])}.")
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), (str, list, type(None)))
 
 
 def _check_generation_config(text: Any, cap: int) -> None:
@@ -150,30 +189,32 @@ def _check_generation_config(text: Any, cap: int) -> None:
     except (TypeError, ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise ValueError(f"`generation_config` must be a dictionary as JSON, in a text, got {_shown(text)}.")
+        raise ValueError(f"`generation_config` must be a dictionary as JSON, in a text, got {shown(text)}.")
     for name, value in fields.items():
         where = f"generation_config.{name}"
         if name == "do_sample":
             if type(value) is not bool:
-                raise ValueError(f"`{where}` must be true or false, got {_shown(value)}.")
+                raise ValueError(f"`{where}` must be true or false, got {shown(value)}.")
         elif name not in GENERATION_FIELDS:
             allowed = ["do_sample", *GENERATION_FIELDS]
-            raise ValueError(f"`generation_config` must hold fields of {allowed}, got {_shown(name)}.")
+            raise ValueError(f"`generation_config` must hold fields of {allowed}, got {shown(name)}.")
         elif name in ("max_new_tokens", "max_length"):
             check_tokens(where, value, cap)
         else:
             check_number(where, value, *GENERATION_FIELDS[name])
 
 
-def check_first(handler: Any, check: Callable[[dict[str, Any]], None]) -> None:
-    """Makes a handler of the server check the body of a request before it does anything else; a field that is null is
-    one that was not given."""
+def check_first(handler: Any, check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Makes a handler of the server go on with what `check` makes of the body of a request, before it does anything
+    else; a field that is null is one that was not given."""
     handle = handler.handle_request
 
     async def checked(body: Any, *args: Any) -> Any:
         if isinstance(body, dict):  # audio comes as a form
-            body = {name: value for name, value in body.items() if value is not None}
-            check(body)
-        return await handle(body, *args)
+            body = check({name: value for name, value in body.items() if value is not None})
+        answer = await handle(body, *args)
+        if hasattr(answer, "body_iterator"):
+            answer.body_iterator = errors_in_form(answer.body_iterator)
+        return answer
 
     handler.handle_request = checked

@@ -21,8 +21,21 @@ from ..messages import say_command
 from ..model.attention_mask import check_continuous_batching
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
-from ..model_loading import NOT_FINITE, check_folder, check_size, not_finite, warn_of_edits
-from .serving_limits import FollowClient, follow_clients, limit_handler, pin_model, pop_cap, start_empty_prompts
+from ..model_loading import check_folder, folder_hint, load_model, load_model_tokenizer
+from .request_errors import answer_errors
+from .request_fields import REQUESTS
+from .serving_limits import (
+    CLIENT,
+    NO_TEMPLATE,
+    FollowClient,
+    ServedModel,
+    follow_clients,
+    limit_handler,
+    pin_model,
+    pop_cap,
+    start_empty_prompts,
+)
+from .stop_texts import cut_parsed
 
 
 USAGE = (
@@ -31,76 +44,70 @@ USAGE = (
 )
 
 
-def check_model(name: str, options: Sequence[str]) -> RelPosConfig:
-    """→ the configuration of a folder; raises `ValueError` unless it holds a language model of the family that can be
-    served this way."""
+def check_model(name: str, options: Sequence[str], cap: int | None = None) -> ServedModel:
+    """What requests to the model of a folder are checked by.
+
+    Args:
+        name: of the folder.
+        options: of the server.
+        cap: new tokens of a request at most; `max_position_embeddings` by default.
+
+    Raises:
+        ValueError: unless the folder holds a language model of the family, whole and with its tokenizer, that can be
+            served this way.
+    """
     if not Path(name).is_dir():
-        raise ValueError(f"{name!r} is not a folder with a saved model: {USAGE}")
+        raise ValueError(f"{name!r} is no folder with a saved model{folder_hint(name)}.")
     check_folder(name, "the folder")
     fields = read_json(Path(name) / "config.json")
     if fields.get("model_type") != RelPosConfig.model_type:
         raise ValueError(f"{name!r} is not a model of the family ('relpos'), got {fields.get('model_type')!r}.")
     if fields.get("architectures") != [RelPosForCausalLM.__name__]:
         raise ValueError(f"{name!r} must hold a {RelPosForCausalLM.__name__}, got {fields.get('architectures')}.")
-    with reading(f"{name!r} cannot be served"):
-        config = RelPosConfig.from_dict(fields)
-        check_size(config)
-        for path in sorted(Path(name).glob("model*.safetensors")):
-            if key := not_finite(path):
-                raise ValueError(f"the weights are not finite: {key!r} in {path.name!r} {NOT_FINITE}")
-    warn_of_edits(name)
     if "--continuous-batching" in options:  # the model would refuse it too, but only at the first request
         with reading("--continuous-batching"):
-            check_continuous_batching(config)
-    return config
+            check_continuous_batching(RelPosConfig.from_dict(fields))
+    model = load_model(name, RelPosForCausalLM, "the folder")  # transformers would fill in what is missing
+    tokenizer = load_model_tokenizer(name, model)
+    return ServedModel(
+        name,
+        cap or model.config.max_position_embeddings,
+        model.config.vocab_size,
+        bool(tokenizer.chat_template),
+        bool(getattr(tokenizer, "response_template", None)),
+    )
 
 
-def adapt_server(name: str, cap: int) -> None:
+def adapt_server(served: ServedModel) -> None:
     """Makes transformers' server load the family, list the model it serves, limit what a request costs, and say what is
-    wrong with one.
-
-    Args:
-        name: folder of the model.
-        cap: new tokens of a request at most.
-    """
-    from fastapi.responses import JSONResponse
-    from jinja2 import TemplateError
-    from transformers.cli.serving import model_manager, server
+    wrong with one."""
+    from transformers.cli.serving import chat_completion, model_manager, response, server
 
     build_server = server.build_server
-    listed = {"id": name, "object": "model", "created": int(time.time()), "owned_by": ""}
-
-    def answer(request: Any, error: Exception) -> JSONResponse:  # in OpenAI's form: its client shows this message
-        reason = (
-            f"{type(error).__name__}: {error}"
-            if isinstance(error, (LookupError, TypeError, AttributeError))
-            else str(error)
-        )
-        return JSONResponse({"error": {"message": reason, "type": "invalid_request_error"}}, status_code=400)
+    listed = {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": ""}
 
     def build(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(build_server).bind(*args, **kwargs).arguments
-        for handler in given.values():
+        start_empty_prompts(given["completion_handler"])  # first: what is checked later is checked before it
+        for name, handler in given.items():
             if hasattr(handler, "_build_generation_config"):
-                limit_handler(handler, cap)
+                limit_handler(handler, served, REQUESTS.get(name))
         pin_model(given["model_manager"])
-        start_empty_prompts(given["completion_handler"])
         follow_clients(given["generation_state"])
         app = build_server(*args, **kwargs)
-        # no chat template, a text past a learned table, a field that is missing or of another type: else "Internal
-        # Server Error" without the reason
-        for kind in (ValueError, LookupError, TypeError, AttributeError, TemplateError):
-            app.add_exception_handler(kind, answer)
+        answer_errors(app)
         app.add_middleware(FollowClient)
         return app
 
     setattr(model_manager.transformers, RelPosForCausalLM.__name__, RelPosForCausalLM)
     # otherwise it lists the Hub cache, whose models this server does not have
     model_manager.ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [listed])
+    for module in (chat_completion, response):
+        module.parse_assistant_message = cut_parsed(module.parse_assistant_message, lambda: CLIENT.get().stops)
     server.build_server = build
 
 
-def _say_when_up(words: Sequence[str]) -> None:
+def _say_when_up(words: Sequence[str], note: str = "") -> None:
     """Makes the server say how it is asked, as soon as it listens."""
     import uvicorn
 
@@ -109,6 +116,8 @@ def _say_when_up(words: Sequence[str]) -> None:
     async def startup_and_say(self: Any, *args: Any, **kwargs: Any) -> None:
         await startup(self, *args, **kwargs)
         if self.started:
+            if note:
+                print(note, file=sys.stderr, flush=True)
             say_command(words)
 
     uvicorn.Server.startup = startup_and_say
@@ -137,9 +146,9 @@ def main() -> None:
 
     if arguments[1] not in ("--help", "-h"):
         cap = pop_cap(arguments)
-        config = check_model(arguments[1], arguments[2:])
-        adapt_server(arguments[1], cap or config.max_position_embeddings)
-        _say_when_up(request_command(arguments))
+        served = check_model(arguments[1], arguments[2:], cap)
+        adapt_server(served)
+        _say_when_up(request_command(arguments), "" if served.has_chat_template else NO_TEMPLATE)
     app(arguments)
 
 

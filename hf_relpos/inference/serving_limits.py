@@ -5,16 +5,23 @@ import contextvars
 import functools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..special_tokens import document_start
-from .request_checks import MAX_BODY, MAX_PROMPT_TOKENS, TOKEN_FIELDS, check_body, check_first
+from .request_checks import MAX_BODY, MAX_PROMPT_TOKENS, TOKEN_FIELDS, check_body, check_first, check_logit_bias
+from .request_errors import UnknownModelError, error_content
+from .request_fields import RequestFields, served_fields, shown
+from .stop_texts import StoppedQueue, cut_at_stop
 
 
+NO_TEMPLATE = "this model has no chat template: ask /v1/completions"
+# fields of a request that set what --continuous-batching has once for all of them
+NOT_SHARED = ("frequency_penalty", "logit_bias", "generation_config")
 CAP_FLAGS = ("--max_new_tokens", "--max-new-tokens")
 
 
@@ -31,12 +38,32 @@ def pop_cap(options: list[str]) -> int | None:
     return int(value)
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What requests are checked by.
+
+    Attributes:
+        name: the folder, as it was typed.
+        cap: new tokens of a request at most.
+        vocab_size: of the model.
+        has_chat_template: whether its tokenizer has one, without which nobody can chat.
+        has_tools: whether its tokenizer says how tools are called.
+    """
+
+    name: str
+    cap: int
+    vocab_size: int
+    has_chat_template: bool
+    has_tools: bool
+
+
 class Client:
     """Whether the client of a request is still there, for the threads that work for it, whether it named a number of
-    tokens, and its seed."""
+    tokens, its seed, and the texts before which its own ends."""
 
     def __init__(self) -> None:
         self.named_tokens, self.seed = True, None
+        self.stops: Sequence[str] = ()
         self.gone, self._callbacks = threading.Event(), []
 
     def when_gone(self, callback: Callable[[], Any]) -> None:
@@ -94,7 +121,7 @@ class FollowClient:
 
 async def _refuse_size(send: Callable) -> None:
     reason = f"the request has more than {MAX_BODY} bytes."
-    content = json.dumps({"error": {"message": reason, "type": "invalid_request_error"}}).encode()
+    content = json.dumps(error_content(reason)).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": 413, "headers": headers})
     await send({"type": "http.response.body", "body": content})
@@ -111,20 +138,51 @@ class ClientHasGone(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.client.gone.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def limit_handler(handler: Any, cap: int) -> None:
-    """Makes a handler of the server refuse requests for more than `cap` new tokens, or whose cost has no limit."""
-    check_first(handler, lambda body: check_body(body, cap))
+def limit_handler(handler: Any, served: ServedModel, fields: RequestFields | None) -> None:
+    """Makes a handler of the server refuse requests that ask for what is not served, for more tokens than the cap, or
+    whose cost has no limit.
+
+    Args:
+        handler: changed in place.
+        served: the model.
+        fields: those of OpenAI for its requests; `None` if it checks them itself.
+    """
+
+    def check(body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("model") not in (None, served.name):
+            raise UnknownModelError(f"`model`: the server is pinned to {served.name!r}, got {shown(body['model'])}.")
+        check_body(body, served.cap)
+        body = served_fields(fields, body, served.has_tools) if fields else body
+        if fields and fields.text != "prompt" and not served.has_chat_template:
+            raise ValueError(NO_TEMPLATE)
+        if fields and fields.text not in body:
+            raise ValueError(f"`{fields.text}` must be given: what the model goes on from.")
+        return body
+
+    check_first(handler, check)
     build = handler._build_generation_config
 
     @functools.wraps(build)
     def capped(body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        client, is_shared, cap = CLIENT.get(), kwargs.get("use_cb", False), served.cap
+        for name in NOT_SHARED if is_shared else ():
+            if body.get(name):
+                raise ValueError(
+                    f"`{name}` is not served with --continuous-batching: all requests have one setting, that of the "
+                    f"model, got {shown(body[name])}."
+                )
         seed = body.pop("seed", None)  # is set where its text is generated: here it would spoil that of another request
+        bias = check_logit_bias(body.pop("logit_bias", {}), served.vocab_size)
         config = build(body, *args, **kwargs)
-        CLIENT.get().seed = seed
-        _set_sampling(config, body, is_shared=kwargs.get("use_cb", False))
+        config.sequence_bias = bias or config.sequence_bias
+        client.seed = seed
+        client.stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+        if is_shared:  # it would be that of the first request
+            config.stop_strings = None
+        _set_sampling(config, body, is_shared=is_shared)
         if body.get("generation_config") is None:  # a number that was not asked for, but for those that were checked
             config.max_new_tokens = min(config.max_new_tokens or cap, cap)
-            CLIENT.get().named_tokens = any(body.get(name) is not None for name in TOKEN_FIELDS)
+            client.named_tokens = any(body.get(name) is not None for name in TOKEN_FIELDS)
         return config
 
     handler._build_generation_config = capped
@@ -163,8 +221,8 @@ def start_empty_prompts(handler: Any) -> None:
 
     @functools.wraps(handle)
     async def started(body: dict[str, Any], request_id: str) -> Any:
-        if body.get("prompt") is None:
-            raise ValueError("`prompt` must be given: a text to continue, or an empty one to begin a document.")
+        if not isinstance(body["prompt"], str):
+            raise ValueError(f"`prompt` must be one text, got {shown(body['prompt'])}.")
         if body["prompt"] == "":
             _, _, tokenizer = handler._resolve_model(dict(body))
             if not tokenizer("")["input_ids"]:
@@ -195,7 +253,7 @@ def pin_model(manager: Any) -> None:
     @functools.wraps(find)
     def find_pinned(name: Any) -> str:
         if manager.force_model is not None and name != manager.force_model:
-            raise ValueError(f"`model`: the server is pinned to {manager.force_model!r}, got {str(name)[:200]!r}.")
+            raise UnknownModelError(f"`model`: the server is pinned to {manager.force_model!r}, got {shown(name)}.")
         return find(name)
 
     manager.process_model_name = find_pinned
@@ -210,10 +268,23 @@ def _follow(manager: Any) -> None:
     def generate_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, *args)
         queue, streamer = stream(model, processor, inputs, *args, **kwargs)
-        CLIENT.get().when_gone(streamer.cancel)
-        return queue, streamer
+        client = CLIENT.get()
+        client.when_gone(streamer.cancel)
 
-    async def generate_non_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def stop() -> None:
+            streamer.cancel()
+            _end_by_stop(*args)
+
+        return StoppedQueue(queue, client.stops, stop) if client.stops else queue, streamer
+
+    async def generate_non_streaming(*args: Any, **kwargs: Any) -> Any:
+        text, *others = await generate_whole(*args, **kwargs)
+        cut = cut_at_stop(text, CLIENT.get().stops)
+        if cut != text:
+            _end_by_stop(*args[3:])
+        return cut, *others
+
+    async def generate_whole(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, *args)
         client, batching = CLIENT.get(), getattr(manager, "_cb", None)
         if batching is not None:
@@ -231,6 +302,11 @@ def _follow(manager: Any) -> None:
 
     manager.generate_streaming, manager.generate_non_streaming = generate_streaming, generate_non_streaming
     manager.follows_clients = True
+
+
+def _end_by_stop(generation_config: Any) -> None:
+    """The server reads the reason of an end off the number of tokens, which a stop text may end at by chance."""
+    generation_config.max_new_tokens = None
 
 
 def _seeded(submit: Callable[..., Any]) -> Callable[..., Any]:

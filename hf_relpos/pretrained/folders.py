@@ -12,8 +12,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoTokenizer
 
 from ..environment import writing
-from ..file_reading import reading
-from .sources import INDEX, TOKENIZER_FILES, Source
+from ..file_reading import TOKENIZER_FILES, reading
+from .sources import INDEX, Source
 
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -30,7 +30,6 @@ from ..file_reading import no_model, reading
 WHOLE, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
 # what is downloaded; nothing among it runs code when it is read
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CARD]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

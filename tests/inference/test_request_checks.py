@@ -37,8 +37,9 @@ BAD = [
         ({"generation_config": text}, "must be a dictionary as JSON")
         for text in ("[1]", "{", "5", 5, {"a": 1}, "[" * 10**5)
     ),
+    (options(temperature=-1), "`generation_config.temperature` must be 0, or 0.01 to 100, got -1"),
     *(
-        ({"temperature": value}, "`temperature` must be a number")
+        ({"temperature": value}, "`temperature` must be 0, or 0.01 to 100, got")
         for value in (-1, 1e-320, NAN, INFINITY, "hot", True, [1])
     ),
     *(({"top_p": value}, "`top_p` must be a number") for value in (2, 0, -1, NAN, "x")),
@@ -65,7 +66,11 @@ BAD = [
     ),
     *((content(part), "`messages` must hold text only") for part in ({"type": "text"}, {}, 5, None, {"type": []})),
     ({"input": [{"content": [{"type": "input_audio"}]}]}, "`input` must hold text only"),
-    *(({name: value}, f"`{name}` must be 1") for name in ("n", "best_of") for value in (10**6, 0, "2")),
+    *(
+        ({"messages": value}, '`messages` must be a list of {"role": .., "content": ..}')
+        for value in ("a", [], [{}], [1], [{"role": "user", "content": 5}], [{"role": 5, "content": "a"}])
+    ),
+    *(({"input": value}, "`input` must be a text or a list of messages") for value in (5, {"role": "user"})),
 ]
 
 
@@ -80,6 +85,7 @@ GOOD = [
     {},
     {"prompt": "a" * (MAX_CHARACTERS - 16), "max_tokens": 160},
     {"temperature": 0, "top_p": 1, "frequency_penalty": 0.0, "seed": 0, "n": 1, "stop": ["\n"] * 16},
+    options(temperature=0),
     options(do_sample=True, temperature=0.5, top_k=5, top_p=0.9, num_beams=4, max_new_tokens=1),
     {"stop": "\n\n", "chat_template_kwargs": {"enable_thinking": False}},
     content({"type": "text", "text": "a"}) | {"input": "a"},
@@ -96,11 +102,11 @@ def test_what_is_null_was_not_given():
     async def handle(body, request_id):
         return body, request_id
 
-    handler, seen = SimpleNamespace(handle_request=handle), []
-    check_first(handler, seen.append)
+    handler = SimpleNamespace(handle_request=handle)
+    check_first(handler, lambda body: {**body, "checked": True})
     found = asyncio.run(handler.handle_request({"prompt": "a", "chat_template_kwargs": None, "seed": 0}, "id"))
-    assert found == (seen[0], "id") and seen == [{"prompt": "a", "seed": 0}]
-    assert asyncio.run(handler.handle_request("a form", "id")) == ("a form", "id") and len(seen) == 1
+    assert found == ({"prompt": "a", "seed": 0, "checked": True}, "id")
+    assert asyncio.run(handler.handle_request("a form", "id")) == ("a form", "id")
 
 
 @pytest.mark.parametrize("positions, most", [(160, 8192), (20000, 20000)])

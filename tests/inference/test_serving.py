@@ -16,6 +16,7 @@ from conftest import ROOT, make_model, make_tokenizer, save_with_tokenizer
 from transformers import LlamaConfig
 
 from hf_relpos.inference import serve as serving
+from hf_relpos.inference.serving_limits import NO_TEMPLATE
 
 
 pytest.importorskip("fastapi")
@@ -141,9 +142,68 @@ def test_a_temperature_samples_and_a_seed_repeats_it(served):
 def test_lists_the_served_model_and_no_other(served):
     client, name, _ = served
     assert [model.id for model in client.models.list()] == [name]
-    with pytest.raises(openai.BadRequestError) as error:
+    with pytest.raises(openai.NotFoundError, match="`model`: the server is pinned to") as error:
         client.completions.create(model="gpt2", prompt=PROMPT, max_tokens=1)
-    assert "pinned" in error.value.response.text
+    assert error.value.code == "model_not_found"
+
+
+def test_a_text_ends_before_its_stop_text(served):
+    client, name, model = served
+    chat_text, text = expected_texts(model)
+    request = {"model": name, "temperature": 0, "max_tokens": NEW_TOKENS, "prompt": PROMPT}
+    stop = text[len(text) // 2 :][:3]  # a piece of a token, or of two
+    answer = client.completions.create(**request, stop=["@@", stop]).choices[0]
+    assert answer.text == text[: text.index(stop)] and answer.finish_reason == "stop"
+    pieces = [chunk.choices[0] for chunk in client.completions.create(**request, stop=stop, stream=True)]
+    assert "".join(piece.text for piece in pieces) == answer.text and pieces[-1].finish_reason == "stop"
+    last = client.completions.create(**request, stop=text[-2:]).choices[0]  # as long as it may be
+    assert last.text == text[: text.index(text[-2:])] and last.finish_reason == "stop"
+    chat = {"model": name, "messages": MESSAGES, "temperature": 0, "max_tokens": NEW_TOKENS, "stop": chat_text[5:7]}
+    answer = client.chat.completions.create(**chat).choices[0]
+    assert answer.message.content == chat_text[: chat_text.index(chat["stop"])] and answer.finish_reason == "stop"
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**chat, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == answer.message.content
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_a_bias_bans_tokens_in_both_kinds_of_request(served):
+    client, name, model = served
+    banned = make_tokenizer(TEMPLATE)(expected_texts(model)[1])["input_ids"]
+    request = {"model": name, "temperature": 0, "max_tokens": 1, "logit_bias": {str(token): -100 for token in banned}}
+    text = client.completions.create(prompt=PROMPT, **request).choices[0].text
+    assert text and not expected_texts(model)[1].startswith(text)
+    client.chat.completions.create(messages=MESSAGES, **request)
+    with pytest.raises(openai.BadRequestError, match="`logit_bias` must map tokens, as texts of 0 to"):
+        client.completions.create(prompt=PROMPT, **request | {"logit_bias": {"99999": 1}})
+
+
+def test_all_errors_are_in_openais_form(served):
+    client, name, _ = served
+    completion = {"model": name, "prompt": PROMPT, "max_tokens": 1}
+    for method, path, body, status, message in (
+        ("POST", "/v1/completions", "{", 400, "the request cannot be read: "),
+        ("POST", "/v1/completions", "[1]", 400, "dictionary"),
+        ("POST", "/v1/completions", {**completion, "prompt": [1, 2]}, 400, "`prompt` must be one text, got [1, 2]"),
+        ("POST", "/v1/completions", {**completion, "logprobs": 5}, 400, "`logprobs` is not served here"),
+        ("POST", "/v1/completions", {**completion, "echo": True}, 400, "`echo` is not served here"),
+        ("POST", "/v1/completions", {**completion, "max_token": 5}, 400, "`max_token` is no field of a completion"),
+        ("POST", "/v1/completions", {**completion, "model": 5}, 404, "`model`: the server is pinned to"),
+        ("POST", "/v1/chat/completions", {"model": name}, 400, "`messages` must be given"),
+        ("POST", "/v1/responses", {"model": name, "input": 5}, 400, "`input` must be a text"),
+        ("POST", "/v1/systemone", {"model": name}, 400, "state"),
+        ("POST", "/v1/nothing", completion, 404, "POST /v1/nothing: Not Found"),
+        ("GET", "/v1/completions", None, 405, "GET /v1/completions: Method Not Allowed"),
+        ("POST", "/load_model", {}, 400, "`model`"),
+    ):
+        connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
+        content = body if isinstance(body, str) else json.dumps(body)
+        connection.request(method, path, content, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        error = json.loads(answer.read())["error"]
+        connection.close()
+        assert (answer.status, error["type"]) == (status, "invalid_request_error") and message in error["message"], body
+    response = client.responses.create(model=name, input=PROMPT, max_output_tokens=2)  # OpenAI's default is no stream
+    assert response.usage.output_tokens == 2
 
 
 def test_an_empty_prompt_starts_a_document(served):
@@ -189,7 +249,7 @@ def test_what_would_hold_up_others_is_refused(served):
         ("/completions", {"model": name, "prompt": "a" * 3_000_000}, 413, "more than 2097152 bytes"),
         ("/chat/completions", {**chat, "chat_template_kwargs": {"chat_template": template}}, 400, "chat_template"),
         ("/responses", {"model": name, "input": "the state " * 9000, "stream": True}, 400, "reads at most 8192"),
-        ("/../load_model", {"model": "/etc"}, 400, "the server is pinned to"),
+        ("/../load_model", {"model": "/etc"}, 404, "the server is pinned to"),
     ):
         begun = time.monotonic()
         with pytest.raises(openai.APIStatusError) as error:
@@ -228,13 +288,19 @@ def test_says_what_is_wrong_with_a_request(tmp_path):
     request = {"model": str(tmp_path / "learned"), "temperature": 0, "max_tokens": NEW_TOKENS}
     with serve(tmp_path / "learned") as client:
         assert client.completions.create(prompt=PROMPT, **request).choices[0].text == expected_texts(model)[1]
-        with pytest.raises(openai.BadRequestError, match="chat_template"):
-            client.chat.completions.create(messages=MESSAGES, **request)
-        with pytest.raises(openai.BadRequestError, match="chat_template"):
-            client.chat.completions.create(messages=MESSAGES, stream=True, **request)
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match=NO_TEMPLATE) as error:
+                client.chat.completions.create(messages=MESSAGES, stream=stream, **request)
+            assert "http" not in error.value.message
+        with pytest.raises(openai.BadRequestError, match=NO_TEMPLATE):
+            client.responses.create(model=request["model"], input=PROMPT)
+        log = Path(f"{request['model']}.log").read_text(encoding="utf-8")
+        assert log.index(f"\n{NO_TEMPLATE}\n") < log.index("next: curl")
         assert client.completions.create(prompt=PROMPT, model=request["model"]).usage.total_tokens <= 160
         with pytest.raises(openai.BadRequestError, match="max_position_embeddings"):
             client.completions.create(prompt="the " * 200, **request)
+        with pytest.raises(openai.APIError, match="max_position_embeddings"):
+            list(client.completions.create(prompt="the " * 200, stream=True, **request))
 
 
 def test_continuous_batching(tmp_path):
@@ -246,18 +312,39 @@ def test_continuous_batching(tmp_path):
         assert "".join(pieces) == expected_texts(model)[1]
         with pytest.raises(openai.BadRequestError, match="must be 0, .* with --continuous-batching"):
             client.completions.create(**request | {"temperature": 0.7})
+        for name, value in (("frequency_penalty", 1.0), ("logit_bias", {"5": 1})):
+            with pytest.raises(openai.BadRequestError, match=f"`{name}` is not served with --continuous-batching"):
+                client.completions.create(**request, **{name: value})
+        text = expected_texts(model)[1]
+        for stream in (False, True):
+            answer = client.completions.create(**request, stop=text[4:7], stream=stream)
+            choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+            assert "".join(choice.text for choice in choices) == text[: text.index(text[4:7])]
+            assert choices[-1].finish_reason == "stop"
 
 
 def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
     save_with_tokenizer(tmp_path / "bias", "alibi", TEMPLATE)
     LlamaConfig().save_pretrained(tmp_path / "llama")
     make_model("none").config.save_pretrained(tmp_path / "bare")
+    for name in ("narrow", "lost"):
+        save_with_tokenizer(tmp_path / name, "alibi")
+    config = json.loads((tmp_path / "narrow" / "config.json").read_text())
+    (tmp_path / "narrow" / "config.json").write_text(json.dumps(config | {"hidden_size": 96}))
+    for path in (tmp_path / "lost").glob("tokenizer*"):
+        path.unlink()
     capsys.readouterr()  # bars of what was saved
     for arguments, message in (
         ([], "usage: hf-relpos serve DIR"),
         (["serve"], "usage: hf-relpos serve DIR"),
         (["train", tmp_path], "usage: hf-relpos serve DIR"),
-        (["serve", tmp_path / "nothing"], "is not a folder with a saved model"),
+        (["serve", tmp_path / "nothing"], "nothing' is no folder with a saved model."),
+        (["serve", tmp_path / "lame"], "lame' is no folder with a saved model (did you mean"),
+        (
+            ["serve", tmp_path / "narrow"],
+            "lm_head.weight has the shape (300, 48) in the file and (300, 96) by config.json",
+        ),
+        (["serve", tmp_path / "lost"], "no tokenizer in "),
         (["serve", tmp_path / "llama"], "is not a model of the family ('relpos'), got 'llama'"),
         (["serve", tmp_path / "bare"], "must hold a RelPosForCausalLM, got None"),
         (["serve", tmp_path / "bias", "--continuous-batching"], "has no place for the position bias"),
@@ -269,7 +356,9 @@ def test_refuses_what_it_cannot_serve(tmp_path, monkeypatch, capsys):
             serving.main()
         printed = capsys.readouterr()
         assert error.value.code == 2 and printed.out == "", arguments
-        assert len(printed.err.splitlines()) == 1 and message in printed.err, arguments
+        lines = [line for line in printed.err.splitlines() if line and not line.startswith("Loading weights")]
+        assert len(lines) == 1 and message in lines[0], arguments
+        assert "usage" not in printed.err or message.startswith("usage"), arguments
 
 
 def test_refuses_on_the_command_line(tmp_path):
