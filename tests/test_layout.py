@@ -30,6 +30,7 @@ CONTRACT = {
     "processes": "",
     "special_tokens": "",
     "file_reading": "",
+    "origin": "",
     "scheme_files": "model file_reading",
     "scheme_docs": "model",
     "scheme_trials": "model",
@@ -38,16 +39,16 @@ CONTRACT = {
     "__main__": "cli",
     "check_command": "scheme_check scheme_files cli file_reading",
     "model_loading": "model file_reading",
-    "pretrained": "model cli file_reading environment",
+    "pretrained": "model cli file_reading environment origin",
     "data": "model model_loading environment special_tokens",
     "inference": "model model_loading cli special_tokens file_reading environment messages",
     "tasks": "data special_tokens",
     "results": "environment cli file_reading",
     "model_corpus": "data tasks results environment file_reading",
-    "hub": "model model_loading results scheme_docs environment cli file_reading messages",
+    "hub": "model model_loading results scheme_docs environment cli file_reading messages origin",
     "evaluation": "model model_loading pretrained special_tokens data tasks results environment cli scheme_files "
     "model_corpus hub messages",
-    "demo": "model model_loading evaluation inference results cli model_corpus",
+    "demo": "model model_loading evaluation inference results cli model_corpus origin",
     "training": "model model_loading pretrained special_tokens data tasks results hub environment processes cli "
     "scheme_check scheme_files model_corpus file_reading messages",
     "experiments": "model model_loading data tasks training evaluation results environment processes cli scheme_check "

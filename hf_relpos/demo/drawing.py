@@ -10,6 +10,7 @@ from jinja2 import Environment
 
 from ..inference.request_checks import MAX_PROMPT_TOKENS, check_characters
 from ..model.modeling_relpos import RelPosForCausalLM
+from ..origin import repository_of
 
 
 MAX_TOKENS = MAX_PROMPT_TOKENS  # of a pasted text: its logits are in memory at once
@@ -81,7 +82,7 @@ class PageModel:
     def trained(self) -> str:
         length = self.model.config.train_length
         text = f"trained at {length} tokens" if length else "training length unknown"
-        origin = (self.model.config.imported_from or {}).get("base_model")
+        origin = repository_of((self.model.config.imported_from or {}).get("base_model"))
         return text + (f" on {self.corpus}" if self.corpus else "") + (f", imported from {origin}" if origin else "")
 
 

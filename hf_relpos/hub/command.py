@@ -26,7 +26,8 @@ class PushArguments:
         default_factory=list, metadata={"help": "Result files of `hf-relpos evaluate` besides those in the folder."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "The repository of the model that it was finetuned from."}
+        default=None,
+        metadata={"help": "The repository of the model that it was finetuned from; none: it was never on the Hub."},
     )
     license: str | None = field(
         default=None,

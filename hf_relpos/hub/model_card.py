@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..model.saved_code import AUTO_MAP, carried_names
 from ..model.scheme_registry import position_embedding_classes
+from ..origin import known_origin, missing_flags, repository_of
 from ..results.result_file import escape_markdown
 from ..results.training_record import command_line
 from ..scheme_docs import PARTS, link_papers, read_scheme
-from .card_evaluation import corpus_name, eval_results, evaluation_section, seeds_in_words
+from .card_evaluation import corpus_name, eval_results, evaluation_section, is_built_in, seeds_in_words
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -54,8 +55,8 @@ def model_card(
         results: what its result files hold.
         pictures: for each result, the picture's path beside the card.
         repo_id: where it can be loaded from; by default a folder of its name.
-        base_model: the repository of the model that it was finetuned from; by default as recorded, or where it was
-            imported from.
+        base_model: the repository of the model that it was finetuned from, or "none" if it was never on the Hub; by
+            default as recorded, or where it was imported from.
         license: of the weights, one of the Hub's names of licences; by default that of the model that was imported, or
             apache-2.0.
         tags: further ones for the Hub's search.
@@ -72,7 +73,7 @@ def model_card(
     """
     origin, license = origin_of(config, base_model, license)
     record = record or {}
-    base_model = base_model or record.get("base_model")
+    base_model = repository_of(base_model) or record.get("base_model")
     if commands is None:
         commands = reproduction(name, record, results)
     evaluations = [[result, *other_seeds] for result in results]
@@ -87,6 +88,7 @@ def model_card(
         scheme_files=carried_names(config["pos_embedding_type"]),
         commands="\n".join(commands) or None,
         names_files=any("_file " in line for line in commands),
+        needs_sample=is_built_in(record.get("corpus")) or any(is_built_in(each.get("corpus")) for each in results),
         fence=_fence("\n".join(commands)),
         license=license,
         **_use(config, repo_id or name, record, results),
@@ -156,29 +158,27 @@ def _training(
 def origin_of(
     config: dict[str, Any], base_model: str | None = None, license: str | None = None
 ) -> tuple[str | None, str]:
-    """→ the repository that a model was imported from, if it was, and the licence of its weights.
+    """→ the repository that a model was imported from, if it was and there is one, and the licence of its weights.
 
     Args:
         config: fields of its configuration.
         base_model, license: what the user says of them.
 
     Raises:
-        ValueError: if it was imported and one of the two is not known.
+        ValueError: if it was imported and one of the two is not known; a `base_model` of "none" says that it was never
+            on the Hub.
     """
     imported_from = config.get("imported_from")
     if imported_from is None:
         return None, license or "apache-2.0"
-    known = {
-        "license": license or imported_from.get("license"),
-        "base_model": base_model or imported_from.get("base_model"),
-    }
-    for name, value in known.items():
-        if not value:
-            raise ValueError(
-                f"`{name}` must be given for a model that was imported (`model_type` "
-                f"{imported_from.get('model_type')!r}), got None: --{name} of `hf-relpos push` or `hf-relpos import`."
-            )
-    return known["base_model"], known["license"]
+    known = known_origin(imported_from, base_model, license)
+    if missing := [f"`{name}`" for name, value in known.items() if not value]:
+        raise ValueError(
+            f"{' and '.join(missing)} must be given for a model that was imported (`model_type` "
+            f"{imported_from.get('model_type')!r}), got None: `hf-relpos push` and `hf-relpos import` take "
+            f"{missing_flags(known)}."
+        )
+    return repository_of(known["base_model"]), known["license"]
 
 
 def signed(card: ModelCard | str) -> str:
@@ -246,7 +246,8 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]], base_mod
     elif config.get("train_length") and not record and not config.get("imported_from"):  # there it is the most it takes
         lines.append(f"Trained at a length of {config['train_length']} tokens.")
     if origin := config.get("imported_from"):
-        origin = {**origin, "base_model": origin.get("base_model") or (None if record else base_model)}
+        named = repository_of(origin.get("base_model")) or (None if record else base_model)
+        origin = {**origin, "base_model": named}
         lines.append(_origin(origin))
     if base_model and not (origin and base_model == origin["base_model"]):
         made = "Finetuned from" if record.get("num_steps", 1) else "Copied, without training, from"
@@ -361,7 +362,7 @@ def _import_command(record: dict[str, Any]) -> list[str]:
     origin = (record.get("config") or {}).get("imported_from")
     first, *_ = (*record.get("history", ()), record)
     folder = first["flags"].get("model_name_or_path", "/")
-    if not origin or not origin.get("base_model") or "/" in folder:
+    if not origin or not repository_of(origin.get("base_model")) or "/" in folder:
         return []
     revision = f" --revision {origin['revision']}" if origin.get("revision") else ""
     return [f"hf-relpos import {shlex.quote(origin['base_model'])} output/{shlex.quote(folder)}{revision}"]

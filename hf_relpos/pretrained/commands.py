@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cli import command, parse_arguments, say_next
+from ..origin import known_origin, missing_flags
 
 
 IMPORT_DESCRIPTION = """\
@@ -28,7 +29,11 @@ class ImportArguments:
 
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a repository of the Hub."})
     base_model: str | None = field(
-        default=None, metadata={"help": "The repository that a folder or file comes from, for record and card."}
+        default=None,
+        metadata={
+            "help": "The repository that a folder or file comes from, for record and card; none: it was never on the "
+            "Hub."
+        },
     )
     license: str | None = field(
         default=None, metadata={"help": "Licence of the weights, by the Hub's name; by default that of its card."}
@@ -47,6 +52,8 @@ def import_main() -> None:
     config = import_pretrained(name, folder, args.revision, args.base_model, args.license)
     print(describe_import(config, name))
     print(f"wrote {folder}")
+    if flags := missing_flags(known_origin(config.imported_from)):
+        print(f"a push of it will need {flags}")
     _say_generation(folder)
 
 

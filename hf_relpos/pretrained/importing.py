@@ -48,7 +48,8 @@ def import_model(
         model: loaded, with which the new one shares its memory where it can; or its folder, repository or GGUF file,
             of which one weight after the other is read.
         revision: branch, tag or commit of a repository of the Hub.
-        base_model: the repository that it comes from; by default that of its name.
+        base_model: the repository that it comes from, or "none" if it was never on the Hub; by default that of its
+            name.
         license: of the weights; by default as its card states it.
         attn_implementation: of the new model, as in `from_pretrained`.
         **fields: other values for fields of the configuration that have no weights, such as `position_sampling`.

@@ -144,6 +144,17 @@ def test_the_intervals_of_a_stored_card_are_those_of_the_report():
     assert "Means over 5 seeds (42, 365, 1024, 1337, 3407), with 95 % intervals for new seeds on new documents." in card
 
 
+@pytest.mark.parametrize("files, extra", [(None, ", and its extra `sample`"), (["a.txt"], "")])
+def test_the_commands_need_the_package_and_no_clone(files, extra):
+    corpus = {**RESULT["corpus"], "name": "sotu", "files": files}
+    record = {**RESULT["training"], "corpus": corpus}
+    commands = ["hf-relpos train --seed 1"]
+    text = str(model_card(config_of(RESULT), "m", record, [{**RESULT, "corpus": corpus}], commands=commands))
+    where = text.partition("## Reproduce\n\n")[2].partition("\n")[0]
+    assert re.fullmatch(rf"With the package `hf_relpos` installed(, of commit `\w+`)?{re.escape(extra)}:", where)
+    assert "clone" not in text and "constraints" not in text
+
+
 def test_a_prompt_is_of_the_corpus():
     record = {**RESULT["training"], "corpus": {**RESULT["training"]["corpus"], "opening": 'Ask "why",\\ and'}}
     text = str(model_card(config_of(RESULT), "m", record, [RESULT]))

@@ -16,7 +16,7 @@ from saved_model import save_model
 import hf_relpos.hub.repository
 from hf_relpos import PositionEmbedding, RelPosForCausalLM, register_position_embedding
 from hf_relpos.hub.model_card import is_generated
-from hf_relpos.hub.repository import INDEX, check_weights, repository_files, write_files
+from hf_relpos.hub.repository import INDEX, check_weights, repository_files, write_card, write_files
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.result_file import read_results
 
@@ -64,7 +64,7 @@ def spoil(folder, kind):
     if kind == "no tokenizer":
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer_config.json").unlink()
-        return "holds no tokenizer"
+        return "no tokenizer in "
     if kind == "another family":
         (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
         return "must hold a model of the family"
@@ -309,3 +309,12 @@ def test_a_push_names_the_licence_that_it_writes(saved, tmp_path, run_script, ca
     flags = ("--license", "mit", "--dry_run", "true", "--output_dir", tmp_path / "two")
     run_script("push_to_hub", saved, "alice/m", *flags)
     assert "licence of the weights: mit\n" in capsys.readouterr().out
+
+
+def test_the_card_of_a_push_loads_from_the_repository_and_that_of_a_folder_from_it(saved, tmp_path, run_script):
+    folder = shutil.copytree(saved, tmp_path / "rot")
+    write_card(folder)
+    assert 'from_pretrained("rot"' in (folder / "README.md").read_text()
+    run_script("push_to_hub", folder, "alice/m", "--dry_run", "true", "--output_dir", tmp_path / "sent")
+    card = (tmp_path / "sent" / "README.md").read_text()
+    assert card.count('from_pretrained("alice/m"') == 3 and '"rot"' not in card

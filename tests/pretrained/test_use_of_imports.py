@@ -151,6 +151,24 @@ def test_an_imported_model_is_not_published_without_licence_and_origin(name, lla
     assert b"license: mit" in files["README.md"] and b"base_model: meta/llama" in files["README.md"]
 
 
+def test_all_that_a_push_needs_is_named_at_once_and_by_the_import(llama, tmp_path, run_script, capsys):
+    run_script("import_model", llama, tmp_path / "imported")
+    needs = "--license NAME and --base_model OWNER/NAME (none: never on the Hub)"
+    assert f"\na push of it will need {needs}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError) as error:
+        repository_files(tmp_path / "imported")
+    assert str(error.value).startswith("`license` and `base_model` must be given") and needs in str(error.value)
+
+
+def test_a_model_that_was_never_on_the_hub_is_published_without_a_base_model(llama, tmp_path, run_script, capsys):
+    import_pretrained(llama, tmp_path / "imported", license="mit")
+    run_script("import_model", llama, tmp_path / "said", "--base_model", "none", "--license", "mit")
+    assert "a push of it will need" not in capsys.readouterr().out
+    for folder, flags in (("imported", {"base_model": "none"}), ("said", {})):
+        card = repository_files(tmp_path / folder, **flags)["README.md"].decode()
+        assert "base_model" not in card and "`none`" not in card and "Converted (`model_type` `llama`)" in card
+
+
 def test_a_model_of_ones_own_is_apache():
     assert origin_of(RelPosConfig().to_dict()) == (None, "apache-2.0")
     assert origin_of({}, license="mit") == (None, "mit")
@@ -158,7 +176,9 @@ def test_a_model_of_ones_own_is_apache():
 
 def test_a_run_that_would_be_published_is_refused_before_it_begins(llama, data_flags, tmp_path, run_script, capsys):
     flags = finetuning_flags(data_flags, llama, tmp_path / "x", push_to_hub="true", hub_model_id="alice/x")
-    assert "`license` must be given" in refusal(run_script, capsys, "finetune", [*flags, "--hub_token", "hf_x"])
+    assert "`license` and `base_model` must be given" in refusal(
+        run_script, capsys, "finetune", [*flags, "--hub_token", "hf_x"]
+    )
     assert not (tmp_path / "x" / "model.safetensors").exists()
 
 
