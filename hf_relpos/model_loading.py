@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from .file_reading import MODEL_FILES, TOKENIZER_FILES, TRAINING_RECORD, no_model, read_json, reading
+from .file_reading import MODEL_FILES, TOKENIZER_FILES, TRAINING_RECORD, no_model, read_json, reading, reason
 from .model.configuration_relpos import RelPosConfig
 from .model.modeling_relpos import RelPosForCausalLM
 
@@ -61,8 +62,6 @@ def load_model(name: str, model_class: Any, flag: str = MODEL_FLAG, **kwargs: An
     """
     check_folder(name, flag)
     what = f"{flag} {name!r} cannot be loaded"
-    if not Path(name).is_dir() and not constants.HF_HUB_OFFLINE:
-        what = f"{flag} {name!r}: there is no such folder, and the Hub gives no such model"
     with _loading(name, what):
         saved, _ = RelPosConfig.get_config_dict(name)
         is_family = isinstance(saved, dict) and saved.get("model_type") == RelPosConfig.model_type
@@ -118,10 +117,16 @@ def _loading(name: str, what: str) -> Iterator[None]:
         with reading(what):
             yield
     except ValueError as error:
-        is_absent = isinstance(error.__cause__, OSError) and not os.path.isdir(name)
-        if is_absent and constants.HF_HUB_OFFLINE:
-            raise ValueError(f"{what}: it is no folder, and HF_HUB_OFFLINE is set.") from error
-        raise
+        cause = error.__cause__
+        if os.path.isdir(name) or not isinstance(cause, OSError):
+            raise
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
+        elif isinstance(cause.__cause__, LocalEntryNotFoundError):
+            why = "the Hub cannot be reached for it"
+        else:
+            why = f"the Hub gives no such model: {reason(cause).removesuffix('.')}"
+        raise ValueError(f"{what}: it is no folder, and {why}.") from error
 
 
 def edited_fields(name: str | Path) -> dict[str, list[Any]]:

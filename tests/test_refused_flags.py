@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers import ending, installed, words_of
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
 from hf_relpos import RelPosForCausalLM, cli
@@ -113,6 +114,27 @@ def test_a_name_that_is_neither_folder_nor_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ending(monkeypatch, capsys, "generate", "--model_name_or_path", "alice/model", "--prompt", "x")
     assert "`model_name_or_path` 'alice/model' cannot be loaded: it is no folder, and HF_HUB_OFFLINE is set." in line
+    line = ending(monkeypatch, capsys, "import", "alice/model", "out")
+    assert "`model` 'alice/model' is no folder, and HF_HUB_OFFLINE is set." in line
+
+
+@pytest.mark.parametrize(
+    "cause, why",
+    [
+        (LocalEntryNotFoundError("no route"), "the Hub cannot be reached for it."),
+        (None, "the Hub gives no such model: alice/model is not a valid model identifier."),
+    ],
+    ids=["no network", "no such repository"],
+)
+def test_a_name_that_the_hub_does_not_give(cause, why, tmp_path, monkeypatch, capsys):
+    def ask(name):
+        raise OSError(f"{name} is not a valid model identifier") from cause
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("hf_relpos.RelPosConfig.get_config_dict", ask)
+    line = ending(monkeypatch, capsys, "generate", "--model_name_or_path", "alice/model", "--prompt", "x")
+    assert line.endswith(f"`model_name_or_path` 'alice/model' cannot be loaded: it is no folder, and {why}")
 
 
 def test_a_misspelt_folder_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, capsys):

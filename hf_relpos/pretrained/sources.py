@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -74,7 +74,8 @@ def find_source(name: str | Path, revision: str | None = None) -> Source:
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"`model` {name!r} is not a folder.")
-        print(f"{name} is no folder here: asking the Hub for it", file=sys.stderr, flush=True)
+        if not constants.HF_HUB_OFFLINE:
+            print(f"{name} is no folder here: asking the Hub for it", file=sys.stderr, flush=True)
         with hub_errors(name):
             path = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
     elif not (path / "config.json").is_file():
@@ -116,6 +117,8 @@ def hub_errors(name: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ValueError(f"`revision`: {name!r} has no such branch, tag or commit.") from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+            raise ValueError(f"`model` {name!r} is no folder, and HF_HUB_OFFLINE is set.") from error
         if isinstance(error, LocalEntryNotFoundError):
             raise ValueError(f"`model` {name!r} is no folder, and the Hub cannot be reached for it.") from error
         raise ValueError(f"`model` {name!r} is no folder and no repository of the Hub that you may see.") from error
