@@ -103,7 +103,7 @@ def _texts(value: Any) -> Iterator[str]:
 def check_number(name: str, value: Any, least: float, most: float) -> None:
     """Raises `ValueError` unless the value is a number of `least` to `most`, or a temperature of 0: the likeliest
     token."""
-    takes_0 = name.endswith("temperature")
+    takes_0 = name.endswith("temperature") and least > 0
     if type(value) not in (int, float) or not (least <= value <= most or (takes_0 and value == 0)):
         raise ValueError(
             f"`{name}` must be {'0, or ' if takes_0 else 'a number of '}{least} to {most}, got {shown(value)}."
@@ -173,14 +173,22 @@ def _check_messages(body: dict[str, Any]) -> None:
                 '`messages` must be a list of {"role": .., "content": ..}, the content a text or parts of type "text", '
                 f"got {shown(messages)}."
             )
-    if "input" in body and not isinstance(body["input"], (str, list)):
-        raise ValueError(f"`input` must be a text or a list of messages, got {shown(body['input'])}.")
+    value = body.get("input", "")
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" not in value[0]:
+        _check_parts("input", [{"content": value}])  # of one message
+    elif not isinstance(value, str) and not (isinstance(value, list) and value and all(map(_is_item, value))):
+        raise ValueError(f"`input` must be a text or a list of messages, got {shown(value)}.")
 
 
 def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message.get("content"), (str, list, type(None)))
+
+
+def _is_item(item: Any) -> bool:
+    """Whether it is a message, or what else a conversation may hold, which has a type instead of a role."""
+    return _is_message(item) or (isinstance(item, dict) and "role" not in item and isinstance(item.get("type"), str))
 
 
 def _check_generation_config(text: Any, cap: int) -> None:

@@ -70,7 +70,8 @@ BAD = [
         ({"messages": value}, '`messages` must be a list of {"role": .., "content": ..}')
         for value in ("a", [], [{}], [1], [{"role": "user", "content": 5}], [{"role": 5, "content": "a"}])
     ),
-    *(({"input": value}, "`input` must be a text or a list of messages") for value in (5, {"role": "user"})),
+    *(({"input": value}, "`input` must be a text or a list of messages") for value in (5, {"role": "user"}, [], [5])),
+    *(({"input": [part]}, "`input` must hold text only") for part in ({"type": "nothing"}, {"type": "input_image"})),
 ]
 
 
@@ -90,6 +91,7 @@ GOOD = [
     {"stop": "\n\n", "chat_template_kwargs": {"enable_thinking": False}},
     content({"type": "text", "text": "a"}) | {"input": "a"},
     {"input": [{"role": "user", "content": "a"}, {"type": "message"}]},
+    {"input": [{"type": "input_text", "text": "a"}]},
 ]
 
 
