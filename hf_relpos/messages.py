@@ -27,6 +27,17 @@ def time_text(seconds: float) -> str:
     return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def exact_time_text(seconds: float) -> str:
+    """Seconds in words, so that sums and differences of them agree: "63 s", "7 min 3 s", "2 h 5 min"."""
+    total = round(seconds)
+    if total < 90:
+        return f"{total} s"
+    minutes, seconds = divmod(total, 60)
+    if minutes < 90:
+        return f"{minutes} min" + (f" {seconds} s" if seconds else "")
+    return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+
+
 def say_command(words: Iterable[object]) -> None:
     """`next: ` and the command, as a shell takes it, on stderr: it is advice, not output."""
     if is_first_process():

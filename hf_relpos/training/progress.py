@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..messages import Progress
+from ..results.training_record import passes_text
 from .record import passes_over_corpus, tokens_per_step
 from .run import TrainingRun
 
@@ -116,7 +117,7 @@ def _passes_text(run: TrainingRun, num_steps: int) -> str:
         return f"streamed from {name}"
     if run.data_args.task is not None:
         return f"rows of {name}" + (", none twice" if passes <= 1 else "")
-    return f"{passes:.3g} passes over the {count_text(len(run.data.train) * run.args.block_size)} of {name}"
+    return f"{passes_text(passes)} over the {count_text(len(run.data.train) * run.args.block_size)} of {name}"
 
 
 def _device_text(args: Any) -> str:

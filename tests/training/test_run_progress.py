@@ -46,7 +46,7 @@ def test_a_banner_counts_all_devices_and_says_where_a_run_resumes():
     run = make_run(world_size=2, n_gpu=1, gradient_accumulation_steps=4, bf16=True)
     first, second, third = banner(run, 40, first_step=10)
     assert first.startswith("resumes after step 10: alibi, ") and ", in bf16; " in third
-    expected = "40 steps of 16 × 128 tokens × 2 devices × 4 accumulated: 655k tokens, 5.12 passes"
+    expected = "40 steps of 16 × 128 tokens × 2 devices × 4 accumulated: 655k tokens, 5.1 passes"
     assert second.startswith(expected)
 
 

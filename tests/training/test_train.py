@@ -140,7 +140,7 @@ def test_going_on_with_a_saved_model_at_the_same_length(trained, data_flags, tmp
 
 
 BAD_TRAINING = {
-    "unknown scheme": (dict(pos_embedding_type="alibii"), "`pos_embedding_type` must be one of"),
+    "unknown scheme": (dict(pos_embedding_type="alibii"), "`pos_embedding_type` names no scheme: 'alibii'"),
     "unknown option": (dict(pos_embedding_kwargs='{"width": 1}'), "`pos_embedding_kwargs` of 'linear_cpb' may hold"),
     "options that are no JSON": (dict(pos_embedding_kwargs="{width}"), "`pos_embedding_kwargs` must be JSON"),
     "a rotation that is no dictionary": (dict(rope_parameters="[1]"), "`rope_parameters` must be a dictionary"),
