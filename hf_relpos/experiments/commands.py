@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from ..cli import command, parse_arguments
+from ..processes import seconds_of_start
 
 
 SWEEP_DESCRIPTION = """\
@@ -107,7 +108,7 @@ def sweep_main() -> None:
 @command
 def compare_main() -> None:
     """The command line of `hf-relpos compare`."""
-    begun = time.time()  # before anything that is slow is imported
+    begun = time.time() - seconds_of_start()
     (args,) = parse_arguments((CompareArguments,), COMPARE_DESCRIPTION)
     from .compare import compare
 

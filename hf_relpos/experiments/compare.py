@@ -230,7 +230,7 @@ class _Comparison:
         return [
             f"{scheme}: validation loss " + ", ".join(f"{loss:.4f} at learning rate {rate:g}" for rate, loss in each)
             for scheme, losses in found.items()
-            if (each := losses.items())
+            if (each := sorted(losses.items()))
         ]
 
 

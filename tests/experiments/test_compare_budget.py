@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from hf_relpos import RelPosConfig
 from hf_relpos.experiments import compare as module
+from hf_relpos.experiments import comparison_costs
 from hf_relpos.experiments.commands import CompareArguments
 from hf_relpos.experiments.comparison_clock import Clock
 from hf_relpos.experiments.comparison_plan import (
@@ -318,3 +320,22 @@ def test_a_scheme_that_is_added_is_trained_alone(monkeypatch, tmp_path, capsys):
     done, machine.args.schemes = machine.done, ["alibi", "rotary"]
     final, line = machine.call(is_new=False, plan=machine.stored().with_schemes(machine.args.schemes, {}))
     assert machine.done == done and line == "" and len(final) == 2 * plan.seeds
+
+
+def test_what_was_measured_is_kept_for_some_minutes(monkeypatch, tmp_path):
+    """A budget that was named is asked about with the same numbers."""
+    now, found = [1000.0], iter([0.1, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(comparison_costs, "measure", lambda *_: next(found))
+
+    def measured(scheme="alibi", length=32, threads=1):
+        config = RelPosConfig(pos_embedding_type=scheme, vocab_size=300)
+        return comparison_costs.kept_measure(tmp_path, config, 4, length, "cpu", False, threads)
+
+    assert (measured(), measured("none"), measured(), measured("none")) == (0.1, 0.2, 0.1, 0.2)
+    assert measured(threads=2) == 0.3
+    now[0] += comparison_costs.KEPT
+    assert measured() == 0.4
+    (tmp_path / comparison_costs.MEASURED).write_text("[")
+    with pytest.raises(StopIteration):  # measured anew
+        measured()
