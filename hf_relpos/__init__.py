@@ -37,6 +37,7 @@ __all__ = [
     "check_position_embedding",
     "export_model",
     "import_model",
+    "import_scheme_file",
     "list_position_embeddings",
     "push_model",
     "register_position_embedding",
@@ -72,6 +73,13 @@ def export_model(model: "RelPosForCausalLM") -> Any:
     from .pretrained.exporting import export_model as export
 
     return export(model)
+
+
+def import_scheme_file(path: Any) -> Any:
+    """`hf_relpos.scheme_files.import_scheme_file`, loaded when it is needed: registers the schemes of a Python file."""
+    from .scheme_files import import_scheme_file as execute
+
+    return execute(path)
 
 
 def check_position_embedding(pos_embedding_type: str, **kwargs: Any) -> Any:

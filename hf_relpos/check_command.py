@@ -13,6 +13,23 @@ Tries position schemes on a tiny model, in seconds: causality, padding, batches,
 
 hf-relpos check my_scheme.py
 hf-relpos check alibi rotary+log_cpb
+
+A scheme is a class that overrides some hooks, which `help(hf_relpos.PositionEmbedding)` explains, as in
+
+  import torch
+  from hf_relpos import PositionEmbedding, register_position_embedding
+
+  @register_position_embedding("log_decay")
+  class LogDecay(PositionEmbedding):
+      def __init__(self, config):
+          super().__init__(config)
+          self.strength = torch.nn.Parameter(torch.ones(config.num_attention_heads))
+
+      def reset_parameters(self):
+          torch.nn.init.ones_(self.strength)
+
+      def distance_bias(self, distance):  # (n,) integers to (heads, n) in fp32
+          return -self.strength.float()[:, None] * torch.log1p(distance.float())
 """
 
 

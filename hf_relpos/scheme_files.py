@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .file_reading import read_json
-from .model.saved_code import carried_files, imports_relatively, reserved_names
+from .model.saved_code import carried_files, imports_relatively, reserved_names, twin_of
 from .model.scheme_base import POSITION_EMBEDDINGS
 
 
@@ -41,7 +41,8 @@ def _names(pos_embedding_type: str) -> list[str]:
 def import_scheme_file(path: str | Path) -> ModuleType:
     """Executes a Python file as a module under its stem; a file that was imported before is not executed again.
 
-    A file out of a saved folder imports the family's files relatively; it becomes a module of `hf_relpos.model`.
+    A file out of a saved folder imports the family's files relatively; it becomes a module of `hf_relpos.model`. Where
+    the file that it was made from is imported already, unchanged since, that one's module is returned.
 
     Args:
         path: of a file with at least one `register_position_embedding`.
@@ -64,7 +65,7 @@ def import_scheme_file(path: str | Path) -> ModuleType:
     if (module := sys.modules.get(name)) is not None:
         if Path(getattr(module, "__file__", None) or "/").resolve() != file:
             raise ValueError(f"`import_file` {str(path)!r} has the name of another module, {name!r}: rename it.")
-    _IMPORTED[file] = module or _execute(path, name, file)
+    _IMPORTED[file] = module or twin_of(file) or _execute(path, name, file)
     return _IMPORTED[file]
 
 

@@ -136,6 +136,11 @@ def test_a_recipe_tells_the_content_of_the_file(example, tmp_path):
             del POSITION_EMBEDDINGS["log_decay"], sys.modules[module.__name__]
 
     first, code = hashes(example)
+    module = import_scheme_file(example)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "my_scheme.py").write_bytes(code)
+    assert import_scheme_file(tmp_path / "copy" / "my_scheme.py") is module  # whose name it would else find taken
+    del POSITION_EMBEDDINGS["log_decay"], sys.modules[module.__name__]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "my_scheme.py").write_bytes(code)
     assert first == hashes(tmp_path / "run" / "my_scheme.py")[0] and list(first) == ["import_file/my_scheme.py"]

@@ -161,8 +161,43 @@ class Drawn(Bias):
         return super().distance_bias(distance) * self.factor
 
 
+class Lazy(Bias):
+    """Keeps the bias of the first forward."""
+
+    table = None
+
+    def distance_bias(self, distance):
+        if self.table is None:
+            self.table = super().distance_bias(torch.arange(4096))
+        return self.table[:, distance]
+
+
+class FourHeads(Bias):
+    def distance_bias(self, distance):
+        return super().distance_bias(distance) * torch.linspace(1, 2, 4)[:, None]
+
+
+class Idle(PositionEmbedding):
+    def distance_bias(self, distance):
+        return torch.zeros(self.num_table_heads, len(distance))
+
+
+class Counts(Bias):
+    """Another bias at each call."""
+
+    calls = 0
+
+    def distance_bias(self, distance):
+        self.calls += 1
+        return super().distance_bias(distance) * self.calls
+
+
 NUMBERS = iter(range(1, 1000))
 WRONG = {
+    Lazy: ("gradients", "`distance_bias`"),
+    FourHeads: ("sizes", "`distance_bias`"),
+    Idle: ("effect", "`distance_bias`"),
+    Counts: ("causality", "`distance_bias`"),
     Next: ("causality", "`embed`"),
     Next5: ("causality", "`embed`"),
     Mean: ("causality", "`embed`"),
@@ -212,18 +247,96 @@ def test_each_check_finds_what_it_is_for(cls):
     assert "\n" not in refusal
 
 
-def test_eager_and_sdpa_are_compared(monkeypatch):
-    """Many heads for one key: a rotation that counts the heads of the keys."""
+def test_heads_that_share_a_key_are_tried():
+    """A rotation with the heads of the queries, where the keys have fewer."""
 
     class PerHead(Turn):
         def rotation(self, positions, dtype):
-            angle = positions[:, None, :, None] * torch.linspace(0.1, 1, 4)
-            return angle.cos().expand(-1, 4, -1, -1), angle.sin().expand(-1, 4, -1, -1)
+            angle = positions[:, None, :, None] * torch.linspace(0.1, 1, self.size)
+            return tuple(x.expand(-1, self.num_table_heads, -1, -1) for x in (angle.cos(), angle.sin()))
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.size = config.head_dim // 2
 
     register_position_embedding("wrong")(PerHead)
-    report = check_position_embedding("wrong", only=["batch", "eager and sdpa"])
-    assert [finding.passed for finding in report.findings] == [True, False]
-    assert report.findings[1].hooks == ("rotate",)
+    report = check_position_embedding("wrong", only=["batch", "eager and sdpa", "sizes"])
+    assert [finding.passed for finding in report.findings] == [True, True, False]
+    assert report.findings[2].text.startswith("6 heads of 16 channels that share 3 keys: The size of tensor")
+
+
+def test_eager_and_sdpa_are_compared(monkeypatch):
+    class Fused(Bias):
+        """Knows which attention it is for."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.power = 1 + (config._attn_implementation == "sdpa")
+
+        def distance_bias(self, distance):
+            return super().distance_bias(distance) * self.power
+
+    register_position_embedding("wrong")(Fused)
+    assert not check_position_embedding("wrong", only=["eager and sdpa"]).passed
+
+
+def test_a_refusal_says_what_is_the_matter():
+    def text(cls, check):
+        register_position_embedding("wrong")(cls)
+        (finding,) = check_position_embedding("wrong", only=[check]).findings
+        del POSITION_EMBEDDINGS["wrong"]
+        return finding.text
+
+    assert text(Lazy, "gradients").endswith(
+        "; the scheme keeps `table` from one forward to the next: compute it anew in each"
+    )
+    assert text(Counts, "causality").startswith("two equal calls give logits that differ by ")
+
+    class Dead(Bias):
+        def reset_parameters(self):
+            nn.init.zeros_(self.slope)
+
+        def distance_bias(self, distance):
+            return self.slope.float().clamp(max=-9.0)[:, None] * distance.float()
+
+    assert (
+        text(Dead, "gradients")
+        == "no gradient reaches the parameter 'wrong.slope', drawn at random since it starts at 0"
+    )
+
+    class Cancels(Turn):
+        def rotation(self, positions, dtype):
+            return True
+
+        @staticmethod
+        def rotate(query, key, rotation):
+            return query, key - key.mean(2, keepdim=True)
+
+    assert text(Cancels, "causality").endswith("or computes with it what cancels: steps with a cache cannot")
+
+
+def test_what_a_class_holds_in_vain_is_noted():
+    class Own(Bias):
+        def __init__(self, config, base=2.0):
+            super().__init__(config)
+
+        def bias_score(self, scores):
+            return scores
+
+        def used(self):
+            return 1.0
+
+        def distance_bias(self, distance):
+            return -self.slope[:1, None].float().expand(self.num_table_heads, 1) * distance.float() * self.used()
+
+    register_position_embedding("own")(Own)
+    report = check_position_embedding("own", only=["gradients"])
+    assert report.passed and report.findings[0].text.endswith("; of 'own.slope' 3 of 4 heads get none")
+    assert [note.partition(",")[0] for note in report.notes[:2]] == [
+        "`bias_score` is no hook",
+        "`base` of `__init__` cannot be given as an option: it needs an entry in `defaults`.",
+    ]
+    assert not check_position_embedding("linear_cpb+kerple_log", only=["start"]).notes
 
 
 def test_packing_is_compared():
@@ -285,6 +398,8 @@ def test_a_hook_that_fails_is_named():
     register_position_embedding("wrong")(Eight)
     refusal = check_position_embedding("wrong").refusal
     assert "refuses `distance_bias`: IndexError: " in refusal
+    lines = str(check_position_embedding("wrong")).splitlines()
+    assert sum("IndexError" in line for line in lines) < 4 and any(line.endswith(" as 'causality'") for line in lines)
 
 
 def test_what_cannot_be_built_is_told_once():

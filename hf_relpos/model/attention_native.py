@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .attention_kernel import TableCall, TableKernel
 from .attention_torch import block_backward, block_forward
+from .fused_norm import check_norm, has_norm
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ def native_library() -> Any | None:
         _check(library)
     except (native.NativeError, RuntimeError) as error:
         logger.warning(
-            f"No native attention, which is faster than that in operations of torch: {error}. {SWITCH}=0 skips it."
+            f"No native attention and norm, which are faster than operations of torch: {error}. {SWITCH}=0 skips them."
         )
         return None
     return library
@@ -129,7 +130,7 @@ def _native_beside(name: str) -> ModuleType | None:
 
 
 def _check(library: Any) -> None:
-    """Compares the native kernel with operations of torch on small inputs with all that a call can have.
+    """Compares what is native with operations of torch, on small inputs with all that a call can have.
 
     Raises:
         RuntimeError: if it fails, or if they differ by more than rounding.
@@ -150,3 +151,5 @@ def _check(library: Any) -> None:
             worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))
             if not worst < bound:
                 raise RuntimeError(f"it is off by {worst:.1e} in {dtype}")
+    if has_norm(library):  # a package that is older has none
+        check_norm(library)

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention_native import native_library
 from .configuration_relpos import RelPosConfig
 from .functional_transforms import is_traced
+from .fused_norm import FusedNorm, has_norm, is_plain_training, rms_norm
 
 
 class RelPosRMSNorm(nn.Module):
@@ -15,18 +17,20 @@ class RelPosRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if _is_plain_inference(hidden_states, self.weight):
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        normed = hidden_states.float()
-        # a product with itself: the gradient of `pow` takes twice as long on CPUs
-        normed = normed * torch.rsqrt((normed * normed).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
+        weight, eps = self.weight, self.variance_epsilon
+        if _is_plain_inference(hidden_states, weight):
+            return F.rms_norm(hidden_states, weight.shape, weight, eps)
+        if is_plain_training(hidden_states, weight) and has_norm(library := native_library()):
+            return FusedNorm.apply(hidden_states, weight, eps, library)
+        return rms_norm(hidden_states, weight, eps)
 
 
 def _is_plain_inference(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch computes the same numbers in one call: in fp32 on CPUs, where no gradient is taken."""
+    if torch.is_grad_enabled():
+        return False
     is_fp32_on_cpu = hidden_states.is_cpu and hidden_states.dtype == weight.dtype == torch.float32
-    return is_fp32_on_cpu and not torch.is_grad_enabled() and not is_traced(hidden_states)
+    return is_fp32_on_cpu and not is_traced(hidden_states)
 
 
 def drop(dropout: nn.Dropout, hidden_states: torch.Tensor) -> torch.Tensor:

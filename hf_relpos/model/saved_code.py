@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -18,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .configuration_relpos import RelPosConfig
+from .scheme_base import POSITION_EMBEDDINGS
 from .scheme_registry import position_embedding_classes
 
 
@@ -99,6 +101,16 @@ def reserved_names() -> set[str]:
 def imports_relatively(file: Path) -> bool:
     """Whether a file imports the family's files relatively, as one out of a saved folder does."""
     return re.search(r"^from\s+\.\w+\s+import", file.read_text(encoding="utf-8"), flags=re.MULTILINE) is not None
+
+
+def twin_of(file: Path) -> ModuleType | None:
+    """→ the module that is imported already from the file which a file of a saved folder is the portable copy of."""
+    text = file.read_text(encoding="utf-8")
+    for cls in POSITION_EMBEDDINGS.values():
+        source = _source(cls)
+        if source is not None and source.stem == file.stem and not _obstacle(cls) and _portable(source) == text:
+            return sys.modules[cls.__module__]
+    return None
 
 
 def _foreign_classes(pos_embedding_type: str) -> dict[str, type]:

@@ -302,7 +302,10 @@ def _check_hooks(cls: type[PositionEmbedding]) -> None:
     if of_layer and cls.shared_across_layers:
         refuse(of_layer[0], "is only called on schemes that each layer has: set `shared_across_layers = False`.")
     if shared and not cls.shared_across_layers:
-        refuse(shared[0], "is only called on schemes that all layers share: set `shared_across_layers = True`.")
+        refuse(
+            shared[0],
+            "is only called on schemes that all layers share, not one for each: set `shared_across_layers = True`.",
+        )
     for hook, others in REQUIRED_HOOKS.items():
         missing = [other for other in others if other not in cls.hooks]
         if hook in cls.hooks and missing:

@@ -45,4 +45,9 @@ def scheme_hint(name: object, allowed: Iterable[str]) -> str:
         if {word, word.removesuffix("rope"), word.removeprefix("rope")} & {*SCALINGS}:
             return "Did you mean 'rotary', scaled by `rope_parameters`?"
     near = difflib.get_close_matches(str(name), allowed, n=1)
-    return f"Did you mean {near[0]!r}?" if near else "A scheme of your own must be imported first (--import_file)."
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    return (
+        "A scheme of your own must be imported first: --import_file FILE, or hf_relpos.import_scheme_file(FILE) in "
+        "Python; the folder of a saved model carries its file."
+    )

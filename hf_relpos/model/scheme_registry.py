@@ -302,13 +302,10 @@ def build_position_embeddings(config: Any, layer_idx: int | None = None) -> Posi
 def _check_parts(scheme: PositionEmbedding) -> None:
     """Raises `ValueError` for a scheme that holds what `from_pretrained` does not bring back, or parameters that nobody
     initialises."""
-    internal = vars(nn.Module()).keys()
     own = [f"`{name}`" for name in scheme._parameters]
     for prefix, part in scheme.named_modules():
         dot = f"{prefix}." if prefix else ""
-        attributes = {name: value for name, value in vars(part).items() if name not in internal}
-        tensors = [name for name, value in attributes.items() if _holds_tensor(value)]
-        for what, names in (("buffer", part._buffers), ("tensor", tensors)):
+        for what, names in (("buffer", part._buffers), ("tensor", held_tensors(part))):
             for name in names:
                 raise ValueError(
                     f"{scheme_title(scheme)}: the {what} `{dot}{name}` would not come back from `from_pretrained`: "
@@ -323,6 +320,12 @@ def _check_parts(scheme: PositionEmbedding) -> None:
             f"{scheme_title(scheme)}: `reset_parameters` must initialise the parameter {own[0]}, through "
             "`transformers.initialization` or `torch.nn.init`: override it."
         )
+
+
+def held_tensors(part: nn.Module) -> list[str]:
+    """The attributes of a module that are or hold tensors, other than its parameters, buffers and modules."""
+    internal = vars(nn.Module()).keys()
+    return [name for name, value in vars(part).items() if name not in internal and _holds_tensor(value)]
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -287,8 +287,8 @@ class PolarEmbedding(PositionEmbedding):
 
     Parameters: H·D, the same for all layers. Past the training length: reported to hold its loss far better than the
     rotation, without finetuning.
-    Paper: Gopalakrishnan et al. 2025, arXiv 2509.10534. Differs: a phase that a step has carried out of the range learns
-    on where that leads back.
+    Paper: Gopalakrishnan et al. 2025, arXiv 2509.10534. Differs: a phase that a step has carried out of the range
+    learns on where that leads back.
     """
 
     kind = "relative"

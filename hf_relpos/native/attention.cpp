@@ -1,4 +1,5 @@
-// Attention with a bias that depends on the head and the distance alone, on CPUs: the functions that Python calls.
+// The functions that Python calls: on CPUs, attention with a bias that depends on the head and the distance alone, and
+// RMSNorm.
 #include <ATen/Parallel.h>
 
 #include <cstdio>
@@ -6,6 +7,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "norm.h"
 
 namespace relpos {
 
@@ -27,6 +29,28 @@ void run(const Call& call, int64_t count, bool is_bf16, bool multiplies_bf16) {
     run_in_parallel<Pass<BFloat16, BFloat16>>(call, count, true);
   else
     run_in_parallel<Pass<BFloat16, float>>(call, count, false);
+}
+
+// Calls `function` with a number of the dtype of each: input, weight and output.
+template <class Function>
+void with_dtypes(bool x_is_bf16, bool weight_is_bf16, Function function) {
+  if (x_is_bf16 && weight_is_bf16)
+    function(BFloat16(), BFloat16(), BFloat16());
+  else if (x_is_bf16)
+    function(BFloat16(), float(), float());
+  else if (weight_is_bf16)
+    function(float(), BFloat16(), float());
+  else
+    function(float(), float(), float());
+}
+
+template <class T>
+const T* as(T, const void* data) {
+  return static_cast<const T*>(data);
+}
+template <class T>
+T* as(T, void* data) {
+  return static_cast<T*>(data);
 }
 
 // 0, or 1 with a message in `error`.
@@ -60,6 +84,29 @@ int relpos_forward(const relpos::Call* call, int is_bf16, int multiplies_bf16, c
 int relpos_backward(const relpos::Call* call, int is_bf16, int multiplies_bf16, char* error, int64_t length) {
   return relpos::guarded(error, length, [&] {
     relpos::run<relpos::Backward>(*call, call->batch_size * call->num_groups, is_bf16, multiplies_bf16);
+  });
+}
+
+int relpos_norm_forward(const void* x, const void* weight, const float* rstd, void* out, int64_t rows, int64_t width,
+                        int x_is_bf16, int weight_is_bf16, char* error, int64_t length) {
+  return relpos::guarded(error, length, [&] {
+    relpos::with_dtypes(x_is_bf16, weight_is_bf16, [&](auto of_x, auto of_weight, auto of_out) {
+      using relpos::as;
+      relpos::norm_forward(as(of_x, x), as(of_weight, weight), rstd, as(of_out, out), rows, width);
+    });
+  });
+}
+
+// `grad_x` or `grad_weight`, which is fp32, may be null.
+int relpos_norm_backward(const void* grad, const void* x, const void* weight, const float* rstd, void* grad_x,
+                         float* grad_weight, int64_t rows, int64_t width, int x_is_bf16, int weight_is_bf16,
+                         char* error, int64_t length) {
+  return relpos::guarded(error, length, [&] {
+    relpos::with_dtypes(x_is_bf16, weight_is_bf16, [&](auto of_x, auto of_weight, auto of_out) {
+      using relpos::as;
+      relpos::norm_backward(as(of_out, grad), as(of_x, x), as(of_weight, weight), rstd, as(of_x, grad_x), grad_weight,
+                            rows, width);
+    });
   });
 }
 }

@@ -44,9 +44,12 @@ class Library:
     """The functions of a library that was built.
 
     Attributes:
+        norm_interface: `INTERFACE` of the norm's functions, which came later.
         multiplies_bf16: whether bf16 inputs are multiplied in bf16, as is fast on CPUs with instructions for it; else
             in fp32.
     """
+
+    norm_interface = 1
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -57,6 +60,10 @@ class Library:
         self._functions = {name: getattr(library, f"relpos_{name}") for name in ("forward", "backward")}
         for function in self._functions.values():
             function.argtypes = (ctypes.POINTER(_Call), *flags, *message)
+        numbers = (ctypes.c_int64, ctypes.c_int64)
+        for name, num_tensors in (("norm_forward", 4), ("norm_backward", 6)):
+            function = self._functions[name] = getattr(library, f"relpos_{name}")
+            function.argtypes = (*(ctypes.c_void_p,) * num_tensors, *numbers, *flags, *message)
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
         self.multiplies_bf16 = bool(has_bf16 and library.relpos_has_bf16_products())
@@ -106,6 +113,51 @@ class Library:
         self._run("backward", tensors, {"lse": lse, "table": bias_table, "table_sums": sums}, **options)
         return *gradients, sums.sum(0)
 
+    def norm_forward(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """RMSNorm: weight · (x / sqrt(mean(x²) + eps), in the dtype of `x`), with the bits of operations of torch.
+
+        Args:
+            x: (..., C), contiguous, fp32 or bf16, not empty.
+            weight: (C,), contiguous, fp32 or bf16.
+            eps: a small number.
+
+        Returns:
+            (..., C) in the wider dtype of the two, and the (..., 1) fp32 factors of the rows.
+
+        Raises:
+            RuntimeError: where it fails, with the reason.
+        """
+        floats = x.float()
+        squares = floats * floats if floats is x else floats.mul_(floats)
+        rstd = torch.rsqrt(squares.mean(-1, keepdim=True) + eps)  # in the order in which torch adds
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        out = squares if dtype == torch.float32 else torch.empty_like(x)
+        self._run_norm("norm_forward", (x, weight, rstd, out), x, weight)
+        return out, rstd
+
+    def norm_backward(
+        self,
+        grad_out: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        rstd: torch.Tensor,
+        needs_x: bool = True,
+        needs_weight: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """→ the gradients of `x` and `weight`, each in its dtype, or `None` where it is not needed. `grad_out` is
+        contiguous; the other arguments as in `norm_forward`, and what that returned."""
+        grad_out, rstd = grad_out.to(torch.promote_types(x.dtype, weight.dtype)), rstd.float()
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
+        self._run_norm("norm_backward", (grad_out, x, weight, rstd, grad_x, grad_weight), x, weight)
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+    def _run_norm(self, name: str, tensors: tuple, x: torch.Tensor, weight: torch.Tensor) -> None:
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        width = weight.numel()
+        are_bf16 = (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16)
+        self._call(name, *pointers, x.numel() // width, width, *are_bf16)
+
     def _run(
         self,
         name: str,
@@ -142,10 +194,13 @@ class Library:
         )
         for field, x in kept.items():
             setattr(call, field, _Tensor(x.data_ptr(), *x.stride()[:3]) if field in _TENSORS else x.data_ptr())
-        message = ctypes.create_string_buffer(MESSAGE_BYTES)
         is_bf16 = query.dtype == torch.bfloat16
         multiplies_bf16 = self.multiplies_bf16 and torch.backends.mkldnn.enabled  # torch has them in oneDNN alone
-        if self._functions[name](call, is_bf16, multiplies_bf16, message, MESSAGE_BYTES):
+        self._call(name, call, is_bf16, multiplies_bf16)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        if self._functions[name](*arguments, message, MESSAGE_BYTES):
             raise RuntimeError(message.value.decode(errors="replace"))
 
 

@@ -21,7 +21,7 @@ def hook(self, *args):
         (
             False,
             ["embed"],
-            "`embed` is only called on schemes that all layers share: set `shared_across_layers = True`",
+            "`embed` is only called on schemes that all layers share, not one for each: set `shared_across_layers",
         ),
         (False, ["rotation", "rotate"], "`rotate` is only called on schemes that all layers share"),
         (

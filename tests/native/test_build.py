@@ -165,7 +165,7 @@ def test_the_switch(cache, said, monkeypatch):
     assert not said
 
 
-@pytest.mark.parametrize("function", ["forward", "backward"])
+@pytest.mark.parametrize("function", ["forward", "backward", "norm_forward", "norm_backward"])
 def test_a_kernel_that_is_wrong_is_not_used(function, built, cache, said, monkeypatch):
     right = getattr(library.Library, function)
 
