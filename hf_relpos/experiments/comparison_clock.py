@@ -50,10 +50,6 @@ class Clock:
         """Seconds of this call."""
         return time.time() - self.begun
 
-    def before_training(self) -> float:
-        """Seconds of this call before its runs began."""
-        return self.started - self.begun
-
     def training(self) -> float:
         """Seconds of all calls since their runs began."""
         return self.trained_before + self.training_here()

@@ -20,6 +20,7 @@ NUM_RATES = 3  # learning rates that are tried for each scheme, two at first and
 MAX_PASSES = 8  # over the training text
 # seconds of a run besides its steps and its evaluation, by who does it
 START_UP = {"here": 3.0, "forked": 9.0, "spawned": 12.0}
+BEFORE, AFTER = 15.0, 15.0  # seconds that a comparison takes before its first run, at least, and after its last one
 MARGIN = 1.1  # times what is needed at least, has a budget that is named to somebody
 FEWER_STEPS = 0.8  # of the steps: what is trained anew has at most as many
 UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400}

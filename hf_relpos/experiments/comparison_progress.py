@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..messages import exact_time_text, time_text
 from .comparison_clock import Clock
-from .comparison_plan import FEWEST_SEEDS, Plan, fewer_steps
+from .comparison_plan import AFTER, FEWEST_SEEDS, Plan, fewer_steps
 from .grid import Run
 from .progress import ACTIVE, Found, status
 
@@ -144,8 +144,9 @@ class ComparisonProgress:
         expected = self.clock.taken() + self.left(found, self.seeds or FEWEST_SEEDS)
         if expected <= MUCH * self.budget:
             return None
-        beside = self.clock.taken() + self.clock.before_training()
-        plan = fewer_steps(self.plan, pace, self.budget, self.num_parallel, self.seeds, beside)
+        plan = fewer_steps(
+            self.plan, pace, self.budget, self.num_parallel, self.seeds, beside=self.clock.taken() + AFTER
+        )
         if plan is None:
             return None
         news = f"{SLOWER}: {plan.steps} steps for each run instead of {self.plan.steps}, {plan.seeds} seeds, "

@@ -19,7 +19,7 @@ from ..training.model_setup import ModelArguments, new_config
 from ..training.progress import EVALUATION_SHARE
 from .commands import CompareArguments
 from .comparison_costs import kept_measure
-from .comparison_plan import FEWEST_SEEDS, MAX_PASSES, START_UP, Cost, Plan, make_plan
+from .comparison_plan import AFTER, BEFORE, FEWEST_SEEDS, MAX_PASSES, START_UP, Cost, Plan, make_plan
 from .grid import Run, check_runs
 from .workers import worker_kind
 
@@ -28,7 +28,6 @@ TOKENS_PER_STEP = 1024
 SMALL = "num_hidden_layers=4,hidden_size=128,num_attention_heads=4"
 MIN_WINDOWS, MAX_WINDOWS = 8, 48  # of the run length, that are read
 TEST_SHARE = 0.08  # of the text, that the test part has at least
-BEFORE, AFTER = 15.0, 15.0  # seconds that a comparison takes before its first run, at least, and after its last one
 
 
 class Setup:

@@ -5,6 +5,7 @@ import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from hf_relpos import RelPosConfig
 from hf_relpos.experiments import compare as module
 from hf_relpos.experiments import comparison_costs
-from hf_relpos.experiments.commands import CompareArguments
+from hf_relpos.experiments.commands import COMPARE_DESCRIPTION, CompareArguments
 from hf_relpos.experiments.comparison_clock import Clock
 from hf_relpos.experiments.comparison_plan import (
     FEWEST_STEPS,
@@ -25,7 +26,7 @@ from hf_relpos.experiments.comparison_plan import (
     save_plan,
 )
 from hf_relpos.experiments.comparison_progress import ComparisonProgress, PlanChanged
-from hf_relpos.experiments.comparison_setup import _counts
+from hf_relpos.experiments.comparison_setup import Setup, _counts
 from hf_relpos.experiments.grid import Run
 from hf_relpos.experiments.workers import schedule
 from hf_relpos.messages import exact_time_text
@@ -294,6 +295,28 @@ def test_other_schemes_have_the_plan_of_the_first(tmp_path):
     save_plan(tmp_path, fewer, made)
     found, _ = read_plan(tmp_path, more, 2)  # nobody forgot the others
     assert found.num_runs == 15 and {*found.costs} == {*more["schemes"]}
+
+
+def test_flags_that_make_a_comparison_cheaper():
+    setup = object.__new__(Setup)
+    setup.args = CompareArguments(train_length=128, run_length=1024, seeds=3)
+    setup.tests, setup.batch_size = [4096] * 12, 8
+    costs = {"alibi": Cost(0.1, setup._evaluation(0.1, 1024))}
+    ways = setup._ways(costs)
+    lengths = ["--run_length 512", "--run_length 256", "--run_length 128"]
+    assert [flags for flags, _, _ in ways] == ["--seeds 2", *lengths, *(f"{each} --seeds 2" for each in lengths)]
+    assert [seeds for _, _, seeds in ways] == [2, 3, 3, 3, 2, 2, 2]
+    times = [cheaper["alibi"].evaluation for _, cheaper, _ in ways[:4]]
+    assert times == sorted(times, reverse=True) and times[0] == costs["alibi"].evaluation > 3 * times[3]
+    setup.args.seeds = None
+    assert [flags for flags, _, _ in setup._ways(costs)] == lengths  # two seeds are what it takes anyway
+
+
+def test_the_help_says_how_a_comparison_goes_on():
+    text = " ".join(COMPARE_DESCRIPTION.split())
+    assert "it takes more seeds, a larger budget or more schemes: what is done is kept" in text
+    helps = {item.name: item.metadata["help"] for item in fields(CompareArguments)}
+    assert "2 to 5" in helps["seeds"] and "separated by spaces" in helps["schemes"]
 
 
 def test_documents_that_are_read():
