@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..results.result_file import best_result, read_result
 from ..scheme_check import check_imported
 from .commands import CompareArguments
 from .comparison_clock import Clock
-from .comparison_plan import FEWEST_SEEDS, Plan, parse_budget, read_plan, save_plan
+from .comparison_plan import FEWEST_SEEDS, Plan, as_first_spelt, parse_budget, read_plan, save_plan
 from .comparison_progress import ComparisonProgress, PlanChanged
 from .comparison_setup import Setup, device
 from .comparison_text import num_cut, prepare_text
@@ -56,7 +56,8 @@ def compare(args: CompareArguments, begun: float | None = None) -> list[str]:
     """
     budget = parse_budget(args.budget)
     _check(args)
-    root = Path(args.output_dir)
+    root = as_first_spelt(Path(args.output_dir))
+    args = replace(args, output_dir=str(root))
     clock = Clock(root, begun)
     with signals_interrupt():
         with only_owner(root, seconds=-1):  # another call may be making the plan

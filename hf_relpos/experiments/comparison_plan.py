@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -291,13 +292,23 @@ def _extended(plan: Plan, seeds: int | None, budgets: Sequence[float], num_paral
     )
 
 
+def as_first_spelt(root: Path) -> Path:
+    """The folder of a comparison as its first call spelt it, since its runs are named by the paths of their text; as it
+    is where that leads elsewhere."""
+    with suppress(ValueError, OSError, AttributeError, TypeError):
+        first = Path(read_json(root / PLAN, "plan").get("output_dir", root))
+        return first if first.resolve() == root.resolve() else root
+    return root
+
+
 def save_plan(root: Path, asked: dict[str, Any], plan: Plan) -> None:
     """Keeps a plan for the calls that go on with it; the schemes of earlier calls stay in it."""
+    first = as_first_spelt(root)
     if stored := _stored(root):
         schemes = [*dict.fromkeys([*stored[0]["schemes"], *asked["schemes"]])]
         others = {name: Cost(*stored[1].costs[name]) for name in schemes if name in stored[1].costs}
         plan, asked = plan.with_schemes(schemes, others | _costs(plan)), asked | {"schemes": schemes}
-    write_json(root / PLAN, {"asked": asked, "plan": asdict(plan)})
+    write_json(root / PLAN, {"asked": asked, "plan": asdict(plan), "output_dir": str(first)})
 
 
 def _costs(plan: Plan) -> dict[str, Cost]:

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from hf_relpos.experiments.comparison_plan import (
     FEWEST_STEPS,
     Cost,
     Plan,
+    as_first_spelt,
     budget_text,
     make_plan,
     parse_budget,
@@ -251,13 +253,13 @@ def test_what_watches_the_runs_can_end_them(tmp_path):
 
     def watch():
         looks.append(1)
-        if len(looks) == 3:
+        if len(looks) == 2:
             raise PlanChanged(Plan(1, 2, 8, 1.0), "enough")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(PlanChanged):
         run = Run("here", {}, {}, None, (), "one")
-        schedule([run], tmp_path, lambda run, root: time.sleep(1.5), lambda task, place: pool.submit(task), 1, watch)
-    assert len(looks) == 3
+        schedule([run], tmp_path, lambda run, root: time.sleep(0.8), lambda task, place: pool.submit(task), 1, watch)
+    assert len(looks) == 2
 
 
 def test_a_budget_that_is_named_is_accepted():
@@ -295,6 +297,19 @@ def test_other_schemes_have_the_plan_of_the_first(tmp_path):
     save_plan(tmp_path, fewer, made)
     found, _ = read_plan(tmp_path, more, 2)  # nobody forgot the others
     assert found.num_runs == 15 and {*found.costs} == {*more["schemes"]}
+
+
+def test_the_same_folder_under_another_name_holds_the_same_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plan, asked = make_plan(COSTS, 600, 2, 10**9, 3), {"budget": "10min", "seeds": None, "schemes": [*COSTS]}
+    assert as_first_spelt(Path("out")) == Path("out")
+    save_plan(Path("out"), asked, plan)
+    for name in ("out", "./out/", tmp_path / "out", "../" + tmp_path.name + "/out"):
+        save_plan(Path(name), asked, plan)
+        assert str(as_first_spelt(Path(name))) == "out"
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert str(as_first_spelt(Path("../out"))) == "../out"
 
 
 def test_flags_that_make_a_comparison_cheaper():
