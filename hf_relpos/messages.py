@@ -84,6 +84,7 @@ class Progress:
         extra: seconds per one → seconds that all take besides.
         file: where lines go, stderr by default.
         only_time: say nothing but the time that it takes: something else shows how far it is.
+        stays: whether the bar of a terminal is still there at the end.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Progress:
         extra: Callable[[float], float] = lambda seconds: 0.0,
         file: Any = None,
         only_time: bool = False,
+        stays: bool = True,
     ) -> None:
         self.total, self.what, self.task, self.extra, self.file = total, what, task, extra, file
         self.only_time = only_time
@@ -110,7 +112,7 @@ class Progress:
             from tqdm.auto import tqdm  # after the environment said how often a bar may be drawn
 
             unit = self.unit.removesuffix("s")
-            self.bar = tqdm(total=total, initial=initial, desc=task, unit=unit, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=initial, desc=task, unit=unit, dynamic_ncols=True, leave=stays)
 
     @property
     def unit(self) -> str:
@@ -147,6 +149,12 @@ class Progress:
             self.bar.update(count)
         elif now - self.said >= PER_LINE and self.count < self.total and not self.only_time:
             self.write(f"{self.task}: {', '.join(filter(None, [self.place(), note and note(), self.left()]))}")
+
+    def leave_out(self, seconds: float) -> None:
+        """What took so long just now was something else."""
+        self.begun += seconds
+        if self.warm is not None:
+            self.warm = self.warm[0], self.warm[1] + seconds
 
     def place(self) -> str:
         """ "50/10,000 steps" """
