@@ -2,6 +2,8 @@
 without."""
 
 from contextlib import nullcontext
+from functools import reduce
+from operator import and_, or_
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +188,15 @@ def test_the_generator_of_torch_gives_one_number_a_call():
         torch.empty(1, dtype=torch.int64).random_(-(2**63), None)
     assert torch.equal(torch.randn(1), number), "nothing else was drawn"
     assert not torch.equal(after_seed(lambda: dropout(x), 6), first), "the negative control"
+
+
+def test_seeds_have_64_bits(monkeypatch):
+    seeds, right = [], native_library().dropout
+    monkeypatch.setattr(native_library(), "dropout", lambda x, seed, *args: seeds.append(seed) or right(x, seed, *args))
+    torch.manual_seed(0)
+    for _ in range(30):
+        RelPosDropout(P)(torch.ones(1))
+    assert reduce(or_, seeds) == -1 and reduce(and_, seeds) == 0 and len(set(seeds)) == 30
 
 
 @pytest.mark.parametrize("looks_on", ["nobody", "forward", "backward"])
