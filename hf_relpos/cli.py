@@ -259,8 +259,13 @@ def import_schemes(files: Sequence[str]) -> None:
 
 
 def say_next(name: str, *words: object, **flags: object) -> None:
-    """The last line of a program: a whole command that goes on from what it has made, with the files of schemes that
-    were imported here.
+    """The last line of a program: a whole command that goes on from what it has made; arguments as
+    `command_words`."""
+    say_command(command_words(name, *words, **flags))
+
+
+def command_words(name: str, *words: object, **flags: object) -> list[str]:
+    """→ the words of a command, with the files of schemes that were imported here.
 
     Args:
         name: of the sub-command.
@@ -271,7 +276,7 @@ def say_next(name: str, *words: object, **flags: object) -> None:
 
     flags = {flag: as_list(value) for flag, value in (flags | {IMPORT_FILE: imported_files()}).items()}
     given = [word for flag, values in flags.items() if values for word in (f"--{flag}", *values)]
-    say_command([PROGRAM, name, *words, *given])
+    return [*map(str, (PROGRAM, name, *words, *given))]
 
 
 def as_list(value: Any) -> list[Any]:

@@ -27,6 +27,17 @@ def time_text(seconds: float) -> str:
     return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def exact_time_text(seconds: float) -> str:
+    """Seconds in words, so that sums and differences of them agree: "63 s", "7 min 3 s", "2 h 5 min"."""
+    total = round(seconds)
+    if total < 90:
+        return f"{total} s"
+    minutes, seconds = divmod(total, 60)
+    if minutes < 90:
+        return f"{minutes} min" + (f" {seconds} s" if seconds else "")
+    return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+
+
 def say_command(words: Iterable[object]) -> None:
     """`next: ` and the command, as a shell takes it, on stderr: it is advice, not output."""
     if is_first_process():
@@ -73,6 +84,7 @@ class Progress:
         extra: seconds per one → seconds that all take besides.
         file: where lines go, stderr by default.
         only_time: say nothing but the time that it takes: something else shows how far it is.
+        stays: whether the bar of a terminal is still there at the end.
     """
 
     def __init__(
@@ -86,6 +98,7 @@ class Progress:
         extra: Callable[[float], float] = lambda seconds: 0.0,
         file: Any = None,
         only_time: bool = False,
+        stays: bool = True,
     ) -> None:
         self.total, self.what, self.task, self.extra, self.file = total, what, task, extra, file
         self.only_time = only_time
@@ -99,7 +112,7 @@ class Progress:
             from tqdm.auto import tqdm  # after the environment said how often a bar may be drawn
 
             unit = self.unit.removesuffix("s")
-            self.bar = tqdm(total=total, initial=initial, desc=task, unit=unit, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=initial, desc=task, unit=unit, dynamic_ncols=True, leave=stays)
 
     @property
     def unit(self) -> str:
@@ -136,6 +149,12 @@ class Progress:
             self.bar.update(count)
         elif now - self.said >= PER_LINE and self.count < self.total and not self.only_time:
             self.write(f"{self.task}: {', '.join(filter(None, [self.place(), note and note(), self.left()]))}")
+
+    def leave_out(self, seconds: float) -> None:
+        """What took so long just now was something else."""
+        self.begun += seconds
+        if self.warm is not None:
+            self.warm = self.warm[0], self.warm[1] + seconds
 
     def place(self) -> str:
         """ "50/10,000 steps" """

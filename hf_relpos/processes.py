@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 
 LOCK = ".lock"
+LONGEST_START = 120.0  # seconds
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -76,6 +77,16 @@ def is_held(folder: str | Path) -> bool:
             return False
     except InUseError:
         return True
+
+
+def seconds_of_start() -> float:
+    """How long this process has been running, as `time` counts it, when all that it did was to start; 0 where the
+    system does not tell, or after more than two minutes, in which it did something else."""
+    with suppress(OSError, AttributeError, ValueError, IndexError):
+        begun = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+        return seconds if 0 <= seconds < LONGEST_START else 0.0
+    return 0.0
 
 
 def end_with_parent(parent: int | None = None) -> None:

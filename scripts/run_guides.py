@@ -35,6 +35,7 @@ GUIDES = (
     "own_scheme",
     "publish",
     "scale",
+    "speed",
 )
 BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]*) -->\n)?```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FUNCTION = f'hf-relpos() {{ "{sys.executable}" -m hf_relpos "$@"; }}; python() {{ "{sys.executable}" "$@"; }}; set -e\n'

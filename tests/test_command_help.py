@@ -45,6 +45,7 @@ def test_usual_flags_come_first_and_each_flag_once(name, monkeypatch, capsys):
     flags = [flag for group in found.values() for flag in group]
     assert len(flags) == len(set(flags)) and "default: None" not in text and max(map(len, text.splitlines())) <= 120
     assert all(re.search(rf"^  --{flag}\b.*(?:  \S|\n {{20,}}\S)", text, re.M) for flag in flags if flag != "help")
+    assert not re.search(r"\b(train|finetune|evaluate|sweep|compare|report|generate|demo|serve)\.py", text)
     assert [*found][-1] == "of every sub-command" and found["of every sub-command"] == ["help", "config", "import_file"]
     usage = text.partition("\n")[0]
     assert usage.startswith(f"usage: hf-relpos {name} ") and usage.endswith("[flags]") and len(usage) < 100

@@ -55,6 +55,19 @@ def test_a_file_gets_the_time_and_a_line_every_half_minute(clock, capsys):
     assert lines[-1] == "evaluating: 100/100 windows in 5 min" and len(lines) == 2 + 5 + 1
 
 
+def test_what_was_something_else_is_left_out(clock, capsys):
+    progress = Progress(20, "steps", "training", file=None)
+    for index in range(20):
+        clock.now += 2
+        progress.update()
+        if index % 5 == 4:
+            clock.now += 100
+            progress.leave_out(100)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("about 34 s for 17 more steps") and lines[-1] == "training: 20/20 steps in 40 s"
+
+
 def test_what_is_short_says_nothing_in_a_file(clock, capsys):
     with Progress(3, "prompts", "generating") as progress:
         for _ in range(3):

@@ -116,3 +116,11 @@ def test_a_parent_that_has_ended_already_is_noticed():
         time.sleep(60)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is read from /proc")
+def test_how_long_a_process_takes_to_start():
+    code = "import time; time.sleep(0.5); from hf_relpos.processes import seconds_of_start; print(seconds_of_start())"
+    begun = time.time()
+    found = subprocess.run([sys.executable, "-c", code, "hf-relpos"], capture_output=True, text=True, check=True).stdout
+    assert 0.5 <= float(found) <= time.time() - begun

@@ -3,11 +3,13 @@
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from ..cli import command, parse_arguments
+from ..processes import seconds_of_start
 
 
 SWEEP_DESCRIPTION = """\
@@ -23,7 +25,8 @@ hf-relpos sweep --experiment experiment.yaml --output_dir output/experiment
 """
 COMPARE_DESCRIPTION = """\
 Compares position schemes on a text: a learning rate for each by validation loss, several seeds, and the answer with
-what is resolved and what is not.
+what is resolved and what is not. Called again with the same --output_dir it goes on where it was stopped, and it takes
+more seeds, a larger budget or more schemes: what is done is kept, and new runs have as many steps as the others.
 
 hf-relpos compare --text my_texts/ --schemes rotary alibi linear_cpb --train_length 128 --run_length 2048 --budget 20min
 """
@@ -64,13 +67,21 @@ class CompareArguments:
     )
     schemes: list[str] = field(
         default_factory=lambda: ["rotary", "alibi", "linear_cpb"],
-        metadata={"help": "Position schemes; `hf-relpos schemes` lists them."},
+        metadata={"help": "Position schemes, separated by spaces; `hf-relpos schemes` lists them."},
     )
     train_length: int = field(default=128, metadata={"help": "Length in tokens that the models are trained at."})
     run_length: int = field(default=2048, metadata={"help": "Length in tokens that they shall be good at."})
-    budget: str = field(default="20min", metadata={"help": "Time that all may take: 20min, 90s, 2h."})
+    budget: str = field(
+        default="20min",
+        metadata={
+            "help": "Time that all may take, over all calls that go on with it: 20min, 90s, 2h. On a machine that "
+            "becomes slower fewer steps, or fewer seeds, are trained."
+        },
+    )
     output_dir: str = field(default="output/compare", metadata={"help": "Folder of the runs and the report."})
-    seeds: int | None = field(default=None, metadata={"help": "Seeds of each scheme; as the budget allows by default."})
+    seeds: int | None = field(
+        default=None, metadata={"help": "Seeds of each scheme, 2 to 5; as the budget allows by default."}
+    )
     model_size: str | None = field(
         default=None, metadata={"help": "xsmall, small, ..; by default 4 layers of width 128, and xsmall on a GPU."}
     )
@@ -86,7 +97,7 @@ class CompareArguments:
 
 @command
 def sweep_main() -> None:
-    """The command line of scripts/sweep.py."""
+    """The command line of `hf-relpos sweep`."""
     (args,) = parse_arguments((SweepArguments,), SWEEP_DESCRIPTION)
     from .sweep import sweep
 
@@ -96,12 +107,13 @@ def sweep_main() -> None:
 
 @command
 def compare_main() -> None:
-    """The command line of scripts/compare.py."""
+    """The command line of `hf-relpos compare`."""
+    begun = time.time() - seconds_of_start()
     (args,) = parse_arguments((CompareArguments,), COMPARE_DESCRIPTION)
     from .compare import compare
 
     with _resumable():
-        compare(args)
+        compare(args, begun)
 
 
 @contextmanager

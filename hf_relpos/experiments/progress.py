@@ -29,6 +29,7 @@ from .grid import Run
 PROGRESS, FAILURE, LOG = "progress.json", "failure.txt", "log.txt"
 ACTIVE = ("training", "evaluating")
 SHORT = {"learning_rate": "lr"}
+WARM_UP = 5  # steps of a run after which they are timed
 Found = Sequence[tuple[Run, dict[str, Any]]]  # runs, and what `status` says of each
 Summary = Callable[[Found], str]
 
@@ -38,6 +39,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path, self.written, self.begun, self.first_step = path, 0.0, time.time(), 0
+        self.warm: float | None = None  # when the steps to warm up were done
         self.loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,11 +50,14 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, done = time.time(), state.global_step - self.first_step
+        self.warm = now if done == WARM_UP else self.warm
         if now - self.written < 0.5 and state.global_step < state.max_steps:
             return
         left = (now - self.begun) / max(done, 1) * (state.max_steps - state.global_step)
         progress = {"step": state.global_step, "steps": state.max_steps, "loss": self.loss, "seconds_left": left}
         progress |= {"first_step": self.first_step, "pid": os.getpid()}
+        if self.warm is not None:
+            progress |= {"timed_steps": done - WARM_UP, "timed_seconds": now - self.warm}
         with suppress(OSError):  # a full disk stops a run where it saves, not where it is watched
             write_json(self.path, progress)
         self.written = now
@@ -68,7 +73,8 @@ def status(run: Run, root: Path, since: float = 0.0) -> dict[str, Any]:
 
     Returns:
         `state` ("waiting", "training", "evaluating", "done" or "failed"); `step`, `steps`, `loss`, `seconds_left`,
-        `first_step` (the one that it was resumed from, or 0) and `pid` as the run last wrote them.
+        `first_step` (the one that it was resumed from, or 0), `timed_steps` and `timed_seconds` (those after the first
+        five) and `pid` as the run last wrote them.
     """
     folder, progress = run.folder(root), {}
     with suppress(OSError, json.JSONDecodeError):

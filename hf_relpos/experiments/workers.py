@@ -32,7 +32,12 @@ Task = Callable[[], None]
 
 
 def schedule(
-    runs: Sequence[Run], root: Path, work: Work, submit: Callable[[Task, int], Future], num_places: int
+    runs: Sequence[Run],
+    root: Path,
+    work: Work,
+    submit: Callable[[Task, int], Future],
+    num_places: int,
+    watch: Task | None = None,
 ) -> list[Run]:
     """Starts a run when a place is free, the run that it finetunes is done and no other call does it; → those that
     failed, here or in the other call, with all that start from them.
@@ -43,6 +48,7 @@ def schedule(
         work: does a run, or what is left of it.
         submit: starts a task at a place, 0 to `num_places` − 1.
         num_places: how many run at once.
+        watch: called now and then, between two runs at least; what it raises ends all.
     """
     waiting, failed, places = list(runs), [], list(range(num_places))
     tasks = {run: partial(_do, work, run, root, _last_failure(run, root)) for run in runs}
@@ -58,7 +64,10 @@ def schedule(
                 running[submit(tasks[run], place)] = run, place
         if not running:
             time.sleep(SECONDS if waiting else 0)
-        for future in wait(running, SECONDS if places and waiting else None, FIRST_COMPLETED).done:
+        if watch is not None:
+            watch()
+        is_polled = watch is not None or (places and waiting)
+        for future in wait(running, SECONDS if is_polled else None, FIRST_COMPLETED).done:
             run, place = running.pop(future)
             places.append(place)
             if isinstance(future.exception(), InUseError):
@@ -97,8 +106,9 @@ def worker_kind(num_parallel: int) -> str:
     return "spawned" if visible_gpus() or sys.platform != "linux" else "forked"
 
 
-def run_here(runs: Sequence[Run], root: Path, work: Work) -> list[Run]:
-    """Runs all in this process, one after another; → those that failed, with all that start from them."""
+def run_here(runs: Sequence[Run], root: Path, work: Work, watch: Task | None = None) -> list[Run]:
+    """Runs all in this process, one after another; → those that failed, with all that start from them. `watch` as in
+    `schedule`."""
     if visible_gpus():  # the Trainer would use all of them, with as many times the batch
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[0]
 
@@ -110,11 +120,14 @@ def run_here(runs: Sequence[Run], root: Path, work: Work) -> list[Run]:
             future.set_exception(error)
         return future
 
-    return schedule(runs, root, work, submit, 1)
+    return schedule(runs, root, work, submit, 1, watch)
 
 
-def run_in_processes(runs: Sequence[Run], root: Path, work: Work, num_processes: int) -> list[Run]:
-    """Runs several at once, each in its own process, the GPUs in turn; → those that failed.
+def run_in_processes(
+    runs: Sequence[Run], root: Path, work: Work, num_processes: int, watch: Task | None = None
+) -> list[Run]:
+    """Runs several at once, each in its own process, the GPUs in turn; → those that failed. `watch` as in `schedule`;
+    where it raises, all save a checkpoint and stop.
 
     A process that dies is started again and resumes at the last checkpoint, `MAX_RETRIES` times. All end with this one.
 
@@ -129,7 +142,7 @@ def run_in_processes(runs: Sequence[Run], root: Path, work: Work, num_processes:
             return pool.submit(processes.run, task, devices[place % len(devices)] if devices else None, threads)
 
         try:
-            return schedule(runs, root, work, submit, num_processes)
+            return schedule(runs, root, work, submit, num_processes, watch)
         except BaseException:
             processes.stop(signal.SIGTERM)
             try:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .attention_kernel import TableCall, TableKernel
 from .attention_torch import block_backward, block_forward
+from .fused_dropout import check_dropout, has_dropout
 from .fused_norm import check_norm, has_norm
 
 
@@ -98,7 +99,8 @@ def native_library() -> Any | None:
         _check(library)
     except (native.NativeError, RuntimeError) as error:
         logger.warning(
-            f"No native attention and norm, which are faster than operations of torch: {error}. {SWITCH}=0 skips them."
+            "No native attention, norm and dropout, which are faster than operations of torch: "
+            f"{error}. {SWITCH}=0 skips them."
         )
         return None
     return library
@@ -153,3 +155,5 @@ def _check(library: Any) -> None:
                 raise RuntimeError(f"it is off by {worst:.1e} in {dtype}")
     if has_norm(library):  # a package that is older has none
         check_norm(library)
+    if has_dropout(library):
+        check_dropout(library)

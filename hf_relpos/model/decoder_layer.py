@@ -22,7 +22,7 @@ from .attention_plan import AttentionInputs, AttentionPlan
 from .cached_beside import add_with_beside
 from .configuration_relpos import RelPosConfig
 from .feed_forward import RelPosMLP
-from .norms import RelPosRMSNorm, build_norm, drop
+from .norms import RelPosDropout, RelPosRMSNorm, build_norm, drop
 from .scheme_base import Positions
 from .scheme_registry import Rotates, Rotation, build_position_embeddings, layer_groups
 from .transformers_versions import add_to_cache, takes_cache
@@ -205,7 +205,7 @@ class RelPosDecoderLayer(GradientCheckpointingLayer):
         self.mlp = RelPosMLP(config)
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):  # as in GPT-2: all add to one residual stream
             projection.initial_scale = (2 * config.num_hidden_layers) ** -0.5
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RelPosDropout(config.hidden_dropout)
 
     @takes_cache
     def forward(

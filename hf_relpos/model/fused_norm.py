@@ -5,23 +5,16 @@ Shape letters: N leading dimensions, C width.
 """
 
 import itertools
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from .functional_transforms import differentiable_gradients, is_traced, is_transformed
+from .functional_transforms import differentiable_gradients
+from .plain_tensors import DTYPES, are_plain
 
 
 INTERFACE = 1  # of the norm in `hf_relpos.native`, whose version may be another than that of this file
-DTYPES = (torch.float32, torch.bfloat16)
-# no subclass, no tensor of inference mode, none that stands for another or for what is computed later
-PLAIN_TYPES, PLAIN_NAMES = (torch.Tensor, nn.Parameter), ("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-PLAIN_KEYS = reduce(
-    or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in PLAIN_NAMES)
-)
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -39,25 +32,10 @@ def has_norm(library: Any | None) -> bool:
 
 def is_plain_training(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a gradient is taken on a CPU, and nothing but autograd asks which operations there are."""
-    if not torch.is_grad_enabled() or not _are_plain(hidden_states, weight):
+    if not torch.is_grad_enabled() or not are_plain(hidden_states, weight):
         return False
     needs_gradient = hidden_states.requires_grad or weight.requires_grad
     return needs_gradient and hidden_states.shape[-1:] == weight.shape
-
-
-def _are_plain(*tensors: torch.Tensor) -> bool:
-    """Whether a library may read them, and no graph, transform or mode looks on."""
-    first = tensors[0]
-    if type(first) not in PLAIN_TYPES or not first.is_cpu or is_traced(first) or is_transformed():
-        return False
-    return all(map(_has_its_numbers, tensors)) and not torch._C._len_torch_dispatch_stack()
-
-
-def _has_its_numbers(x: torch.Tensor) -> bool:
-    """Whether they lie in memory as they are, one beside the other, and there are some."""
-    if type(x) not in PLAIN_TYPES or x.dtype not in DTYPES or not x.is_contiguous() or x.numel() == 0:
-        return False
-    return torch._C._dispatch_keys(x).raw_repr() == PLAIN_KEYS
 
 
 class FusedNorm(torch.autograd.Function):
@@ -76,7 +54,7 @@ class FusedNorm(torch.autograd.Function):
         hidden_states, weight, rstd = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         # for derivatives of derivatives, or many at once
-        if torch.is_grad_enabled() or not _are_plain(hidden_states, weight, rstd, grad_out):
+        if torch.is_grad_enabled() or not are_plain(hidden_states, weight, rstd, grad_out):
             function = partial(rms_norm, eps=ctx.eps)
             gradients = differentiable_gradients(function, (hidden_states, weight), grad_out)
         else:

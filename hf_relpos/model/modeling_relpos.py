@@ -33,7 +33,7 @@ from .configuration_relpos import RelPosConfig
 from .decoder_layer import RelPosAttention, RelPosDecoderLayer
 from .kept_steps import kept_steps
 from .key_positions import pad_to_cache
-from .norms import build_norm, drop
+from .norms import RelPosDropout, build_norm, drop
 from .position_augmentation import augment_starts
 from .saved_code import SelfContainedModel
 from .scheme_base import SelfInitialized
@@ -153,7 +153,7 @@ class RelPosModel(RelPosPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.position_embeddings = build_position_embeddings(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RelPosDropout(config.hidden_dropout)
         self.layers = nn.ModuleList(RelPosDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.embed_norm = build_norm(config) if config.embed_norm else nn.Identity()
         self.norm = build_norm(config)
@@ -379,7 +379,7 @@ class RelPosForTokenClassification(GenericForTokenClassification, RelPosPreTrain
         RelPosPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = RelPosModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = RelPosDropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

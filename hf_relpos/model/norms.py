@@ -7,6 +7,7 @@ from torch import nn
 from .attention_native import native_library
 from .configuration_relpos import RelPosConfig
 from .functional_transforms import is_traced
+from .fused_dropout import fused_dropout, has_dropout, is_plain_dropout
 from .fused_norm import FusedNorm, has_norm, is_plain_training, rms_norm
 
 
@@ -31,6 +32,16 @@ def _is_plain_inference(hidden_states: torch.Tensor, weight: torch.Tensor) -> bo
         return False
     is_fp32_on_cpu = hidden_states.is_cpu and hidden_states.dtype == weight.dtype == torch.float32
     return is_fp32_on_cpu and not is_traced(hidden_states)
+
+
+class RelPosDropout(nn.Dropout):
+    """`nn.Dropout`, with another stream of random numbers where `fused_dropout` serves."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        acts = self.training and not self.inplace
+        if acts and is_plain_dropout(input, self.p) and has_dropout(library := native_library()):
+            return fused_dropout(input, self.p, library)
+        return super().forward(input)
 
 
 def drop(dropout: nn.Dropout, hidden_states: torch.Tensor) -> torch.Tensor:

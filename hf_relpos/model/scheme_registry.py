@@ -47,8 +47,8 @@ def position_embedding_classes(pos_embedding_type: str) -> dict[str, type[Positi
     unknown = [name for names in parts for name in names if name not in allowed]
     if unknown:
         raise ValueError(
-            f"`pos_embedding_type` must be one of {allowed}, several of them joined by '+', or these joined by '/' "
-            f"for layers in turn, got {text!r}. {scheme_hint(unknown[0], allowed)}"
+            f"`pos_embedding_type` names no scheme: {unknown[0]!r}. {scheme_hint(unknown[0], allowed)} It must be one "
+            f"of {allowed}, several of them joined by '+', or these joined by '/' for layers in turn, got {text!r}."
         )
     if any(len(set(names)) < len(names) or (len(names) > 1 and "none" in names) for names in parts):
         raise ValueError(f"`pos_embedding_type` must join different schemes other than 'none', got {text!r}.")

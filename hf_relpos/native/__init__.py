@@ -1,5 +1,5 @@
-"""Attention with a table of the distances, and RMSNorm, in C++, for CPUs: `load()` loads them, and builds them first
-where need be.
+"""Attention with a table of the distances, RMSNorm and dropout in C++, for CPUs: `load()` loads them, and builds them
+first where need be.
 
 The models find this package where it is installed, and compute the same in operations of torch where it is not.
 """

@@ -1,11 +1,12 @@
-// The functions that Python calls: on CPUs, attention with a bias that depends on the head and the distance alone, and
-// RMSNorm.
+// The functions that Python calls: on CPUs, attention with a bias that depends on the head and the distance alone,
+// RMSNorm and dropout.
 #include <ATen/Parallel.h>
 
 #include <cstdio>
 #include <exception>
 
 #include "backward.h"
+#include "dropout.h"
 #include "forward.h"
 #include "norm.h"
 
@@ -107,6 +108,16 @@ int relpos_norm_backward(const void* grad, const void* x, const void* weight, co
       relpos::norm_backward(as(of_out, grad), as(of_x, x), as(of_weight, weight), rstd, as(of_x, grad_x), grad_weight,
                             rows, width);
     });
+  });
+}
+
+int relpos_dropout(const void* x, void* out, int64_t size, uint64_t seed, uint32_t threshold, float scale, int is_bf16,
+                   char* error, int64_t length) {
+  return relpos::guarded(error, length, [&] {
+    const auto run = [&](auto of_x) {
+      relpos::dropout(relpos::as(of_x, x), relpos::as(of_x, out), size, seed, threshold, scale);
+    };
+    is_bf16 ? run(relpos::BFloat16()) : run(float());
   });
 }
 }

@@ -45,11 +45,13 @@ class Library:
 
     Attributes:
         norm_interface: `INTERFACE` of the norm's functions, which came later.
+        dropout_interface: that of dropout's.
         multiplies_bf16: whether bf16 inputs are multiplied in bf16, as is fast on CPUs with instructions for it; else
             in fp32.
     """
 
     norm_interface = 1
+    dropout_interface = 1
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -64,6 +66,9 @@ class Library:
         for name, num_tensors in (("norm_forward", 4), ("norm_backward", 6)):
             function = self._functions[name] = getattr(library, f"relpos_{name}")
             function.argtypes = (*(ctypes.c_void_p,) * num_tensors, *numbers, *flags, *message)
+        factors = (ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float, ctypes.c_int)
+        function = self._functions["dropout"] = library.relpos_dropout
+        function.argtypes = (*(ctypes.c_void_p,) * 2, *factors, *message)
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
         self.multiplies_bf16 = bool(has_bf16 and library.relpos_has_bf16_products())
@@ -157,6 +162,26 @@ class Library:
         width = weight.numel()
         are_bf16 = (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16)
         self._call(name, *pointers, x.numel() // width, width, *are_bf16)
+
+    def dropout(self, x: torch.Tensor, seed: int, threshold: int, scale: float) -> torch.Tensor:
+        """→ each number times `scale`, or times 0 where its random word is below `threshold`.
+
+        The words are those of Philox 4x32-10 under the key `seed`. Each 64 numbers take 16 counters, which begin at 0
+        and go on by 1: first the first word of each counter, then the second of each, the third and the fourth.
+
+        Args:
+            x: contiguous, fp32 or bf16, not empty.
+            seed: its last 64 bits count.
+            threshold: from 0 to 2^32 - 1.
+            scale: a number that the dtype of `x` holds.
+
+        Raises:
+            RuntimeError: where it fails, with the reason.
+        """
+        out = torch.empty_like(x)
+        pointers = x.data_ptr(), out.data_ptr()
+        self._call("dropout", *pointers, x.numel(), seed, threshold, scale, x.dtype == torch.bfloat16)
+        return out
 
     def _run(
         self,

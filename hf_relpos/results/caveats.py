@@ -1,10 +1,11 @@
 """What an answer does not hold for: the documents that it was read from, and how short the trainings were."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .groups import Group
 from .result_file import has_held_out_ends
+from .training_record import two_digits
 
 
 FALLING = 0.01  # nats in the last tenth of the steps, from which the loss is said to be falling: 1 % of the perplexity
@@ -45,11 +46,11 @@ def training_text(groups: Sequence[Group]) -> str:
     records = [result["training"] for group in groups for result in group.by_seed.values()]
     if not all(record and record.get("num_parameters") and record.get("num_tokens") for record in records):
         return ""
-    parameters = _range([record["num_parameters"] / 1e6 for record in records], "{:.1f}M parameters", "{:.1f}M")
-    text = f"Each model has {parameters} and was trained on "
-    text += _range([record["num_tokens"] for record in records], "{:,} tokens", "{:,}")
+    parameters = _range([record["num_parameters"] / 1e6 for record in records], "{:.1f}M".format)
+    tokens = _range([record["num_tokens"] for record in records], "{:,}".format)
+    text = f"Each model has {parameters} parameters and was trained on {tokens} tokens"
     if all(record.get("passes") for record in records):
-        text += f", {_range([record['passes'] for record in records], '{:.2g} passes over the text', '{:.2g}')}"
+        text += f", {_range([record['passes'] for record in records], two_digits)} passes over the text"
     falls = [fall for record in records if (fall := last_fall(record)) is not None]
     if len(falls) < len(records):
         return f"{text}; the order may differ with longer training."
@@ -73,8 +74,7 @@ def last_fall(record: dict[str, Any]) -> float | None:
     return before - after
 
 
-def _range(values: Sequence[float], form: str, short: str) -> str:
-    """ "1.3M parameters", or "1.3M to 1.4M parameters" """
-    low, high = min(values), max(values)
-    text = form.format(high)
-    return text if short.format(low) == short.format(high) else f"{short.format(low)} to {text}"
+def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """ "1.3M", or "1.3M to 1.4M" """
+    low, high = show(min(values)), show(max(values))
+    return high if low == high else f"{low} to {high}"

@@ -11,7 +11,7 @@ from typing import Any
 from ..cli import command, parse_arguments, say_next
 from ..environment import write_bytes, write_text
 from .caveats import caveats
-from .compared_rates import NOTE, tried_rows
+from .compared_rates import NOTE, edge_text, tried_rows
 from .groups import Group, group_results, run_labels
 from .plots import plot_results, plot_scores
 from .questions import Answer, answers, detail_rows, pair_rows, sentences
@@ -66,11 +66,12 @@ def write_report(
     if baseline not in labels:
         raise ValueError(f"`baseline` must be one of {labels}, got {baseline!r}.")
     summary = f"{_summary(groups)} {corpus_note(results, run_labels(results, varied))}"
-    sections = _sections(groups, baseline, text_title(results))
-    if rows := tried_rows(root or folder.absolute().parent):
+    sections, root = _sections(groups, baseline, text_title(results)), root or folder.absolute().parent
+    if rows := tried_rows(root):
         places = [section.heading for section in sections]
         tried = Section("Learning rates that were tried", [NOTE], rows, is_detail=True)
         sections.insert(places.index("What was trained") + 1, tried)
+        sections[0].notes += [*filter(None, [edge_text(root)])]
     paths = [folder / "report.md", folder / "report.html"]
     write_text(paths[0], as_markdown(title, summary, sections, _footer(results)))
     write_text(paths[1], as_html(title, summary, sections, _footer(results)))
@@ -150,12 +151,18 @@ def _test_note(answer: Answer) -> str:
     return f"Paired by seed; {how}; p corrected for {len(answer.pairs)} pairs by Holm's method."
 
 
+FEW_SEEDS = {
+    1: " One seed says nothing of other seeds.",
+    2: " With two seeds the intervals are wide: what is resolved is large beside the scatter between seeds.",
+}
+
+
 def _summary(groups: Sequence[Group]) -> str:
     seeds = sorted({len(group.by_seed) for group in groups})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     num_runs = sum(len(group.by_seed) for group in groups)
     text = f"{len(groups)} settings, {count} seed{'s' * (seeds[-1] > 1)} each, {num_runs} runs."
-    return text + (" With fewer than three seeds, hardly anything can be resolved." if seeds[0] < 3 else "")
+    return text + FEW_SEEDS.get(seeds[0], "")
 
 
 def _footer(results: Sequence[dict[str, Any]]) -> str:
@@ -173,7 +180,8 @@ def _footer(results: Sequence[dict[str, Any]]) -> str:
 
 
 DESCRIPTION = """\
-Makes tables and plots of several result files of evaluate.py; of a sweep, statistics over the seeds.
+Makes tables and plots of several result files of `hf-relpos evaluate`; of the folder of `hf-relpos sweep` or `hf-relpos
+compare`, statistics over the seeds.
 
 hf-relpos report --results output/*/results.json --output_dir output/report
 hf-relpos report --sweep output/relative --output_dir output/report
@@ -191,8 +199,8 @@ class ReportArguments:
     sweep: str | None = field(
         default=None,
         metadata={
-            "help": "Output folder of sweep.py: statistics over the seeds, as report.html and report.md, and the "
-            "tables as CSV and LaTeX."
+            "help": "Output folder of `hf-relpos sweep` or `hf-relpos compare`: statistics over the seeds, as "
+            "report.html and report.md, and the tables as CSV and LaTeX."
         },
     )
     baseline: str | None = field(
@@ -220,7 +228,7 @@ def main() -> None:
         paths = write_report(results, folder, args.baseline, args.title, args.varied, Path(args.sweep))
         for answer in answers(group_results(results, args.varied)):
             print("\n".join(line.replace("**", "") for line in sentences(answer)))
-        for line in caveats(group_results(results, args.varied)):
+        for line in filter(None, [edge_text(Path(args.sweep)), *caveats(group_results(results, args.varied))]):
             print(line)
     else:
         results, errors = read_readable(args.results)
@@ -240,7 +248,7 @@ def main() -> None:
 
 
 def _best_model(args: ReportArguments, results: Sequence[dict[str, Any]]) -> Path | None:
-    """→ the folder of the model with the best result, if it lies where sweep.py or evaluate.py was told to put it."""
+    """→ the folder of the model with the best result, if it lies where a sweep or an evaluation was told to put it."""
     name = str(best_result(results).get("model"))
     places = [Path(args.sweep) / "runs" / name] if args.sweep else []
     places += [folder for path in args.results for folder in Path(path).parents[:2]]

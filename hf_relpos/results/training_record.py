@@ -92,3 +92,13 @@ def read_record(name: str) -> dict[str, Any]:
     record = read_json(path, "training record")
     check_schema(record, "TRAINING_FILE", f"training record {path!r}")
     return record
+
+
+def passes_text(passes: float) -> str:
+    """How often a text was read, in two digits: "0.14 passes", "12 passes"."""
+    return f"{two_digits(passes)} passes"
+
+
+def two_digits(number: float) -> str:
+    """ "0.14", "1.5", "12", "340" """
+    return f"{number:.2g}" if number < 99.5 else f"{number:.0f}"

@@ -122,6 +122,9 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
                 f"`output_dir` {args.output_dir!r} already holds a run ({sorted(runs)[0]}): choose another, or "
                 "resume with --resume_from_checkpoint last."
             )
+        others = sorted(path.name for path in folder.glob("[!.]*") if not path.name.startswith(("log", "evaluation")))
+        if others and args.process_index == 0:
+            print(f"note: {args.output_dir!r} holds other files ({others[0]!r}); the model is saved among them")
         return None
     if str(wanted).lower() in ("last", "true"):
         return _newest_whole(folder, args.process_index == 0)

@@ -13,9 +13,13 @@ from .output_stream import reader_has_gone
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+class EvaluationInterrupted(Exception):
+    """An evaluation that was stopped."""
+
+
 class InterruptCallback(TrainerCallback):
     """Ctrl-C, SIGTERM, a closed terminal (SIGHUP, unless nohup ignores it) or a pipe that nobody reads any more: finish
-    the step, save a checkpoint and stop. A signal once more, a second later: stop at once.
+    the step, or leave the evaluation, save a checkpoint and stop. A signal once more, a second later: stop at once.
 
     Launchers of several processes send each worker signals of their own on top of the terminal's, so there all further
     ones are ignored; a launcher kills workers that do not end in time.
@@ -53,6 +57,13 @@ class InterruptCallback(TrainerCallback):
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # a signal reaches processes one after the other, and the best model is chosen by a whole evaluation
+        is_asked = self.requested and self.previous  # and training has not ended
+        if is_asked and args.world_size == 1 and args.metric_for_best_model is None:
+            self.stopped = True
+            raise EvaluationInterrupted
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()

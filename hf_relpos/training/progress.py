@@ -1,6 +1,7 @@
 """What a run says: before its first step what it is and what it costs, then how far it is."""
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..messages import Progress
+from ..results.training_record import passes_text
 from .record import passes_over_corpus, tokens_per_step
 from .run import TrainingRun
 
@@ -32,11 +34,14 @@ class RunProgress(TrainerCallback):
     def __init__(self, run: TrainingRun, step_loss: Callable[[], float], only_time: bool) -> None:
         self.run, self.step_loss, self.only_time = run, step_loss, only_time
         self.progress: Progress | None = None
+        self.validation: Progress | None = None
+        self.step_end = 0.0  # after which an evaluation begins
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         print("\n".join(banner(self.run, state.max_steps, state.global_step)), flush=True)
+        self.step_end = time.monotonic()
         self.progress = Progress(
             state.max_steps,
             "steps",
@@ -58,8 +63,25 @@ class RunProgress(TrainerCallback):
         return max(1, count) * EVALUATION_SHARE * len(blocks) * args.block_size / tokens_per_step(args)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_end = time.monotonic()
         if self.progress:
             self.progress.update(state.global_step - self.progress.count, lambda: f"loss {self.step_loss():.3f}")
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.progress and hasattr(eval_dataloader, "__len__"):
+            if self.validation is None:
+                options = {"file": sys.stdout, "only_time": self.only_time, "stays": False}
+                self.validation = Progress(len(eval_dataloader), "batches", "validation", **options)
+                self.validation.begun = self.step_end  # this is called after the first batch
+            self.validation.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress and self.validation:
+            self.progress.leave_out(time.monotonic() - self.validation.begun)
+            self.validation.close()
+        self.validation = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         words = [text.format(float(logs[name])) for name, text in NUMBERS.items() if name in (logs or {})]
@@ -116,7 +138,7 @@ def _passes_text(run: TrainingRun, num_steps: int) -> str:
         return f"streamed from {name}"
     if run.data_args.task is not None:
         return f"rows of {name}" + (", none twice" if passes <= 1 else "")
-    return f"{passes:.3g} passes over the {count_text(len(run.data.train) * run.args.block_size)} of {name}"
+    return f"{passes_text(passes)} over the {count_text(len(run.data.train) * run.args.block_size)} of {name}"
 
 
 def _device_text(args: Any) -> str:

@@ -22,6 +22,7 @@ from ..model_corpus import UsedCorpus
 from ..model_loading import is_finite
 from ..results.training_record import TRAINING_RECORD
 from .checkpoints import RECIPE, load_weights, newest_whole
+from .interrupt import EvaluationInterrupted
 from .lora import has_lora, merged_weights, save_trained_weights
 from .plain_model import plain_model
 from .recipe import Recipe, apply_overrides, reseed
@@ -70,8 +71,13 @@ class RelPosTrainer(Trainer):
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._told_by_step("evaluation"):
-            metrics = super().evaluate(*args, **kwargs)
+        try:
+            with self._told_by_step("evaluation"):
+                metrics = super().evaluate(*args, **kwargs)
+        except EvaluationInterrupted:
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         for name, value in metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):  # the same in all processes
                 self._stop(f"{name} after step {self.state.global_step} is {value}")

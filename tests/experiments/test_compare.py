@@ -1,6 +1,7 @@
 """The comparison on a text of one's own: its plan, its splits, what it refuses, and a small one from end to end."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import make_text
 
 from hf_relpos.cli import parse_values
 from hf_relpos.experiments import compare as module
+from hf_relpos.experiments import comparison_setup
 from hf_relpos.experiments.compare import CompareArguments, compare
 from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, read_plan, save_plan, time_text
 from hf_relpos.experiments.comparison_progress import ComparisonProgress
@@ -62,7 +64,7 @@ def test_a_larger_budget_adds_seeds_and_changes_nothing_else(tmp_path):
     same, news = read_plan(tmp_path, asked | {"budget": "16min"}, 2)
     assert same.seeds == plan.seeds and "affords no further seed, which takes about" in news
     assert read_plan(tmp_path, asked | {"seeds": 4}, 2)[0].seeds == 4
-    for change in ({"budget": "10min"}, {"seeds": plan.seeds - 1}, {"schemes": ["alibi"]}):
+    for change in ({"budget": "10min"}, {"seeds": plan.seeds - 1}):
         with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
             read_plan(tmp_path, asked | change, 2)
 
@@ -106,7 +108,7 @@ def test_one_count_and_one_time_over_all_stages(monkeypatch, tmp_path):
     assert progress.left(found) == pytest.approx((140 - 30) / 2 * 2)
     line = progress.remark(found)
     assert line == (
-        "all will take about 3 min, 60 s more than the budget: the machine is slower than when it was measured"
+        "all will take about 2 min 20 s, 60 s more than the budget: the machine is slower than when it was measured"
     )
     assert progress.remark(found) == ""  # once
     progress.end(first)
@@ -206,13 +208,27 @@ def test_whole_documents_are_held_out_where_there_are_enough(sizes, is_cut, tmp_
     [
         ({"schemes": ["alibi", "learned"]}, "'learned' has no positions past `train_length` 32"),
         ({"schemes": ["alibi", "alibi"]}, "`schemes` must name each scheme once"),
-        ({"schemes": ["rotery"]}, "Did you mean 'rotary'"),
+        ({"schemes": ["rotery"]}, r"names no scheme: 'rotery'. Did you mean 'rotary'\? It must be one of"),
+        (
+            {"schemes": ["rotary,alibi"]},
+            "`schemes` are separated by spaces, --schemes rotary alibi; got 'rotary,alibi'",
+        ),
+        ({"schemes": ["rotary,", "alibi"]}, "separated by spaces, --schemes rotary alibi; got 'rotary,'"),
+        ({"budget": "5"}, r"`budget` must be a time such as 20min, 90s or 2h, got '5' \(did you mean '5min'\?\)"),
         ({"run_length": 16}, "`run_length` must be at least `train_length` 32, got 16"),
         ({"train_length": 4}, "`train_length` must be at least 16 tokens, got 4"),
         ({"seeds": 1}, "`seeds` must lie between 2 and 5, got 1"),
         ({"budget": "soon"}, "`budget` must be a time"),
-        ({"run_length": 4096}, r"`run_length` 4096: the test part .* the longest that it serves is \d+"),
-        ({"budget": "1s"}, "`budget` of 1 s affords no comparison"),
+        (
+            {"run_length": 4096},
+            r"`run_length` 4096: the test part .* the longest that it serves is \d+, about [\d,]+ characters would",
+        ),
+        (
+            {"train_length": 1024, "run_length": 4096},
+            r"`run_length` 4096: .* it has [\d,]+ characters in all, and about [\d,]+ characters would do, or [\d,]+ "
+            "for --run_length 1024",
+        ),
+        ({"budget": "1s", "schemes": ["none"]}, "`budget` of 1 s affords no comparison"),
         ({"vocab_size": None}, r"`text` '.*train' has few different words: they make .* helps, or --vocab_size \d+"),
         ({"vocab_size": 5000}, r"`vocab_size` 5000 is more than this corpus gives: .* or --vocab_size \d+"),
     ],
@@ -227,9 +243,9 @@ def test_what_is_refused_before_any_training(options, message, tmp_path, corpus_
 def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     for index in range(40):
         (tmp_path / f"{index:02}.txt").write_text(make_text(900, index))
-    monkeypatch.setattr(module, "make_plan", lambda *_: Plan(steps=3, seeds=2, num_runs=8, seconds=60.0))
+    monkeypatch.setattr(comparison_setup, "make_plan", lambda *_: Plan(steps=3, seeds=2, num_runs=8, seconds=60.0))
     monkeypatch.setattr(module, "RATES", (3e-3, 1e30))  # one of them destroys any model
-    monkeypatch.setattr(module, "SMALL", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2")
+    monkeypatch.setattr(comparison_setup, "SMALL", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2")
     options = {"text": str(tmp_path), "schemes": ["alibi", "none"], "train_length": 32, "run_length": 128}
     args = CompareArguments(**options, vocab_size=300, num_parallel=1, output_dir=str(tmp_path / ".out"))
     found = compare(args)
@@ -251,12 +267,12 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert "<b>" in page and "Loss by position, minus that of none" in page
     assert "alibi 0.00" in printed and "none 0.00" in printed and len([*(tmp_path / ".out" / "runs").iterdir()]) == 8
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))]
-    monkeypatch.setattr(module, "make_plan", lambda *_: Plan(steps=4, seeds=2, num_runs=8, seconds=60.0))
+    monkeypatch.setattr(comparison_setup, "make_plan", lambda *_: Plan(steps=4, seeds=2, num_runs=8, seconds=60.0))
     assert len(times) == 6 and compare(args) == found  # on a busier machine too, nothing is trained again
     assert times == [
         path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))
     ]
-    for change in ({"budget": "2min"}, {"schemes": ["alibi"]}, {"run_length": 64}):
+    for change in ({"budget": "2min"}, {"run_length": 64}):
         with pytest.raises(ValueError, match=f"holds another comparison: its `{[*change][0]}` is "):
             compare(CompareArguments(**{**vars(args), **change}))
     assert compare(CompareArguments(**{**vars(args), "dry_run": True})) == []
@@ -278,13 +294,25 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
 
 def test_the_plan_says_that_documents_are_cut(tmp_path, capsys):
     write_texts(tmp_path / "mine", [60_000] * 2)
-    options = {"train_length": 32, "run_length": 128, "vocab_size": 300, "dry_run": True}
+    options = {"train_length": 32, "run_length": 128, "vocab_size": 300, "dry_run": True, "schemes": ["none"]}
     compare(CompareArguments(text=str(tmp_path / "mine"), output_dir=str(tmp_path / "out"), **options))
     printed = capsys.readouterr()
     assert "the 2 documents are cut: the test is the end of texts whose beginnings are trained on" in printed.out
     assert "corpus mine: documents: 2; files: 2 (.txt)\n" in printed.err  # before there is a split
     with pytest.raises(ValueError, match="`text` '.*nowhere' does not exist"):
         compare(CompareArguments(text=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "nowhere" / "out")))
+
+
+def test_so_much_text_as_is_named_would_do(tmp_path):
+    options = {"train_length": 128, "run_length": 512, "vocab_size": 300, "dry_run": True, "schemes": ["none"]}
+    write_texts(tmp_path / "short", [9_000])
+    with pytest.raises(ValueError, match="characters would do, or ") as refused:
+        compare(CompareArguments(text=str(tmp_path / "short"), output_dir=str(tmp_path / "out"), **options))
+    named = re.search(r"about ([\d,]+) characters would do, or ([\d,]+) for --run_length 128", str(refused.value))
+    for length, size in zip((512, 128), named.groups()):
+        write_texts(tmp_path / size, [int(size.replace(",", ""))])
+        places = {"text": str(tmp_path / size), "output_dir": str(tmp_path / "out")}
+        assert compare(CompareArguments(**places, **options | {"run_length": length})) == []
 
 
 @pytest.mark.parametrize("place", ["", "out", "deep/output/compare", "link/out"])

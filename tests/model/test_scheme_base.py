@@ -130,7 +130,7 @@ def test_a_class_without_hooks_is_not_registered():
 
 def test_an_unknown_scheme_names_the_nearest():
     with pytest.raises(
-        ValueError, match="`pos_embedding_type` must be one of .*, got 'linear_cbp'. Did you mean 'linear_c"
+        ValueError, match=r"^`pos_embedding_type` .* 'linear_cbp'. Did you mean 'linear_cpb'\? It must be one of "
     ):
         RelPosConfig(pos_embedding_type="linear_cbp")
 

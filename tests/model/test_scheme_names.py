@@ -38,7 +38,7 @@ from hf_relpos.model.scheme_names import SCALINGS, USUAL_NAMES, scheme_hint
     ],
 )
 def test_the_usual_names_are_known(given, meant):
-    with pytest.raises(ValueError, match=f"got '.*'. Did you mean '{meant}'\\?$"):
+    with pytest.raises(ValueError, match=f"no scheme: '.*'. Did you mean '{meant}'\\? It must"):
         RelPosConfig(pos_embedding_type=given)
 
 

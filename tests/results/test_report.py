@@ -15,11 +15,11 @@ from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
 from hf_relpos.results import plots, report_figures
 from hf_relpos.results.caveats import caveats
-from hf_relpos.results.compared_rates import TRIED, save_tried
+from hf_relpos.results.compared_rates import TRIED, edge_text, save_tried
 from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
-from hf_relpos.results.report import write_report
+from hf_relpos.results.report import _summary, write_report
 from hf_relpos.results.result_file import (
     CONTEXT_NOTE,
     RESULTS,
@@ -315,7 +315,14 @@ def test_score_and_slope_stand_beside_what_they_compare(results, run_script, tmp
         assert not re.search(r"below 0[^.]{0,20}context", text), path
 
 
-def test_learning_rates_that_were_tried_stand_in_the_report_of_a_comparison(results, run_script, tmp_path):
+def test_few_seeds_are_said_to_be_few(results):
+    seeds = sorted({result["seed"] for result in results})
+    found = [_summary(group_results([each for each in results if each["seed"] in seeds[:n]])) for n in (1, 2, 3)]
+    assert found[0].endswith(" One seed says nothing of other seeds.") and "what is resolved is large" in found[1]
+    assert found[2].endswith(" runs.")
+
+
+def test_learning_rates_that_were_tried_stand_in_the_report_of_a_comparison(results, run_script, tmp_path, capsys):
     tried = {"none": {3e-3: 4.02, 6e-3: 4.0, 0.012: 4.01}, "alibi": {3e-3: 3.9, 6e-3: None, 1.5e-3: 3.95}}
     save_tried(tmp_path, tried)
     write_results(tmp_path / RESULTS, results)
@@ -326,8 +333,21 @@ def test_learning_rates_that_were_tried_stand_in_the_report_of_a_comparison(resu
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert "## Learning rates that were tried" in text and all(line in text for line in expected)
+        assert "chosen learning rate" not in text
+    save_tried(tmp_path, tried | {"none": {3e-3: 4.02, 6e-3: 4.0, 0.012: 3.9}, "alibi": {3e-3: 3.9, 1.5e-3: 3.8}})
+    edge = (
+        "The chosen learning rate is the lowest that was tried for alibi (0.0015) and the highest that was tried for "
+    )
+    edge += "none (0.012): a better one may lie beyond, and the order may change."
+    assert edge_text(tmp_path) == edge and "alibi" not in edge_text(tmp_path, ["none"])
+    answer = write_report(results, tmp_path / "report")[0].read_text(encoding="utf-8").partition("## Perplexity")[0]
+    assert edge in answer
+    run_script("report", "--sweep", tmp_path, "--output_dir", pages[1].parent)
+    assert edge in capsys.readouterr().out
     (tmp_path / TRIED).unlink()
-    assert "were tried" not in write_report(results, tmp_path / "report")[0].read_text(encoding="utf-8")
+    assert edge_text(tmp_path) == "" and "were tried" not in write_report(results, tmp_path / "report")[0].read_text(
+        encoding="utf-8"
+    )
     (tmp_path / TRIED).write_text('{"none": 3}')
     with pytest.raises(ValueError, match="learning rates .*cannot be read"):
         write_report(results, tmp_path / "report")

@@ -39,6 +39,27 @@ def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_pat
     assert (record["resumed_from_step"], record["num_steps"]) == (steps, steps + 2)
 
 
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(data_flags, tmp_path, run_script, monkeypatch, capsys):
+    """Which may take longer than the time that a machine gives its processes to end."""
+    counted, own = [], InterruptCallback.on_prediction_step
+
+    def interrupted(self, args, state, control, **kwargs):
+        counted.append(state.global_step)
+        if len(counted) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        own(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(InterruptCallback, "on_prediction_step", interrupted)
+    flags = training_flags(data_flags, tmp_path / "run", max_steps=4, eval_steps=2, per_device_eval_batch_size=1)
+    with pytest.raises(SystemExit) as stopped:
+        run_script("train", *flags)
+    assert stopped.value.code == 130 and counted == [2, 2]
+    assert "interrupted after step 2; resume" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    run_script("train", *flags, "--resume_from_checkpoint", "last")
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["validation_loss"] > 0
+
+
 def test_a_reader_that_has_gone_stops_a_run_with_a_checkpoint(data_flags, tmp_path):
     flags = training_flags(data_flags, tmp_path / "run", max_steps=100_000, save_steps=100_000, eval_strategy="no")
     process = run_in_shell("train", flags, env=os.environ | {"PYTHONUNBUFFERED": "1"})

@@ -46,7 +46,7 @@ def test_a_banner_counts_all_devices_and_says_where_a_run_resumes():
     run = make_run(world_size=2, n_gpu=1, gradient_accumulation_steps=4, bf16=True)
     first, second, third = banner(run, 40, first_step=10)
     assert first.startswith("resumes after step 10: alibi, ") and ", in bf16; " in third
-    expected = "40 steps of 16 × 128 tokens × 2 devices × 4 accumulated: 655k tokens, 5.12 passes"
+    expected = "40 steps of 16 × 128 tokens × 2 devices × 4 accumulated: 655k tokens, 5.1 passes"
     assert second.startswith(expected)
 
 
@@ -120,7 +120,7 @@ def test_a_run_into_a_file_is_a_few_lines_and_the_next_command(
         flags = finetuning_flags(data_flags, trained / "none", tmp_path / "run", **STEPS)
     run_script(name, *flags)
     printed, errors = capfd.readouterr()
-    lines = printed.splitlines()
+    lines = [line for line in printed.splitlines() if "batches" not in line]  # of validation, told at once here too
     scheme = {"train": "linear_cpb", "finetune": "none"}[name]
     assert lines[0].startswith(f"{scheme}, ") and lines[1].startswith("12 steps of 4 × 32 tokens: 1.54k tokens, ")
     assert re.fullmatch(r"about \d+ s for 1[01] more steps, at the speed of the first ones", lines[3])
@@ -158,6 +158,25 @@ def test_processes_but_the_first_are_silent(capsys):
         callback.on_log(None, state, None, logs={"loss": 1.0})
     callback.on_train_end(None, state, None)
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_evaluation_says_how_far_it_is_and_is_no_training(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    callback = RunProgress(make_run(), lambda: 1.0, only_time=False)
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=20, global_step=0, eval_steps=20)
+    callback.on_train_begin(None, state, None)
+    for state.global_step in range(1, 21):
+        clock.now += 2
+        callback.on_step_end(None, state, None)
+    for _ in range(100):
+        clock.now += 3
+        callback.on_prediction_step(None, state, None, eval_dataloader=range(100))
+    callback.on_evaluate(None, state, None)
+    callback.on_train_end(None, state, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "training: 20/20 steps in 40 s" and "validation: 100/100 batches in 5 min" in lines
+    assert any(re.match(r"validation: \d+/100 batches, about 4 min left", line) for line in lines)
 
 
 def test_evaluations_are_part_of_the_time():

@@ -122,7 +122,7 @@ BAD = {
     ),
     "rows of a table": ("learned", dict(max_position_embeddings=99), "--extend_learned_positions true"),
     "layers without a window": ("alibi", dict(layer_types="sliding/full"), "`sliding_window` must be given"),
-    "unknown scheme": ("alibi", dict(pos_embedding_type="alibii"), "`pos_embedding_type` must be one of"),
+    "unknown scheme": ("alibi", dict(pos_embedding_type="alibii"), "`pos_embedding_type` names no scheme: 'alibii'"),
     "unknown option": ("alibi", dict(pos_embedding_kwargs='{"width": 3}'), "`pos_embedding_kwargs` of 'alibi' may"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_relpos import RelPosForCausalLM
 from hf_relpos.tasks.arguments import DataArguments
 from hf_relpos.training.arguments import RelPosTrainingArguments
+from hf_relpos.training.checkpoints import find_checkpoint
 from hf_relpos.training.model_setup import ModelArguments, new_model
 from hf_relpos.training.train import train
 
@@ -140,7 +142,7 @@ def test_going_on_with_a_saved_model_at_the_same_length(trained, data_flags, tmp
 
 
 BAD_TRAINING = {
-    "unknown scheme": (dict(pos_embedding_type="alibii"), "`pos_embedding_type` must be one of"),
+    "unknown scheme": (dict(pos_embedding_type="alibii"), "`pos_embedding_type` names no scheme: 'alibii'"),
     "unknown option": (dict(pos_embedding_kwargs='{"width": 1}'), "`pos_embedding_kwargs` of 'linear_cpb' may hold"),
     "options that are no JSON": (dict(pos_embedding_kwargs="{width}"), "`pos_embedding_kwargs` must be JSON"),
     "a rotation that is no dictionary": (dict(rope_parameters="[1]"), "`rope_parameters` must be a dictionary"),
@@ -193,6 +195,15 @@ def test_a_folder_that_holds_a_run_is_refused(trained, data_flags, run_script, c
     before = sorted(path.name for path in (trained / "none").iterdir())
     assert "already holds a run" in refusal(run_script, capsys, "train", training_flags(data_flags, trained / "none"))
     assert sorted(path.name for path in (trained / "none").iterdir()) == before
+
+
+def test_a_folder_with_other_files_is_said(tmp_path, capsys):
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, process_index=0)
+    (tmp_path / "log.txt").touch()
+    assert find_checkpoint(args) is None and not capsys.readouterr().out
+    (tmp_path / "novel.txt").touch()
+    assert find_checkpoint(args) is None
+    assert "holds other files ('novel.txt'); the model is saved among them" in capsys.readouterr().out
 
 
 def test_resuming_with_another_scheme_is_refused(trained, data_flags, tmp_path, run_script, capsys):
