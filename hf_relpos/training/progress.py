@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..messages import Progress
 from ..results.training_record import passes_text
@@ -70,7 +71,7 @@ class RunProgress(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if self.progress and hasattr(eval_dataloader, "__len__"):
+        if self.progress and has_length(eval_dataloader):
             if self.validation is None:
                 options = {"file": sys.stdout, "only_time": self.only_time, "stays": False}
                 self.validation = Progress(len(eval_dataloader), "batches", "validation", **options)

@@ -80,7 +80,12 @@ def test_logits_before_the_answers_are_not_computed(name):
 def test_a_model_learns_to_copy_and_says_so(run_script, tmp_path, capsys):
     model, result = tmp_path / "model", tmp_path / "evaluation" / "results.json"
     flags = ["--block_size", 7, "--max_steps", 400, "--per_device_train_batch_size", 32, "--learning_rate", 5e-3]
-    flags += ["--pos_embedding_type", "alibi", "--config_overrides", "hidden_size=32,num_attention_heads=2"]
+    flags += [
+        "--pos_embedding_type",
+        "alibi",
+        "--config_overrides",
+        "hidden_size=32,num_attention_heads=2,hidden_dropout=0",
+    ]
     flags += ["--report_to", "none", "--eval_steps", 400, "--max_eval_samples", 64, "--bf16", "false"]
     run_script("train", "--task", "string_copy", *flags, "--output_dir", model)
     record = json.loads((model / "training.json").read_text())

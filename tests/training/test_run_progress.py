@@ -3,12 +3,11 @@
 import io
 import re
 import shlex
-import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import finetuning_flags, refusal, run_in_shell, training_flags
+from helpers import finetuning_flags, refusal, training_flags
 
 from hf_relpos import messages
 from hf_relpos.cli import main
@@ -183,22 +182,6 @@ def test_evaluations_are_part_of_the_time():
     callback = RunProgress(make_run(), lambda: 1.0, only_time=False)
     state = SimpleNamespace(max_steps=100, global_step=20, eval_steps=10)
     assert callback._evaluations(state) == pytest.approx(8 * 48 / 16 / 3)  # 8 of 3 batches, each a third of a step
-
-
-def test_an_interrupted_run_says_the_command_that_resumes(data_flags, tmp_path, monkeypatch, capsys):
-    flags = training_flags(data_flags, tmp_path / "run", max_steps=100_000, save_steps=100_000, eval_strategy="no")
-    process = run_in_shell("train", flags)
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 130, errors
-    line = errors.splitlines()[-1]
-    assert line.startswith("next: ") and line.endswith(" --resume_from_checkpoint last")
-    words = shlex.split(line.removeprefix("next: "))
-    script = next(index for index, word in enumerate(words) if word.endswith("train.py"))
-    assert words[script + 1 : -2] == [str(flag) for flag in flags]
 
 
 def test_a_first_run_leads_to_the_next_ones(data_flags, tmp_path, monkeypatch, capsys):
