@@ -88,7 +88,6 @@ def record_of(folder):
 
 
 KINDS = {
-    "text": (["--train_file", "mine.txt"], "mine.txt", "validation"),
     "columns": (
         ["--train_file", "train.jsonl", "--validation_file", "valid.jsonl", "--text_column", "body"],
         "train.jsonl+valid.jsonl",

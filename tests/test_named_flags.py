@@ -25,6 +25,7 @@ SPEAKS_TO = {
     "inference/generate": "generate",
     "model_corpus": "finetune evaluate",
     "model_loading": "train finetune",  # of a run that was interrupted, "by its own command"
+    "origin": "push",
     "pretrained/": "import",
     "results/": "report",
     "tasks/": "train finetune evaluate",

@@ -324,7 +324,7 @@ dist.destroy_process_group()
 QWEN3 = dict(use_gated_mlp=True, qk_norm="head", attention_bias=True, mlp_bias=True)
 
 
-@pytest.mark.parametrize("scheme", ["linear_cpb", "fox", "rotary as in Qwen3"])
+@pytest.mark.parametrize("scheme", ["fox", "rotary as in Qwen3"])
 def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     """Each rank has half of the heads; what all ranks hold whole, such as a CPB's MLP, gets the whole gradient."""
     scheme, _, architecture = scheme.partition(" as in ")

@@ -18,15 +18,15 @@ from hf_relpos.training.checkpoints import damage
 from hf_relpos.training.interrupt import InterruptCallback
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["ctrl-c", "terminal closed"])
-def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_path, run_script, number):
+def test_an_interrupted_run_leaves_a_checkpoint_that_resumes(data_flags, tmp_path, run_script):
+    """By a terminal that was closed; Ctrl-C and SIGTERM are below."""
     overrides = dict(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=5)
     flags = training_flags(data_flags, tmp_path / "run", **overrides)
     process = run_in_shell("train", flags)
     for line in process.stdout:
         if "'loss'" in line:
             break
-    process.send_signal(number)
+    process.send_signal(signal.SIGHUP)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "resume with --resume_from_checkpoint last" in output
