@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -15,7 +16,7 @@ from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import answers, sentences
 from hf_relpos.results.report import write_report
-from hf_relpos.results.report_tables import perplexity_rows
+from hf_relpos.results.report_tables import exp_cell, perplexity_rows
 from hf_relpos.results.result_file import RESULTS, markdown, read_results
 
 
@@ -205,6 +206,7 @@ def test_the_results_page_holds_no_other_figure():
         groups = group_results(read_results(path), ("recipe.learning_rate",))
         answered = [f"- {line}" for answer in answers(groups) for line in sentences(answer)]
         reports += "\n".join([markdown(perplexity_rows(groups)), *answered])
+    reports += "\n".join(finetuning_lines(read_results(ROOT / "docs" / "results" / "finetune" / RESULTS)))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     begins = ("| ", "- Best at ", "- Worse, ", "- Not resolved ", "- From ")
     said = [line for line in page.splitlines() if line.startswith(begins)]
@@ -219,6 +221,22 @@ def test_the_results_page_holds_no_other_figure():
         shown |= {(label, rate): cell for rate, cell in zip(rates, cells) if cell != "–"}
     assert len(shown) == len(results) > 30 and len(said) > len(rows) + 20
     assert shown == {key: f"{perplexity:.2f}" for key, perplexity in found.items()}
+
+
+def finetuning_lines(results):
+    """The rows of the tables of finetuning: perplexity at 1024 tokens, by the block size and the steps."""
+    names, cells, steps = {"linear": "rotary, PI", "yarn": "rotary, YaRN"}, {}, set()
+    for group in group_results(results, ("recipe.learning_rate", "recipe.per_device_train_batch_size")):
+        training = group.first["training"]
+        scheme, rope = training["pos_embedding_type"], (training["rope_parameters"] or {}).get("rope_type")
+        block = 1024 if scheme == "none" else training["flags"]["block_size"]  # which was a rotary model, at 128
+        label = "DroPE" if scheme == "none" else names.get(rope, scheme)
+        values = np.stack(list(group.losses(1024).values()))
+        cells.setdefault((block, label), {})[training["num_steps"]] = exp_cell(values, group.document_weights, 2)
+        steps.add(training["num_steps"])
+    for (_, label), row in cells.items():
+        yield f"| {label} | {' | '.join(row.get(count, '–') for count in sorted(steps))} |"
+    yield f"| setting | untrained | {' | '.join(f'{count} steps' for count in sorted(steps - {0}))} |"
 
 
 def learning_rates(results):
