@@ -223,7 +223,7 @@ class Setup:
         if short := self.num_tests - self.num_long:
             reasons.append(f"{short} shorter than the run length, {length} tokens, cannot be")
         if left := self.num_long - self.num_read:
-            reasons.append(f"{left} hold none of the {self.windows()} windows that are")
+            reasons.append(f"{left} hold none of the {self.windows()} windows that are read")
         return f"{text}; {self.num_read} of them are read: {', '.join(reasons)}"
 
 

@@ -228,6 +228,9 @@ def _work(task: Task, device: str | None, num_threads: int, environment: dict[st
     if not parent_process().is_alive():
         sys.exit(INTERRUPTED)
     os.environ.update(environment)
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # which would leave behind what the process holds
+            signal.signal(number, signal.default_int_handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _run_on(task, device, num_threads)

@@ -256,10 +256,18 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
     """A line for each setting over its steps; a setting that was finetuned for one number of steps is a point."""
     axes = figure.subplots()
     curves: dict[str, dict[int, list[float]]] = {}
+    untrained: dict[str, list[float]] = {}  # which have no new length of their own
     for group in _finetuned(groups):
-        steps = group.first["training"]["num_steps"]
+        training, setting = group.first["training"], _setting_alone(group)
         losses = list(group.values(str(group.lengths()[-1]), "loss").values())
-        curves.setdefault(_setting_without_steps(group), {})[steps] = losses
+        if training["num_steps"] == 0:
+            untrained[f"{setting} {training['base_train_length']} →"] = losses
+        else:
+            name = f"{setting} {training['base_train_length']} → {group.train_length}"
+            curves.setdefault(name, {})[training["num_steps"]] = losses
+    for start, losses in untrained.items():
+        for name in [name for name in curves if name.startswith(start)] or [f"{start} untrained"]:
+            curves.setdefault(name, {})[0] = losses
     for name, points in curves.items():
         steps = sorted(points)
         found = _over_seeds(np.array([points[step] for step in steps]).T)
@@ -271,12 +279,12 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
     _finish(axes, groups, marks=False, xlabel="finetuning steps", ylabel=f"loss at {length} (nats per token)")
 
 
-def _setting_without_steps(group: Group) -> str:
-    """ "rotary rope_type=yarn, factor=8.0 128 → 1024": the label, with the lengths before and after."""
-    training, name = group.first["training"], group.label
-    for field, value in (("num_steps", training["num_steps"]), ("train_length", group.train_length)):
+def _setting_alone(group: Group) -> str:
+    """ "rotary rope_type=yarn, factor=8.0": the label without the steps and the length."""
+    name = group.label
+    for field, value in (("num_steps", group.first["training"]["num_steps"]), ("train_length", group.train_length)):
         name = name.replace(f" {VARIED[field](value)}", "")
-    return f"{name} {training['base_train_length']} → {group.train_length}"
+    return name
 
 
 def _finetuned(groups: Sequence[Group]) -> list[Group]:
