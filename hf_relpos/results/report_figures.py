@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bias_figure import bias_curves, caption_of_biases, draw_biases
 from .estimates import Estimate
 from .figure_style import (
     FEW_COLORS,
@@ -27,8 +28,6 @@ from .questions import Matrix, changes_between
 from .result_file import has_held_out_ends, smooth_by_position, text_title
 
 
-SHOWN_LENGTHS = 4  # training lengths that the figure of biases shows, on a scale where a line is a line
-LARGEST_BIAS = 12.0  # beyond which a softmax is all or nothing
 MOST_CHANGE = 40.0  # per cent: the top of the figure of changes
 
 
@@ -96,7 +95,7 @@ def _png(kind: Kind, groups: Sequence[Group]) -> bytes:
 
 def _text_shown(draw: Callable[[Any, Sequence[Group]], None], groups: Sequence[Group]) -> str:
     """→ which text a figure is about: corpus and split."""
-    if draw not in (_training_curves, _learned_biases):
+    if draw not in (_training_curves, draw_biases):
         return text_title([group.first for group in groups])
     names = dict.fromkeys(group.first["training"].get("corpus", {}).get("name") for group in groups)
     return f"{', '.join(map(str, names))}, split train"
@@ -291,51 +290,6 @@ def _finetuned(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.first["training"].get("base_train_length")]
 
 
-def _learned_biases(figure: Any, groups: Sequence[Group]) -> None:
-    """One panel for each scheme with a bias, of its first seed: a line for each layer and head."""
-    from matplotlib import colormaps
-
-    shown = [group for group in groups if _curves(group)]
-    columns = min(3, len(shown))
-    figure.set_size_inches(9, 3.2 * math.ceil(len(shown) / columns))
-    panels = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat
-    for group, axes in zip(shown, panels):  # in this order: the panels that are left stay in the iterator
-        distances, layers = _shown_biases(group)
-        for layer, heads in enumerate(layers):
-            color = colormaps["viridis"](layer / max(1, len(layers) - 1))
-            for head, values in enumerate(heads):
-                name = f"layer {layer}" if len(layers) > 1 else "all layers"
-                label = name if head == 0 else None
-                axes.plot(distances, values, color=color, linewidth=0.9, linestyle="-", label=label)
-        title = plain(f"{group.label}, seed {next(iter(group.by_seed))}")
-        axes.set(title=title, xlabel="distance (tokens)")
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -LARGEST_BIAS), min(high, LARGEST_BIAS))
-        if group.train_length <= distances[-1]:
-            axes.axvline(group.train_length, color="grey", linestyle=":", linewidth=1)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    for axes in list(panels):
-        axes.set_axis_off()
-    figure.axes[0].set_ylabel("bias (added to the scores)")
-
-
-def _shown_biases(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """→ (N,) distances and (layers, heads, N) biases: up to the last distance where one is within ±12, at most four
-    training lengths; one layer where all are the same."""
-    curves = _curves(group)
-    distances, layers = np.array(curves["distances"]), np.array(curves["layers"])
-    seen = (np.abs(layers) <= LARGEST_BIAS).any(axis=(0, 1)).nonzero()[0]
-    last = distances[seen[-1]] if len(seen) else distances[0]
-    near = distances <= max(min(last, SHOWN_LENGTHS * group.train_length), distances[min(8, len(distances) - 1)])
-    layers = layers[:1] if (layers == layers[:1]).all() else layers
-    return distances[near], layers[..., near]
-
-
-def _curves(group: Group) -> dict[str, Any] | None:
-    return group.first.get("distance_bias")
-
-
 # --- captions
 
 
@@ -383,15 +337,6 @@ def _caption_of_training(groups: Sequence[Group]) -> str:
     return _bands(groups, "for new seeds")
 
 
-def _caption_of_biases(groups: Sequence[Group]) -> str:
-    """Which seed is shown, of how many."""
-    shown = [group for group in groups if _curves(group)]
-    seeds, count = {next(iter(group.by_seed)) for group in shown}, max(len(group.by_seed) for group in shown)
-    which = f"seed {seeds.pop()}" if len(seeds) == 1 else "the first seed of each setting"
-    whole = f"{which} alone, of {count} seeds" if count > 1 else which
-    return f"A line for each layer and head, of {whole}; no bands. To ±{LARGEST_BIAS:g}, as far as one is within."
-
-
 CHANGE = Kind("Change of perplexity with the length", _has_longer_lengths, _change_by_length, _caption_of_change)
 LOSS = Kind("Loss by position", lambda groups: not groups[0].score_name, _loss_by_position, _on_this_text)
 PERPLEXITY = Kind(
@@ -413,5 +358,5 @@ KINDS = (
         _training_curves,
         _caption_of_training,
     ),
-    Kind("Bias by distance", lambda groups: any(map(_curves, groups)), _learned_biases, _caption_of_biases),
+    Kind("Bias by distance", lambda groups: any(map(bias_curves, groups)), draw_biases, caption_of_biases),
 )
