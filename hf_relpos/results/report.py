@@ -66,7 +66,9 @@ def write_report(
     if baseline not in labels:
         raise ValueError(f"`baseline` must be one of {labels}, got {baseline!r}.")
     summary = f"{_summary(groups)} {corpus_note(results, run_labels(results, varied))}"
-    sections, root = _sections(groups, baseline, text_title(results)), root or folder.absolute().parent
+    found, root = answers(groups), root or folder.absolute().parent
+    table = score_rows(groups) if groups[0].score_name else perplexity_rows(groups)
+    sections = _sections(groups, found, table, baseline, text_title(results))
     if rows := tried_rows(root):
         places = [section.heading for section in sections]
         tried = Section("Learning rates that were tried", [NOTE], rows, is_detail=True)
@@ -79,12 +81,12 @@ def write_report(
         if section.image:
             paths.append(folder / section.file_name)
             write_bytes(paths[-1], section.image)
-    return paths + write_tables(groups, answers(groups), _main_rows(groups), folder)
+    return paths + write_tables(groups, found, table, folder)
 
 
-def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section]:
+def _sections(groups: Sequence[Group], found: Sequence[Answer], table: Rows, baseline: str, text: str) -> list[Section]:
     """What the page holds, in its order."""
-    found, figures = answers(groups), draw_figures(groups, baseline)
+    figures = draw_figures(groups, baseline)
     first, rest = (figures[:1], figures[1:]) if len(groups) > 1 else ([], figures)
     notes = [line for answer in found for line in sentences(answer)]
     sections = [Section("Answer", notes=[*notes, *caveats(groups)])]
@@ -92,9 +94,9 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
     if groups[0].score_name:
         note = f"{text}. {groups[0].score_name}, by the length of the rows in tokens and their kind, with the 95 % "
         note += "interval over the seeds, which ignores the limits 0 and 1."
-        sections.append(Section("Score by length", [note], _main_rows(groups)))
+        sections.append(Section("Score by length", [note], table))
     else:
-        sections.append(Section("Perplexity by length", [_perplexity_note(groups, text)], _main_rows(groups)))
+        sections.append(Section("Perplexity by length", [_perplexity_note(groups, text)], table))
     sections += [_pair_section(answer, text) for answer in found if answer.pairs]
     sections.append(Section("What was trained", [], setup_rows(groups)))
     if not groups[0].score_name:
@@ -106,10 +108,6 @@ def _sections(groups: Sequence[Group], baseline: str, text: str) -> list[Section
             heading = f"All pairs: {answer.question.title}"
             sections.append(Section(heading, [_test_note(answer)], detail_rows(answer), is_detail=True))
     return [section for section in sections if section.rows is None or len(section.rows) > 1]
-
-
-def _main_rows(groups: Sequence[Group]) -> Rows:
-    return score_rows(groups) if groups[0].score_name else perplexity_rows(groups)
 
 
 def _perplexity_note(groups: Sequence[Group], text: str) -> str:
