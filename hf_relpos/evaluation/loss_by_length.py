@@ -146,12 +146,7 @@ def evaluate_lengths(
     what = f"windows of {longest:,} tokens{several}"
     progress = Progress(total, what, "evaluating", "--max_windows {}".format, long=LONG)
     with evaluation_mode(model), progress:
-        every = document_windows(documents, longest)
-        windows = (
-            window
-            for index, window in enumerate(every)
-            if (index + 1) * total // available > index * total // available
-        )
+        windows = evenly_spaced(document_windows(documents, longest), available, total)
         for group in _grouped(windows, max(1, tokens_per_batch // longest)):
             tokens = torch.from_numpy(np.stack([window for _, window in group]))
             counts.update(tokens[:, targets].flatten().tolist())
@@ -198,6 +193,13 @@ def check_lengths(lengths: Sequence[int], model: Any = None, name: str = "eval_l
             f"got {max(lengths)}."
         )
     return sorted(set(lengths))
+
+
+def evenly_spaced(items: Iterable[Any], available: int, total: int) -> Iterator[Any]:
+    """→ `total` of the items, of which there are `available`, one in each of so many equal parts."""
+    for index, item in enumerate(items):
+        if (index + 1) * total // available > index * total // available:
+            yield item
 
 
 def _count_windows(documents: Iterable[Sequence[int]], length: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 
 from ..data.corpus import load_corpus
 from ..data.tokens import PoorTextError, evaluation_documents, train_tokenizer
+from ..evaluation.loss_by_length import evenly_spaced
 from ..messages import time_text
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import opening
@@ -250,7 +251,5 @@ def _counts(lengths: Sequence[int], numbers: Sequence[int], run_length: int) -> 
     """
     counts = [length // run_length for length in lengths]
     owners = [number for number, count in zip(numbers, counts) for _ in range(count)]
-    available, total = len(owners), min(MAX_WINDOWS, len(owners))
-    # as the evaluation spreads them
-    taken = (i for i in range(available) if (i + 1) * total // available > i * total // available)
-    return len({*numbers}), len({*owners}), len({owners[index] for index in taken})
+    taken = evenly_spaced(owners, len(owners), min(MAX_WINDOWS, len(owners)))
+    return len({*numbers}), len({*owners}), len({*taken})
