@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch.autograd import forward_ad
 from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
@@ -73,6 +74,14 @@ def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def forward_over_reverse(function, x, grad_out):
+    """→ the derivative, along a gradient of ones, of the gradient that `function` passes back."""
+    out = function(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(grad_out, torch.ones_like(grad_out))
+        return forward_ad.unpack_dual(torch.autograd.grad(out, x, dual)[0]).tangent
 
 
 def task_rows(task, length, kind, count=50):

@@ -117,11 +117,10 @@ def hub_errors(name: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ValueError(f"`revision`: {name!r} has no such branch, tag or commit.") from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-            raise ValueError(f"`model` {name!r} is no folder, and HF_HUB_OFFLINE is set.") from error
-        if isinstance(error, LocalEntryNotFoundError):
-            raise ValueError(f"`model` {name!r} is no folder, and the Hub cannot be reached for it.") from error
-        raise ValueError(f"`model` {name!r} is no folder and no repository of the Hub that you may see.") from error
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(f"`model` {name!r} is no folder and no repository of the Hub that you may see.") from error
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached for it"
+        raise ValueError(f"`model` {name!r} is no folder, and {why}.") from error
     except OfflineModeIsEnabled as error:
         raise ValueError(f"`model` {name!r} is no folder, and HF_HUB_OFFLINE is set.") from error
     except HfHubHTTPError as error:

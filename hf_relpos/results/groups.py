@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,12 @@ class Group:
     Attributes:
         label: what sets it apart from the other groups.
         by_seed: seed → result.
+        words: field → what it adds to the label.
     """
 
     label: str
     by_seed: dict[int, dict[str, Any]]
+    words: dict[str, str] = field(default_factory=dict)
 
     @property
     def first(self) -> dict[str, Any]:
@@ -330,11 +332,12 @@ def _training(result: dict[str, Any]) -> dict[str, Any]:
 def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
     """Names each group by its scheme and by what else varies between the groups."""
     for group, settings in zip(groups, fields):
-        words = [str(settings["pos_embedding_type"])]
-        for name, value in settings.items():
-            if name in VARIED and name != "pos_embedding_type" and any(o[name] != fields[0][name] for o in fields):
-                words.append(VARIED[name](value))
-        group.label = " ".join(filter(None, words))
+        group.words = {
+            name: VARIED[name](value)
+            for name, value in settings.items()
+            if name == "pos_embedding_type" or name in VARIED and any(o[name] != fields[0][name] for o in fields)
+        }
+        group.label = " ".join(filter(None, group.words.values()))
     # the rest where it is needed to tell groups apart: each scheme may have a learning rate of its own
     repeated = {label for label, count in Counter(group.label for group in groups).items() if count > 1}
     alike = [(group, settings) for group, settings in zip(groups, fields) if group.label in repeated]

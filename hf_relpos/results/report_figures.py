@@ -23,7 +23,7 @@ from .figure_style import (
     round_ticks,
     write_caption,
 )
-from .groups import VARIED, Group
+from .groups import Group
 from .questions import Matrix, changes_between
 from .result_file import has_held_out_ends, smooth_by_position, text_title
 
@@ -280,10 +280,7 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
 
 def _setting_alone(group: Group) -> str:
     """ "rotary rope_type=yarn, factor=8.0": the label without the steps and the length."""
-    name = group.label
-    for field, value in (("num_steps", group.first["training"]["num_steps"]), ("train_length", group.train_length)):
-        name = name.replace(f" {VARIED[field](value)}", "")
-    return name
+    return " ".join(word for name, word in group.words.items() if word and name not in ("num_steps", "train_length"))
 
 
 def _finetuned(groups: Sequence[Group]) -> list[Group]:

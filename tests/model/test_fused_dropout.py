@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import forward_over_reverse
 from test_fused_norm import OTHERS, assert_same, machine  # noqa: F401
 from torch import nn
-from torch.autograd import forward_ad
 from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -234,13 +234,6 @@ def cubed(function, x, grad_out):
 
 def batched(function, x, grad_out):
     return torch.autograd.grad(function(x), x, torch.stack((grad_out, 2 * grad_out)), is_grads_batched=True)
-
-
-def forward_over_reverse(function, x, grad_out):
-    out = function(x)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(grad_out, torch.ones_like(grad_out))
-        return forward_ad.unpack_dual(torch.autograd.grad(out, x, dual)[0]).tangent
 
 
 KINDS = {

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import forward_over_reverse
 from test_attention_native import MACHINES
-from torch.autograd import forward_ad
 from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -164,17 +164,10 @@ def batched(function, norm, x, grad_out):
     return torch.autograd.grad(function(x), (x, norm.weight), many, is_grads_batched=True)
 
 
-def forward_over_reverse(function, norm, x, grad_out):
-    out = function(x)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(grad_out, torch.ones_like(grad_out))
-        return forward_ad.unpack_dual(torch.autograd.grad(out, x, dual)[0]).tangent
-
-
 KINDS = {
     "second derivatives": penalty,
     "batched gradients": batched,
-    "forward over reverse": forward_over_reverse,
+    "forward over reverse": lambda function, norm, x, g: forward_over_reverse(function, x, g),
     "func.grad": lambda function, norm, x, g: torch.func.grad(lambda x: (function(x) * g).sum())(x),
     "func.grad of grad": lambda function, norm, x, g: torch.func.grad(
         lambda x: torch.func.grad(lambda x: (function(x) * g).sum())(x).pow(2).sum()
