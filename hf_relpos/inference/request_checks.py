@@ -36,7 +36,8 @@ GENERATION_FIELDS: dict[str, tuple[float, float]] = {
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.01, 100),
     "top_p": (1e-6, 1),
-    "frequency_penalty": (-0.99, 100),  # 1 + it is the penalty of transformers
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 

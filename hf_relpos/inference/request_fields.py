@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .token_penalties import PENALTIES
+
 
 SAMPLING = {"model", "stream", "temperature", "top_p", "seed", "generation_config"}
 # for whoever runs the server, or about how an answer is made, not what it says
@@ -43,14 +45,13 @@ REQUESTS = {
     "completion_handler": RequestFields(
         "completion",
         "prompt",
-        frozenset(SAMPLING | {"prompt", "max_tokens", "frequency_penalty", "logit_bias", "stop"}),
+        frozenset(SAMPLING | {*PENALTIES, "prompt", "max_tokens", "logit_bias", "stop"}),
         frozenset(HARMLESS),
         {
             "best_of": (1,),
             "echo": (False,),
             "logprobs": (False,),
             "n": (1,),
-            "presence_penalty": (0,),
             "suffix": ("",),
         },
     ),
@@ -59,7 +60,7 @@ REQUESTS = {
         "messages",
         frozenset(
             SAMPLING
-            | {"messages", "max_tokens", "max_completion_tokens", "frequency_penalty", "logit_bias", "stop"}
+            | {*PENALTIES, "messages", "max_tokens", "max_completion_tokens", "logit_bias", "stop"}
             | {"chat_template_kwargs"}
         ),
         frozenset(HARMLESS | {"prediction"}),
@@ -71,7 +72,6 @@ REQUESTS = {
             "modalities": (["text"],),
             "moderation": (),
             "n": (1,),
-            "presence_penalty": (0,),
             "reasoning_effort": ("none",),
             "response_format": ({"type": "text"},),
             "top_logprobs": (0,),

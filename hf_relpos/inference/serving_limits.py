@@ -17,11 +17,12 @@ from .request_checks import MAX_BODY, MAX_PROMPT_TOKENS, TOKEN_FIELDS, check_bod
 from .request_errors import UnknownModelError, error_content
 from .request_fields import RequestFields, served_fields, shown
 from .stop_texts import StoppedQueue, cut_at_stop
+from .token_penalties import PENALTIES, with_penalties
 
 
 NO_TEMPLATE = "this model has no chat template: ask /v1/completions"
 # fields of a request that set what --continuous-batching has once for all of them
-NOT_SHARED = ("frequency_penalty", "logit_bias", "generation_config")
+NOT_SHARED = (*PENALTIES, "logit_bias", "generation_config")
 CAP_FLAGS = ("--max_new_tokens", "--max-new-tokens")
 
 
@@ -59,11 +60,12 @@ class ServedModel:
 
 class Client:
     """Whether the client of a request is still there, for the threads that work for it, whether it named a number of
-    tokens, its seed, and the texts before which its own ends."""
+    tokens, its seed, the texts before which its own ends, and its penalties of tokens."""
 
     def __init__(self) -> None:
         self.named_tokens, self.seed = True, None
         self.stops: Sequence[str] = ()
+        self.penalties: dict[str, float] = {}
         self.gone, self._callbacks = threading.Event(), []
 
     def when_gone(self, callback: Callable[[], Any]) -> None:
@@ -172,6 +174,7 @@ def limit_handler(handler: Any, served: ServedModel, fields: RequestFields | Non
                     f"model, got {shown(body[name])}."
                 )
         seed = body.pop("seed", None)  # is set where its text is generated: here it would spoil that of another request
+        client.penalties = {name: body.pop(name) for name in PENALTIES if name in body}
         bias = check_logit_bias(body.pop("logit_bias", {}), served.vocab_size)
         config = build(body, *args, **kwargs)
         config.sequence_bias = bias or config.sequence_bias
@@ -267,8 +270,8 @@ def _follow(manager: Any) -> None:
 
     def generate_streaming(model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, *args)
-        queue, streamer = stream(model, processor, inputs, *args, **kwargs)
         client = CLIENT.get()
+        queue, streamer = stream(model, processor, with_penalties(inputs, client.penalties), *args, **kwargs)
         client.when_gone(streamer.cancel)
 
         def stop() -> None:
@@ -298,7 +301,8 @@ def _follow(manager: Any) -> None:
                     raise
                 return "", len(inputs["input_ids"]), []
         criteria = StoppingCriteriaList([ClientHasGone(client)])
-        return await generate(model, processor, {**inputs, "stopping_criteria": criteria}, *args, **kwargs)
+        inputs = with_penalties({**inputs, "stopping_criteria": criteria}, client.penalties)
+        return await generate(model, processor, inputs, *args, **kwargs)
 
     manager.generate_streaming, manager.generate_non_streaming = generate_streaming, generate_non_streaming
     manager.follows_clients = True

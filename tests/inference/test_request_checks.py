@@ -8,6 +8,7 @@ import pytest
 
 from hf_relpos.inference.request_checks import MAX_BODY, MAX_CHARACTERS, check_body, check_first
 from hf_relpos.inference.serving_limits import CLIENT, Client, FollowClient, _fit, _skip_gone, pin_model
+from hf_relpos.inference.token_penalties import PENALTIES
 
 
 def options(**fields):
@@ -43,7 +44,11 @@ BAD = [
         for value in (-1, 1e-320, NAN, INFINITY, "hot", True, [1])
     ),
     *(({"top_p": value}, "`top_p` must be a number") for value in (2, 0, -1, NAN, "x")),
-    *(({"frequency_penalty": value}, "`frequency_penalty` must be") for value in (-1, -2, NAN, 1e9, "x", {})),
+    *(
+        ({name: value}, f"`{name}` must be a number of -2 to 2, got")
+        for name in PENALTIES
+        for value in (-2.1, 3, NAN, "x", {}, True)
+    ),
     *(({"seed": value}, "`seed` must be a whole number") for value in (1.5, True, -1, 2**63, "1")),
     *(({"max_tokens": value}, "`max_tokens` must be a number of 1 to 160") for value in (0, 161, True, 2.5, "5", [1])),
     *(

@@ -27,7 +27,6 @@ REFUSED = [
     ("completion_handler", "logprobs", [0, 5, True, "x"], "null or false"),  # 0 is that of the token itself
     ("completion_handler", "echo", [True, 0, 1], "null or false"),
     ("completion_handler", "suffix", ["end"], 'null or ""'),
-    ("completion_handler", "presence_penalty", [1, 0.5, "0", False], "null or 0"),
     ("chat_handler", "logprobs", [True, 1], "null or false"),
     ("chat_handler", "top_logprobs", [3], "null or 0"),
     ("chat_handler", "tools", [[{"type": "function"}], "x"], "null or []"),
@@ -57,7 +56,7 @@ def test_what_is_not_served_is_refused_by_name(name, field, values, allowed):
 
 def test_what_asks_for_nothing_passes_and_what_is_not_known_does_not():
     asked = {"prompt": "a", "temperature": 0, "stop": "b", "logit_bias": {"5": 1}}
-    idle = {"logprobs": False, "echo": False, "n": 1, "best_of": 1, "presence_penalty": 0.0, "suffix": "", "user": "me"}
+    idle = {"logprobs": False, "echo": False, "n": 1, "best_of": 1, "suffix": "", "user": "me"}
     idle |= {"stream_options": {"include_usage": True}, "metadata": {"a": "b"}}
     assert served_fields(REQUESTS["completion_handler"], asked | idle) == asked
     chat = {"messages": [], "response_format": {"type": "text"}, "tool_choice": "auto", "modalities": ["text"]}

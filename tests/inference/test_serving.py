@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, make_model, make_tokenizer, save_with_tokenizer
 from transformers import LlamaConfig
 
@@ -177,6 +178,35 @@ def test_a_bias_bans_tokens_in_both_kinds_of_request(served):
         client.completions.create(prompt=PROMPT, **request | {"logit_bias": {"99999": 1}})
 
 
+def penalized_text(model, tokenizer, prompt, frequency, presence) -> str:
+    """What follows, token by token: each the likeliest after what its earlier ones cost it."""
+    row = tokenizer(prompt)["input_ids"]
+    new = []
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            scores = model(torch.tensor([row + new])).logits[0, -1].tolist()
+        for token in set(new):
+            scores[token] -= frequency * new.count(token) + presence
+        new.append(max(range(len(scores)), key=scores.__getitem__))
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("penalties", [(1.5, 0), (0, -2), (0.5, 0.5)], ids=str)
+def test_penalties_of_tokens_are_openais(served, penalties):
+    client, name, model = served
+    tokenizer = make_tokenizer(TEMPLATE)
+    given = dict(zip(("frequency_penalty", "presence_penalty"), penalties))
+    request = {"model": name, "temperature": 0, "max_tokens": NEW_TOKENS, "prompt": PROMPT, **given}
+    expected = penalized_text(model, tokenizer, PROMPT, *penalties)
+    assert client.completions.create(**request).choices[0].text == expected != expected_texts(model)[1]
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    assert "".join(pieces) == expected
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    chat = {"model": name, "messages": MESSAGES, "temperature": 0, "max_tokens": NEW_TOKENS, **given}
+    answer = client.chat.completions.create(**chat).choices[0].message.content
+    assert answer == penalized_text(model, tokenizer, prompt, *penalties)
+
+
 def test_all_errors_are_in_openais_form(served):
     client, name, _ = served
     completion = {"model": name, "prompt": PROMPT, "max_tokens": 1}
@@ -312,7 +342,7 @@ def test_continuous_batching(tmp_path):
         assert "".join(pieces) == expected_texts(model)[1]
         with pytest.raises(openai.BadRequestError, match="must be 0, .* with --continuous-batching"):
             client.completions.create(**request | {"temperature": 0.7})
-        for name, value in (("frequency_penalty", 1.0), ("logit_bias", {"5": 1})):
+        for name, value in (("frequency_penalty", 1.0), ("presence_penalty", -1), ("logit_bias", {"5": 1})):
             with pytest.raises(openai.BadRequestError, match=f"`{name}` is not served with --continuous-batching"):
                 client.completions.create(**request, **{name: value})
         text = expected_texts(model)[1]
