@@ -202,10 +202,10 @@ def test_the_results_take_little_room():
 def test_the_results_page_holds_no_other_figure():
     """Each line of a table, and each sentence of an answer, stands in a report or is made from the result files."""
     reports = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in EXPERIMENTS)
-    for path in sorted((ROOT / "docs" / "results").glob("*/*/results.jsonl")):
-        groups = group_results(read_results(path), ("recipe.learning_rate",))
-        answered = [f"- {line}" for answer in answers(groups) for line in sentences(answer)]
-        reports += "\n".join([markdown(perplexity_rows(groups)), *answered])
+    for path in sorted((ROOT / "docs" / "results").rglob(RESULTS)):
+        if path.parent not in EXPERIMENTS and path.parent.name not in ("finetune", "books_learning_rates"):
+            reports += comparison_lines(read_results(path))
+    reports += comparison_lines(all_schemes())
     reports += "\n".join(finetuning_lines(read_results(ROOT / "docs" / "results" / "finetune" / RESULTS)))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     begins = ("| ", "- Best at ", "- Worse, ", "- Not resolved ", "- From ")
@@ -221,6 +221,22 @@ def test_the_results_page_holds_no_other_figure():
         shown |= {(label, rate): cell for rate, cell in zip(rates, cells) if cell != "–"}
     assert len(shown) == len(results) > 30 and len(said) > len(rows) + 20
     assert shown == {key: f"{perplexity:.2f}" for key, perplexity in found.items()}
+
+
+def all_schemes():
+    """The results of every scheme on books, with the three seeds that all of them have."""
+    nine, others = (read_results(ROOT / "docs" / "results" / name / RESULTS) for name in ("books", "books_others"))
+    return [result for result in nine if result["seed"] in {each["seed"] for each in others}] + others
+
+
+def comparison_lines(results):
+    """The tables and the answers of a report on them."""
+    groups = group_results(results, ("recipe.learning_rate", "recipe.per_device_train_batch_size"))
+    tables = [score_rows(groups) if groups[0].score_name else perplexity_rows(groups)]
+    if len({group.train_length for group in groups}) > 1:
+        tables.append(context_rows(groups, groups[0].label))
+    answered = [f"- {line}" for answer in answers(groups) for line in sentences(answer)]
+    return "\n".join(["", *map(markdown, tables), *answered])
 
 
 def finetuning_lines(results):
