@@ -1,5 +1,6 @@
 """The checks of a scheme: each finds what it is for, and all schemes of the family pass."""
 
+import functools
 import sys
 
 import pytest
@@ -326,8 +327,17 @@ def test_what_a_class_holds_in_vain_is_noted():
         def used(self):
             return 1.0
 
+        @staticmethod
+        @functools.cache
+        def used_again(number):
+            return 1.0
+
+        @property
+        def factor(self):
+            return self.used() * self.used_again(0)
+
         def distance_bias(self, distance):
-            return -self.slope[:1, None].float().expand(self.num_table_heads, 1) * distance.float() * self.used()
+            return -self.slope[:1, None].float().expand(self.num_table_heads, 1) * distance.float() * self.factor
 
     register_position_embedding("own")(Own)
     report = check_position_embedding("own", only=["gradients"])
