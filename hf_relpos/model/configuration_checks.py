@@ -70,6 +70,26 @@ def own_fields(cls: type[PreTrainedConfig]) -> list[str]:
     return [name for base in own for name in inspect.get_annotations(base)]
 
 
+def constructor_fields(cls: type[PreTrainedConfig]) -> list[str]:
+    """The fields that the constructor must see where they replace saved ones. A model that is cut short keeps the
+    schemes of its layers, and `initializer` says of a file which version wrote it: these two are set afterwards."""
+    return [name for name in (*own_fields(cls), "layer_types") if name not in ("num_hidden_layers", "initializer")]
+
+
+def drop_options_of_others(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Drops from saved fields the options that the scheme does not take which is given in the place of theirs."""
+    scheme = given.get("pos_embedding_type")
+    if scheme is None or scheme == saved.get("pos_embedding_type"):
+        return
+    classes = position_embedding_classes(scheme)
+    allowed = {option for cls in classes.values() for option in cls.defaults}
+    options, gates = saved.get("pos_embedding_kwargs") or {}, saved.get("position_gates") or ()
+    saved["pos_embedding_kwargs"] = {name: value for name, value in options.items() if name in allowed}
+    saved["position_gates"] = [name for name in gates if name in classes] or None
+    if not any(cls.uses_rope_parameters for cls in classes.values()):
+        saved.pop("rope_parameters", None)
+
+
 def is_near_miss(cls: type[PreTrainedConfig], name: str) -> bool:
     """Whether `refuse_near_miss` refuses it."""
     try:

@@ -13,6 +13,8 @@ from .configuration_checks import (
     check_keywords,
     check_ranges,
     check_sizes,
+    constructor_fields,
+    drop_options_of_others,
     is_near_miss,
     join_rope_keywords,
     refuse_near_miss,
@@ -201,8 +203,8 @@ class RelPosConfig(KnownToAdapters, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; keywords are checked as those of the constructor, and those of the rotation join what is
-        saved.
+        """As in transformers; keywords are checked and followed as those of the constructor, those of the rotation join
+        what is saved, and of another scheme than the saved one the saved options that it does not take are dropped.
 
         Args:
             config_dict: fields, as config.json holds them.
@@ -214,6 +216,10 @@ class RelPosConfig(KnownToAdapters, PreTrainedConfig):
         for name in kwargs:
             refuse_near_miss(cls, name, words=False)  # options of loading are among them
         config_dict = dict(config_dict)
+        # set on what is made, as transformers does, a field would be neither checked nor followed
+        given = {name: kwargs.pop(name) for name in constructor_fields(cls) if name in kwargs}
+        drop_options_of_others(config_dict, given)
+        config_dict |= given
         saved = config_dict.get("rope_parameters") or {}
         given = {name: kwargs.pop(name) for name in ("rope_parameters", *ROPE_KEYWORDS) if name in kwargs}
         if given:

@@ -127,7 +127,8 @@ class LayerGroup:
 def layer_groups(config: Any) -> list[LayerGroup]:
     """The group of each layer; its schemes are a part of `pos_embedding_type`, whose parts repeat over the layers."""
     parts = [tuple(part.split("+")) for part in config.pos_embedding_type.split("/")]
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    # all slide where there is a window, as the constructor chooses: it may be set later
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     windows = [None if layer_type == "full_attention" else config.sliding_window for layer_type in layer_types]
     return [LayerGroup(parts[index % len(parts)], window) for index, window in enumerate(windows)]
 
@@ -291,8 +292,11 @@ def build_position_embeddings(config: Any, layer_idx: int | None = None) -> Posi
     for name, cls in named.items():
         if cls.shared_across_layers == (layer_idx is None):
             given = config.pos_embedding_kwargs or {}
-            options = {option: given.get(option, value) for option, value in cls.defaults.items()}
-            schemes[name] = cls(config, **options)
+            own = {option: given[option] for option in cls.defaults if option in given}
+            # once more: the scheme may have been set after the configuration was made
+            if (kept := cls.configure(config, own)) != own:
+                config.pos_embedding_kwargs = {**given, **kept}
+            schemes[name] = cls(config, **{**cls.defaults, **kept})
             _check_parts(schemes[name])
             if name in (config.position_gates or ()):
                 schemes[name].start_gate = StartGate(1 if "embed" in cls.hooks else config.num_attention_heads)

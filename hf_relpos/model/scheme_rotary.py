@@ -78,7 +78,8 @@ class RotaryEmbedding(PositionEmbedding):
 
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-        parameters = {"rope_type": "default", **RotaryEmbedding.defaults, **options, **(config.rope_parameters or {})}
+        saved = getattr(config, "rope_parameters", None) or {}
+        parameters = {"rope_type": "default", **RotaryEmbedding.defaults, **options, **saved}
         clash = [name for name in options if parameters[name] != options[name]]
         if clash:
             raise ValueError(f"`pos_embedding_kwargs` and `rope_parameters` disagree about {clash}.")
@@ -237,6 +238,12 @@ class XPosEmbedding(RotaryEmbedding):
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
         super().configure(config, {name: value for name, value in options.items() if name != "scale_base"})
+        share = config.rope_parameters["partial_rotary_factor"]
+        if config.rope_parameters["rope_type"] == "proportional" and share != 1:
+            raise ValueError(
+                "`partial_rotary_factor` must be 1 for rope_type 'proportional' with 'xpos', which has no decay for "
+                f"channels that stand still among those that turn, got {share}."
+            )
         return {name: value for name, value in options.items() if name == "scale_base"}
 
     def __init__(self, config: Any, scale_base: int = 512, **options: Any) -> None:
