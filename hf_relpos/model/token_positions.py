@@ -97,6 +97,8 @@ def locate_tokens(
     if training and config.position_sampling is not None and cache is None:
         span, is_counted, cacheable = config.max_position_embeddings, False, False
         position_ids = sample_positions(config.position_sampling, position_ids, mask, documents, batch_size, span)
+    if training and config.position_start_augmentation and cache is None:
+        cacheable = False  # later tokens would stand elsewhere
     return TokenPositions(position_ids, attention_mask, documents, cache, past_length, cacheable, is_counted, span)
 
 
