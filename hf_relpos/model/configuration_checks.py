@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .position_augmentation import SAMPLINGS
 from .scheme_base import POSITION_EMBEDDINGS, StartGate
 from .scheme_registry import position_embedding_classes
+from .scheme_rotary import RotaryEmbedding
 
 
 logger = logging.get_logger(__name__)
@@ -130,6 +131,18 @@ def join_rope_keywords(pos_embedding_type: str, rope_parameters: dict | None, gi
             if earlier is not value and earlier != value:  # NaN differs from itself, and is refused below
                 raise ValueError(f"`{other}` and `{field}` disagree about {name!r}: {earlier!r} and {value!r}.")
     return {name: value for name, (_, value) in joined.items()} if joined or rope_parameters is not None else None
+
+
+def replaced_rotation(saved: dict[str, Any] | None, given: dict[str, Any]) -> Any:
+    """→ `rope_parameters` where keywords of the rotation replace what is saved. The weights are for its base and its
+    share of the channels: another rotation has them too, unless it says so itself."""
+    rotation = given.get("rope_parameters")
+    if not isinstance(rotation, (dict, type(None))):
+        return rotation  # which is refused
+    is_other = rotation is not None or given.get("rope_scaling") is not None
+    kept = RotaryEmbedding.defaults if is_other else saved or {}
+    rest = {name: value for name, value in (saved or {}).items() if name in kept and given.get(name) is None}
+    return {**rest, **(rotation or {})} or None
 
 
 def check_sizes(config: Any) -> None:

@@ -18,6 +18,7 @@ from .configuration_checks import (
     is_near_miss,
     join_rope_keywords,
     refuse_near_miss,
+    replaced_rotation,
     warn_of_unknown,
 )
 from .scheme_registry import layer_groups, position_embedding_classes
@@ -220,14 +221,9 @@ class RelPosConfig(KnownToAdapters, PreTrainedConfig):
         given = {name: kwargs.pop(name) for name in constructor_fields(cls) if name in kwargs}
         drop_options_of_others(config_dict, given)
         config_dict |= given
-        saved = config_dict.get("rope_parameters") or {}
         given = {name: kwargs.pop(name) for name in ("rope_parameters", *ROPE_KEYWORDS) if name in kwargs}
         if given:
-            config_dict |= given
-            if "rope_parameters" not in given:
-                kept = ("rope_theta", "partial_rotary_factor") if given.get("rope_scaling") else tuple(saved)
-                rest = {name: value for name, value in saved.items() if name in kept and given.get(name) is None}
-                config_dict["rope_parameters"] = rest or None
+            config_dict |= given | {"rope_parameters": replaced_rotation(config_dict.get("rope_parameters"), given)}
         # a file may hold what other tools put there: it is kept and warned of, not refused
         others = {name: config_dict.pop(name) for name in [*config_dict] if is_near_miss(cls, name)}
         made = super().from_dict(config_dict, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..file_reading import reading
+from ..model.configuration_checks import ROPE_KEYWORDS, replaced_rotation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.saved_code import AUTO_MAP, saved_code
@@ -61,9 +62,11 @@ def import_model(
     Raises:
         ValueError: for a field that cannot be represented, or weights that do not fit the configuration.
     """
-    source = None if isinstance(model, PreTrainedModel) else find_source(model, revision)
     if isinstance(model, PreTrainedModel):
-        return _import_loaded(model, source, base_model, license, attn_implementation, fields)
+        return _import_loaded(model, base_model, license, attn_implementation, fields)
+    if not isinstance(model, (str, Path)):
+        raise ValueError(f"`model` must be a PreTrainedModel or the name of one, got {type(model).__name__}.")
+    source = find_source(model, revision)
     theirs, weights = _open(source)
     conversion, config = _convert(theirs, weights.shapes, weights.dtypes, weights, source.name)
     config = _described(config, theirs, source, base_model, license, fields)
@@ -135,7 +138,6 @@ def _open(source: Source) -> tuple[PreTrainedConfig, SafetensorsWeights | GgufWe
 
 def _import_loaded(
     model: PreTrainedModel,
-    source: Source | None,
     base_model: str | None,
     license: str | None,
     attn_implementation: str | None,
@@ -146,7 +148,7 @@ def _import_loaded(
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     conversion, config = _convert(theirs, shapes, dtypes, weights, type(model).__name__)
-    source = source or Source("", Path(), base_model=_repository(model), revision=getattr(theirs, "_commit_hash", None))
+    source = Source("", Path(), base_model=_repository(model), revision=getattr(theirs, "_commit_hash", None))
     config = _described(config, theirs, source, base_model, license, fields)
     attn_implementation = attn_implementation or theirs._attn_implementation
     made = _build(config, conversion, lambda name: conversion.weight(name, weights), attn_implementation)
@@ -189,6 +191,8 @@ def _described(
                 f"`{name}` must be None: a model is imported in the dtype of its weights, to the CPU, and moved by "
                 f"`.to()`, got {others[name]!r}."
             )
+    if rotation := {name: others[name] for name in ("rope_parameters", *ROPE_KEYWORDS) if name in others}:
+        others = {**others, "rope_parameters": replaced_rotation(fields.get("rope_parameters"), rotation)}
     imported_from = {
         "base_model": base_model or source.base_model,
         "revision": source.revision,

@@ -64,6 +64,9 @@ def test_the_rotation_may_be_given_as_llama_takes_it(scheme, tmp_path):
         ({"rope_theta": 7000.0}, {"rope_theta": 7000.0}),
         ({"partial_rotary_factor": 1.0}, {"partial_rotary_factor": 1.0}),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_parameters": None}, {}),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7000.0}, {"rope_theta": 7000.0}),
     ):
         again, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **given)
         assert again.rope_parameters == theta.rope_parameters | change and not unused

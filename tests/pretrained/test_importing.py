@@ -309,6 +309,19 @@ def test_weights_of_several_dtypes_become_one_as_in_transformers(llama, tmp_path
     assert torch.equal(model(tokens).logits, theirs(tokens).logits)
 
 
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_another_rotation_keeps_the_base_that_the_weights_are_for(name, llama):
+    edit(llama, "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7000.0})
+    found = hf_relpos.import_model(llama, **{name: {"rope_type": "linear", "factor": 2.0}}).config.rope_parameters
+    expected = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7000.0, "partial_rotary_factor": 1.0}
+    assert found == expected
+
+
+def test_what_is_no_model_of_transformers_is_named_by_its_type():
+    with pytest.raises(ValueError, match="`model` must be a PreTrainedModel or the name of one, got Sequential"):
+        hf_relpos.import_model(torch.nn.Sequential(make_original("llama")))
+
+
 def test_fields_may_be_given_but_not_another_scheme(llama):
     assert hf_relpos.import_model(llama, position_sampling="pose").config.position_sampling == "pose"
     with pytest.raises(ValueError, match="`pos_embedding_type` of the imported model is 'rotary', got 'alibi'"):
