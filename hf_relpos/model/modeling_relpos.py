@@ -258,7 +258,8 @@ class RelPosModel(RelPosPreTrainedModel):
         """→ what the layers of each group are given: how they attend, the bias that they share, their rotations."""
         kept = kept_steps(self, groups, tokens, inputs_embeds)
         kept_rotation = None if kept is None else partial(kept.rotation, tokens)
-        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation)
+        lengths = tokens.lengths if self.config.requires_unpacked else None
+        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation, lengths)
         plans, given = plan_layers(self, groups, tokens, inputs_embeds, kept), {}
         for group, plan in plans.items():
             rotates = Rotates([rotations[name] for name in group.schemes if name in rotations])
