@@ -79,14 +79,18 @@ def check_position_embedding(pos_embedding_type: str, only: Sequence[str] = (), 
 
     Args:
         pos_embedding_type: its name, or several as a configuration takes them.
-        only: names of `CHECKS`; all by default.
+        only: names of `CHECKS`, or one; all by default.
         **fields: of `RelPosConfig`, such as `pos_embedding_kwargs`.
 
     Returns: the report; print it, or read `passed`.
 
     Raises:
-        ValueError: for a scheme that is not registered, or fields that the configuration refuses.
+        ValueError: for a scheme that is not registered, a check that there is not, or fields that the configuration
+            refuses.
     """
+    only = [only] if isinstance(only, str) else [*only]
+    if unknown := [name for name in only if name not in CHECKS]:
+        raise ValueError(f"`only` must name some of {list(CHECKS)}, got {unknown[0]!r}.")
     classes = position_embedding_classes(pos_embedding_type)
     subject, findings = Subject(pos_embedding_type, fields), []
     RelPosConfig(**subject.fields)

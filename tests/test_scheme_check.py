@@ -349,6 +349,12 @@ def test_what_a_class_holds_in_vain_is_noted():
     assert not check_position_embedding("linear_cpb+kerple_log", only=["start"]).notes
 
 
+def test_a_check_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="`only` must name some of .*'left padding'.*, got 'padding'"):
+        check_position_embedding("alibi", only=["start", "padding"])
+    assert [finding.check for finding in check_position_embedding("alibi", only="start").findings] == ["start"]
+
+
 def test_packing_is_compared():
     class Row(Bias):
         """By the distance from the first token of the row, not of the document."""
