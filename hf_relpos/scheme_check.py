@@ -79,14 +79,18 @@ def check_position_embedding(pos_embedding_type: str, only: Sequence[str] = (), 
 
     Args:
         pos_embedding_type: its name, or several as a configuration takes them.
-        only: names of `CHECKS`; all by default.
+        only: names of `CHECKS`, or one; all by default.
         **fields: of `RelPosConfig`, such as `pos_embedding_kwargs`.
 
     Returns: the report; print it, or read `passed`.
 
     Raises:
-        ValueError: for a scheme that is not registered, or fields that the configuration refuses.
+        ValueError: for a scheme that is not registered, a check that there is not, or fields that the configuration
+            refuses.
     """
+    only = [only] if isinstance(only, str) else [*only]
+    if unknown := [name for name in only if name not in CHECKS]:
+        raise ValueError(f"`only` must name some of {list(CHECKS)}, got {unknown[0]!r}.")
     classes = position_embedding_classes(pos_embedding_type)
     subject, findings = Subject(pos_embedding_type, fields), []
     RelPosConfig(**subject.fields)
@@ -117,8 +121,8 @@ def _find(name: str, subject: "Subject", hooks: tuple[str, ...]) -> Finding:
 def _unheard(cls: type[PositionEmbedding]) -> Iterator[str]:
     """What the author of a class may think is used: public methods that nothing calls, options that cannot be given."""
     parts = cls.__mro__[: cls.__mro__.index(PositionEmbedding)]
-    functions = [value for part in parts for value in vars(part).values() if isinstance(value, FUNCTIONS)]
-    called = {word for value in functions for word in _names_in(_code(value))}
+    codes = [code for part in parts for value in vars(part).values() for code in _codes(value)]
+    called = {word for code in codes for word in _names_in(code)}
     for name, value in vars(cls).items():
         is_new = isinstance(value, FUNCTIONS) and not any(hasattr(part, name) for part in cls.__mro__[1:])
         if is_new and name not in called and not name.startswith("_"):
@@ -129,8 +133,13 @@ def _unheard(cls: type[PositionEmbedding]) -> Iterator[str]:
             yield f"`{option.name}` of `__init__` cannot be given as an option: it needs an entry in `defaults`."
 
 
-def _code(value: Any) -> CodeType:
-    return getattr(value, "__func__", value).__code__
+def _codes(value: Any) -> Iterator[CodeType]:
+    """Of what a class has by a name: that of its function, within decorators, or of the functions of a property."""
+    parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
+    for part in parts:
+        code = getattr(inspect.unwrap(getattr(part, "__func__", part)), "__code__", None)
+        if code is not None:
+            yield code
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

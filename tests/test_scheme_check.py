@@ -1,5 +1,6 @@
 """The checks of a scheme: each finds what it is for, and all schemes of the family pass."""
 
+import functools
 import sys
 
 import pytest
@@ -326,8 +327,17 @@ def test_what_a_class_holds_in_vain_is_noted():
         def used(self):
             return 1.0
 
+        @staticmethod
+        @functools.cache
+        def used_again(number):
+            return 1.0
+
+        @property
+        def factor(self):
+            return self.used() * self.used_again(0)
+
         def distance_bias(self, distance):
-            return -self.slope[:1, None].float().expand(self.num_table_heads, 1) * distance.float() * self.used()
+            return -self.slope[:1, None].float().expand(self.num_table_heads, 1) * distance.float() * self.factor
 
     register_position_embedding("own")(Own)
     report = check_position_embedding("own", only=["gradients"])
@@ -337,6 +347,12 @@ def test_what_a_class_holds_in_vain_is_noted():
         "`base` of `__init__` cannot be given as an option: it needs an entry in `defaults`.",
     ]
     assert not check_position_embedding("linear_cpb+kerple_log", only=["start"]).notes
+
+
+def test_a_check_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="`only` must name some of .*'left padding'.*, got 'padding'"):
+        check_position_embedding("alibi", only=["start", "padding"])
+    assert [finding.check for finding in check_position_embedding("alibi", only="start").findings] == ["start"]
 
 
 def test_packing_is_compared():

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .position_augmentation import SAMPLINGS
 from .scheme_base import POSITION_EMBEDDINGS, StartGate
 from .scheme_registry import position_embedding_classes
+from .scheme_rotary import RotaryEmbedding
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +71,26 @@ def own_fields(cls: type[PreTrainedConfig]) -> list[str]:
     return [name for base in own for name in inspect.get_annotations(base)]
 
 
+def constructor_fields(cls: type[PreTrainedConfig]) -> list[str]:
+    """The fields that the constructor must see where they replace saved ones. A model that is cut short keeps the
+    schemes of its layers, and `initializer` says of a file which version wrote it: these two are set afterwards."""
+    return [name for name in (*own_fields(cls), "layer_types") if name not in ("num_hidden_layers", "initializer")]
+
+
+def drop_options_of_others(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Drops from saved fields the options that the scheme does not take which is given in the place of theirs."""
+    scheme = given.get("pos_embedding_type")
+    if scheme is None or scheme == saved.get("pos_embedding_type"):
+        return
+    classes = position_embedding_classes(scheme)
+    allowed = {option for cls in classes.values() for option in cls.defaults}
+    options, gates = saved.get("pos_embedding_kwargs") or {}, saved.get("position_gates") or ()
+    saved["pos_embedding_kwargs"] = {name: value for name, value in options.items() if name in allowed}
+    saved["position_gates"] = [name for name in gates if name in classes] or None
+    if not any(cls.uses_rope_parameters for cls in classes.values()):
+        saved.pop("rope_parameters", None)
+
+
 def is_near_miss(cls: type[PreTrainedConfig], name: str) -> bool:
     """Whether `refuse_near_miss` refuses it."""
     try:
@@ -110,6 +131,18 @@ def join_rope_keywords(pos_embedding_type: str, rope_parameters: dict | None, gi
             if earlier is not value and earlier != value:  # NaN differs from itself, and is refused below
                 raise ValueError(f"`{other}` and `{field}` disagree about {name!r}: {earlier!r} and {value!r}.")
     return {name: value for name, (_, value) in joined.items()} if joined or rope_parameters is not None else None
+
+
+def replaced_rotation(saved: dict[str, Any] | None, given: dict[str, Any]) -> Any:
+    """→ `rope_parameters` where keywords of the rotation replace what is saved. The weights are for its base and its
+    share of the channels: another rotation has them too, unless it says so itself."""
+    rotation = given.get("rope_parameters")
+    if not isinstance(rotation, (dict, type(None))):
+        return rotation  # which is refused
+    is_other = rotation is not None or given.get("rope_scaling") is not None
+    kept = RotaryEmbedding.defaults if is_other else saved or {}
+    rest = {name: value for name, value in (saved or {}).items() if name in kept and given.get(name) is None}
+    return {**rest, **(rotation or {})} or None
 
 
 def check_sizes(config: Any) -> None:

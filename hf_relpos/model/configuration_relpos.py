@@ -13,9 +13,12 @@ from .configuration_checks import (
     check_keywords,
     check_ranges,
     check_sizes,
+    constructor_fields,
+    drop_options_of_others,
     is_near_miss,
     join_rope_keywords,
     refuse_near_miss,
+    replaced_rotation,
     warn_of_unknown,
 )
 from .scheme_registry import layer_groups, position_embedding_classes
@@ -201,8 +204,8 @@ class RelPosConfig(KnownToAdapters, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; keywords are checked as those of the constructor, and those of the rotation join what is
-        saved.
+        """As in transformers; keywords are checked and followed as those of the constructor, those of the rotation join
+        what is saved, and of another scheme than the saved one the saved options that it does not take are dropped.
 
         Args:
             config_dict: fields, as config.json holds them.
@@ -214,14 +217,13 @@ class RelPosConfig(KnownToAdapters, PreTrainedConfig):
         for name in kwargs:
             refuse_near_miss(cls, name, words=False)  # options of loading are among them
         config_dict = dict(config_dict)
-        saved = config_dict.get("rope_parameters") or {}
+        # set on what is made, as transformers does, a field would be neither checked nor followed
+        given = {name: kwargs.pop(name) for name in constructor_fields(cls) if name in kwargs}
+        drop_options_of_others(config_dict, given)
+        config_dict |= given
         given = {name: kwargs.pop(name) for name in ("rope_parameters", *ROPE_KEYWORDS) if name in kwargs}
         if given:
-            config_dict |= given
-            if "rope_parameters" not in given:
-                kept = ("rope_theta", "partial_rotary_factor") if given.get("rope_scaling") else tuple(saved)
-                rest = {name: value for name, value in saved.items() if name in kept and given.get(name) is None}
-                config_dict["rope_parameters"] = rest or None
+            config_dict |= given | {"rope_parameters": replaced_rotation(config_dict.get("rope_parameters"), given)}
         # a file may hold what other tools put there: it is kept and warned of, not refused
         others = {name: config_dict.pop(name) for name in [*config_dict] if is_near_miss(cls, name)}
         made = super().from_dict(config_dict, **kwargs)

@@ -126,7 +126,9 @@ class RelPosPreTrainedModel(SelfContainedModel, PreTrainedModel):
         Raises:
             ValueError: if the requested `pos_embedding_type` is not that of the checkpoint, or for pickled weights.
         """
-        if not kwargs.setdefault("use_safetensors", True):
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if not kwargs["use_safetensors"]:
             raise ValueError("`use_safetensors` must be True, got False: pickled weights run code when they are read.")
         config = kwargs.get("config")
         wanted = getattr(config, "pos_embedding_type", kwargs.get("pos_embedding_type"))
@@ -211,7 +213,7 @@ class RelPosModel(RelPosPreTrainedModel):
             cache: keys and values of the tokens before these, or an empty cache.
                 With a position bias, positions must then increase by one from token to token.
             use_cache: whether to return a cache. A packed row cannot be continued: it returns none, nor do positions
-                that `position_sampling` drew.
+                that were drawn at random.
 
         Raises:
             ValueError: if both or neither of `input_ids` and `inputs_embeds` are given, if packed rows come with a
@@ -256,7 +258,8 @@ class RelPosModel(RelPosPreTrainedModel):
         """→ what the layers of each group are given: how they attend, the bias that they share, their rotations."""
         kept = kept_steps(self, groups, tokens, inputs_embeds)
         kept_rotation = None if kept is None else partial(kept.rotation, tokens)
-        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation)
+        lengths = tokens.lengths if self.config.requires_unpacked else None
+        rotations = self.position_embeddings.rotations(position_ids, inputs_embeds.dtype, kept_rotation, lengths)
         plans, given = plan_layers(self, groups, tokens, inputs_embeds, kept), {}
         for group, plan in plans.items():
             rotates = Rotates([rotations[name] for name in group.schemes if name in rotations])

@@ -257,7 +257,9 @@ class SelfContainedModel:
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing to do: `save_pretrained` writes the code and the names of all Auto classes."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """As in transformers; the folder also gets the code of the family, so that it loads without the package."""
         folder, adapter_only = Path(save_directory), getattr(self, "_hf_peft_config_loaded", False)
         if is_main_process and not adapter_only and not folder.is_file():
@@ -270,7 +272,7 @@ class SelfContainedModel:
             self._warn_of_foreign_schemes(folder)
         self.config._auto_class = None  # else the configuration would write its code again, without such files
         try:
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         finally:
             del self.config._auto_class
 

@@ -127,7 +127,8 @@ class LayerGroup:
 def layer_groups(config: Any) -> list[LayerGroup]:
     """The group of each layer; its schemes are a part of `pos_embedding_type`, whose parts repeat over the layers."""
     parts = [tuple(part.split("+")) for part in config.pos_embedding_type.split("/")]
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    # all slide where there is a window, as the constructor chooses: it may be set later
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     windows = [None if layer_type == "full_attention" else config.sliding_window for layer_type in layer_types]
     return [LayerGroup(parts[index % len(parts)], window) for index, window in enumerate(windows)]
 
@@ -179,6 +180,7 @@ class PositionEmbeddings(nn.ModuleDict):
         positions: torch.Tensor,
         dtype: torch.dtype,
         kept_rotation: Callable[[PositionEmbedding, torch.dtype], Any] | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> dict[str, Rotation]:
         """→ name of a scheme → its `rotate` and what that needs, for the schemes that transform q and k.
 
@@ -186,11 +188,14 @@ class PositionEmbeddings(nn.ModuleDict):
             positions: (B or 1, Q).
             dtype: of queries and keys.
             kept_rotation: scheme, dtype → what it needs, where that is at hand, else `None`.
+            lengths: (B or 1, Q), of the documents of packed rows that the tokens are of, or `None`.
         """
         rotations = {}
         for name, scheme in self._with("rotation").items():
             needed = kept_rotation(scheme, dtype) if kept_rotation is not None else None
-            needed = scheme("rotation", positions, dtype) if needed is None else needed
+            if needed is None:
+                of_documents = () if lengths is None or not getattr(scheme, "follows_length", False) else (lengths,)
+                needed = scheme("rotation", positions, dtype, *of_documents)
             if needed is not None:
                 rotations[name] = _rotate(scheme), needed
         return rotations
@@ -291,8 +296,12 @@ def build_position_embeddings(config: Any, layer_idx: int | None = None) -> Posi
     for name, cls in named.items():
         if cls.shared_across_layers == (layer_idx is None):
             given = config.pos_embedding_kwargs or {}
-            options = {option: given.get(option, value) for option, value in cls.defaults.items()}
-            schemes[name] = cls(config, **options)
+            options = {option: given[option] for option in cls.defaults if option in given}
+            # the scheme may have been set after the configuration was made; a rotation that is there stays as it is
+            if not (cls.uses_rope_parameters and getattr(config, "rope_parameters", None)):
+                options = cls.configure(config, options)
+                config.pos_embedding_kwargs = {**given, **options}
+            schemes[name] = cls(config, **{**cls.defaults, **options})
             _check_parts(schemes[name])
             if name in (config.position_gates or ()):
                 schemes[name].start_gate = StartGate(1 if "embed" in cls.hooks else config.num_attention_heads)

@@ -63,7 +63,7 @@ class RotaryEmbedding(PositionEmbedding):
     1.0. `pos_embedding_kwargs` takes them too and moves them there. `rope_type` is one of `ROPE_TYPES`: the scalings of
     transformers, with its own functions for θ, so that a checkpoint means the same here and there.
 
-    Differs (dynamic, longrope): the angles follow the length of the sequence, each row its own, so keys that were
+    Differs (dynamic, longrope): the angles follow the length of the sequence, each document its own, so keys that were
     cached at a shorter length are wrong at a longer one. transformers uses them all the same; here it is an error.
 
     Parameters: none. Past the training length: defined for every position; unseen angles, perplexity rises steeply.
@@ -78,7 +78,8 @@ class RotaryEmbedding(PositionEmbedding):
 
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-        parameters = {"rope_type": "default", **RotaryEmbedding.defaults, **options, **(config.rope_parameters or {})}
+        saved = getattr(config, "rope_parameters", None) or {}
+        parameters = {"rope_type": "default", **RotaryEmbedding.defaults, **options, **saved}
         clash = [name for name in options if parameters[name] != options[name]]
         if clash:
             raise ValueError(f"`pos_embedding_kwargs` and `rope_parameters` disagree about {clash}.")
@@ -113,11 +114,12 @@ class RotaryEmbedding(PositionEmbedding):
                     inv_freq, _ = compute(config, "cpu", seq_len=self._original_length() + 1)
                     self.long_frequencies = tuple(inv_freq.tolist())
 
-    def inv_freq(self, positions: torch.Tensor) -> torch.Tensor:
-        """(B or 1, Q) positions → θ, fp32: (R/2,), or (B or 1, 1, 1, R/2) where it follows the length of the row."""
+    def inv_freq(self, positions: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """(B or 1, Q) positions, and for packed rows (B or 1, Q) lengths of the tokens' documents → θ, fp32: (R/2,), or
+        (B or 1, 1, 1 or Q, R/2) where it follows the length of the row or the document."""
         device = positions.device
         if self.rope_type in LENGTH_DEPENDENT_ROPE_TYPES:
-            length = self._length(positions)
+            length = self._length(positions) if lengths is None else lengths[:, None, :, None]
         if self.frequencies is not None:
             theta = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
             if self.long_frequencies is not None:
@@ -136,6 +138,12 @@ class RotaryEmbedding(PositionEmbedding):
         """Whether `rotation` says of a position what it says of it among others, without parameters: cached steps read
         it from a table then. A subclass may have another `rotation`."""
         return type(self) is RotaryEmbedding and self.rope_type not in LENGTH_DEPENDENT_ROPE_TYPES
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether `rotation` takes the lengths of documents, on which its angles depend. A subclass of the user's may
+        have another `rotation`."""
+        return type(self).__module__ == __name__ and self.rope_type in LENGTH_DEPENDENT_ROPE_TYPES
 
     def _original_length(self) -> int:
         """The length from which on the angles change, where transformers has it."""
@@ -158,9 +166,11 @@ class RotaryEmbedding(PositionEmbedding):
             )
         return length[:, None, None, None]
 
-    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(
+        self, positions: torch.Tensor, dtype: torch.dtype, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """→ cos and sin, each (B or 1, 1, Q, R), computed in fp32."""
-        angle = positions[:, None, :, None].float() * self.inv_freq(positions)
+        angle = positions[:, None, :, None].float() * self.inv_freq(positions, lengths)
         angle = torch.cat((angle, angle), dim=-1)
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
         return cos.to(dtype), sin.to(dtype)
@@ -237,19 +247,27 @@ class XPosEmbedding(RotaryEmbedding):
     @classmethod
     def configure(cls, config: Any, options: dict[str, Any]) -> dict[str, Any]:
         super().configure(config, {name: value for name, value in options.items() if name != "scale_base"})
+        share = config.rope_parameters["partial_rotary_factor"]
+        if config.rope_parameters["rope_type"] == "proportional" and share != 1:
+            raise ValueError(
+                "`partial_rotary_factor` must be 1 for rope_type 'proportional' with 'xpos', which has no decay for "
+                f"channels that stand still among those that turn, got {share}."
+            )
         return {name: value for name, value in options.items() if name == "scale_base"}
 
     def __init__(self, config: Any, scale_base: int = 512, **options: Any) -> None:
         super().__init__(config)
         self.scale_base = scale_base
 
-    def rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def rotation(
+        self, positions: torch.Tensor, dtype: torch.dtype, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """→ cos and sin times the factor of the query, then those of the key, each (B or 1, 1, Q, R)."""
         centre = self._centre(positions, dtype)
         index = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=torch.float32)
         zeta = (index + 0.4 * self.rotary_dim) / (1.4 * self.rotary_dim)
         factor = torch.cat((zeta, zeta)) ** ((positions - centre)[:, None, :, None].float() / self.scale_base)
-        cos, sin = super().rotation(positions, torch.float32)
+        cos, sin = super().rotation(positions, torch.float32, lengths)
         return tuple(x.to(dtype) for x in (cos * factor, sin * factor, cos / factor, sin / factor))
 
     @staticmethod

@@ -54,6 +54,15 @@ class TokenPositions:
         mask = self.attention_mask
         return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
+    @property
+    def lengths(self) -> torch.Tensor | None:
+        """(B or 1, Q): the length of the document of each token, by its last position; `None` in rows of one."""
+        if self.documents is None:
+            return None
+        positions, documents = torch.broadcast_tensors(self.position_ids, self.documents)
+        highest = torch.zeros_like(positions).scatter_reduce(1, documents, positions, "amax")
+        return highest.gather(1, documents) + 1
+
     def mask_of(self, layer_type: str) -> torch.Tensor | None:
         """The mask for layers of a type."""
         return self.attention_mask.get(layer_type) if isinstance(self.attention_mask, dict) else self.attention_mask
@@ -97,6 +106,8 @@ def locate_tokens(
     if training and config.position_sampling is not None and cache is None:
         span, is_counted, cacheable = config.max_position_embeddings, False, False
         position_ids = sample_positions(config.position_sampling, position_ids, mask, documents, batch_size, span)
+    if training and config.position_start_augmentation and cache is None:
+        cacheable = False  # later tokens would stand elsewhere
     return TokenPositions(position_ids, attention_mask, documents, cache, past_length, cacheable, is_counted, span)
 
 

@@ -40,9 +40,16 @@ def export_model(model: RelPosForCausalLM) -> LlamaForCausalLM:
         the model, in evaluation mode.
 
     Raises:
-        ValueError: naming the field that a Llama does not have.
+        ValueError: naming the field that a Llama does not have, or a weight, as adapters bring them.
     """
     config, weights = llama_config(model.config), model.state_dict()
+    with torch.device("meta"):
+        expected = LlamaForCausalLM._from_config(config).state_dict().keys()
+    if others := sorted(weights.keys() ^ expected):
+        raise ValueError(
+            f"`model` must have the weights of a RelPosForCausalLM and no other, adapters merged: {others[0]!r} is "
+            f"{'too many' if others[0] in weights else 'missing'}."
+        )
     names = [name for name in weights if name != HEAD or not config.tie_word_embeddings]
     made = LlamaForCausalLM.from_pretrained(
         None,

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..file_reading import reading
+from ..model.configuration_checks import ROPE_KEYWORDS, replaced_rotation
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import RelPosForCausalLM
 from ..model.saved_code import AUTO_MAP, saved_code
-from .conversion import HEAD, Conversion, plan_conversion
+from .conversion import EMBEDDINGS, HEAD, Conversion, plan_conversion
 from .families import check_fields, family_of, represented_fields
 from .folders import (
     GENERATION_CONFIG,
@@ -42,7 +43,8 @@ def import_model(
     attn_implementation: str | None = None,
     **fields: Any,
 ) -> RelPosForCausalLM:
-    """A pretrained model of another family as one of this, in its dtype.
+    """A pretrained model of another family as one of this, in the dtype of its weights; in that of its configuration
+    where they have several.
 
     Args:
         model: loaded, with which the new one shares its memory where it can; or its folder, repository or GGUF file,
@@ -60,16 +62,20 @@ def import_model(
     Raises:
         ValueError: for a field that cannot be represented, or weights that do not fit the configuration.
     """
-    source = None if isinstance(model, PreTrainedModel) else find_source(model, revision)
     if isinstance(model, PreTrainedModel):
-        return _import_loaded(model, source, base_model, license, attn_implementation, fields)
+        return _import_loaded(model, base_model, license, attn_implementation, fields)
+    if not isinstance(model, (str, Path)):
+        raise ValueError(f"`model` must be a PreTrainedModel or the name of one, got {type(model).__name__}.")
+    source = find_source(model, revision)
     theirs, weights = _open(source)
     conversion, config = _convert(theirs, weights.shapes, weights.dtypes, weights, source.name)
     config = _described(config, theirs, source, base_model, license, fields)
     if source.gguf_file:
         return _build(config, conversion, lambda name: conversion.weight(name, weights), attn_implementation)
+    dtypes = {weight.dtype for weight in conversion.targets.values()}
+    dtype = None if len(dtypes) == 1 else theirs.dtype or conversion.targets[EMBEDDINGS].dtype  # as transformers loads
     # copies: what a file maps into memory is that of the file
-    made = _build(config, conversion, lambda name: _owned(conversion.weight(name, weights)), attn_implementation)
+    made = _build(config, conversion, lambda name: _owned(conversion.weight(name, weights), dtype), attn_implementation)
     if (source.folder / GENERATION_CONFIG).is_file():
         made.generation_config = GenerationConfig.from_pretrained(source.folder)
     return made
@@ -132,7 +138,6 @@ def _open(source: Source) -> tuple[PreTrainedConfig, SafetensorsWeights | GgufWe
 
 def _import_loaded(
     model: PreTrainedModel,
-    source: Source | None,
     base_model: str | None,
     license: str | None,
     attn_implementation: str | None,
@@ -143,7 +148,7 @@ def _import_loaded(
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     conversion, config = _convert(theirs, shapes, dtypes, weights, type(model).__name__)
-    source = source or Source("", Path(), base_model=_repository(model), revision=getattr(theirs, "_commit_hash", None))
+    source = Source("", Path(), base_model=_repository(model), revision=getattr(theirs, "_commit_hash", None))
     config = _described(config, theirs, source, base_model, license, fields)
     attn_implementation = attn_implementation or theirs._attn_implementation
     made = _build(config, conversion, lambda name: conversion.weight(name, weights), attn_implementation)
@@ -177,11 +182,17 @@ def _described(
 ) -> RelPosConfig:
     """The configuration, with where the model comes from."""
     fields, changes = made
-    wanted = others.get("pos_embedding_type", fields["pos_embedding_type"])
-    if wanted != fields["pos_embedding_type"]:
-        raise ValueError(
-            f"`pos_embedding_type` of the imported model is {fields['pos_embedding_type']!r}, got {wanted!r}."
-        )
+    for name in ("pos_embedding_type", "tie_word_embeddings"):  # the weights are for these values alone
+        if (wanted := others.get(name, fields[name])) != fields[name]:
+            raise ValueError(f"`{name}` of the imported model is {fields[name]!r}, got {wanted!r}.")
+    for name in ("dtype", "torch_dtype", "device_map"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must be None: a model is imported in the dtype of its weights, to the CPU, and moved by "
+                f"`.to()`, got {others[name]!r}."
+            )
+    if rotation := {name: others[name] for name in ("rope_parameters", *ROPE_KEYWORDS) if name in others}:
+        others = {**others, "rope_parameters": replaced_rotation(fields.get("rope_parameters"), rotation)}
     imported_from = {
         "base_model": base_model or source.base_model,
         "revision": source.revision,
@@ -204,15 +215,15 @@ def _build(
     conversion.check(model.state_dict())
     weights = {name: read(name) for name in conversion.targets}
     if config.tie_word_embeddings:
-        weights[HEAD] = weights["model.embed_tokens.weight"]
+        weights[HEAD] = weights[EMBEDDINGS]
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     config.dtype = model.dtype
     return model.eval()
 
 
-def _owned(weight: torch.Tensor) -> torch.Tensor:
-    return weight.clone(memory_format=torch.contiguous_format)
+def _owned(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return weight.to(dtype or weight.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _repository(model: PreTrainedModel) -> str | None:

@@ -3,11 +3,13 @@
 import copy
 
 import pytest
-from conftest import SCHEMES, make_config
+import torch
+from conftest import SCHEMES, make_config, make_tokens
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_relpos import MODEL_SIZES, RelPosConfig, RelPosForCausalLM
 from hf_relpos.model import configuration_checks
+from hf_relpos.model.scheme_registry import layer_groups
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,9 @@ def test_the_rotation_may_be_given_as_llama_takes_it(scheme, tmp_path):
         ({"rope_theta": 7000.0}, {"rope_theta": 7000.0}),
         ({"partial_rotary_factor": 1.0}, {"partial_rotary_factor": 1.0}),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_parameters": None}, {}),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7000.0}, {"rope_theta": 7000.0}),
     ):
         again, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **given)
         assert again.rope_parameters == theta.rope_parameters | change and not unused
@@ -242,6 +247,10 @@ BAD = {
         ),
         "`rope_parameters` and `rope_scaling` disagree about 'rope_type': 'dynamic' and 'linear'",
     ),
+    "decay of channels that stand still": (
+        dict(pos_embedding_type="xpos", rope_parameters={"rope_type": "proportional", "partial_rotary_factor": 0.5}),
+        "`partial_rotary_factor` must be 1 for rope_type 'proportional' with 'xpos'.*, got 0.5",
+    ),
     "theta of text": (dict(pos_embedding_type="rotary", rope_theta="x"), "'rope_theta' must be a positive number"),
 }
 
@@ -263,3 +272,71 @@ def test_refuses_a_checkpoint_of_another_scheme(auto, tmp_path):
     with pytest.raises(ValueError, match="`pos_embedding_type` of the checkpoint .* is 'linear_cpb', got 'alibi'"):
         auto.from_pretrained(tmp_path, pos_embedding_type="alibi")
     assert auto.from_pretrained(tmp_path, pos_embedding_type="linear_cpb").config.pos_embedding_type == "linear_cpb"
+
+
+# saved scheme, keywords of loading → fields of the saved one that are followed on
+FOLLOWED = {
+    "window": ("alibi", dict(sliding_window=8), {}),
+    "windows by layer": ("alibi", dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"]), {}),
+    "options": ("log_cpb", dict(pos_embedding_kwargs={"mlp_width": 8}), {}),
+    "rotation of another scheme": ("fire", dict(pos_embedding_type="rotary"), {}),
+    "scheme with an option of its own": ("log_cpb", dict(pos_embedding_type="fire", train_length=64), {}),
+    "scheme without options": ("rotary", dict(pos_embedding_type="alibi"), {}),
+    "scheme with the same rotation": ("rotary", dict(pos_embedding_type="rotary+fox"), {"rope_theta": 700.0}),
+}
+
+
+@pytest.mark.parametrize("scheme, given, kept", FOLLOWED.values(), ids=FOLLOWED)
+def test_keywords_of_loading_are_followed(scheme, given, kept, tmp_path):
+    make_config(scheme, **({"rope_theta": 700.0} if scheme == "rotary" else {})).save_pretrained(tmp_path)
+    expected = make_config(**{"pos_embedding_type": scheme, **kept, **given})
+    expected.save_pretrained(tmp_path / "expected")
+    again, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **given)
+    assert again.to_dict() | {"_name_or_path": ""} == expected.to_dict() and not unused
+    assert layer_groups(again) == layer_groups(expected)
+
+
+UNCHECKED = {
+    "option": (dict(pos_embedding_kwargs={"width": 3}), r"\['mlp_width'\], got 'width'"),
+    "dropout": (dict(hidden_dropout=1.0), r"`hidden_dropout` must lie in \[0, 1\), got 1.0"),
+    "sampling": (dict(position_sampling="rand"), "`position_sampling` must be None or one of"),
+    "layers": (dict(layer_types=["sliding_attention"] * 2), "`sliding_window` must be given if, and only if"),
+    "base": (dict(pos_embedding_type="rotary", pos_embedding_kwargs={"rope_theta": -1.0}), "must be a positive number"),
+    "rotation": (dict(pos_embedding_type="alibi", rope_theta=5.0), "`rope_theta` is for pos_embedding_type"),
+}
+
+
+@pytest.mark.parametrize("given, message", UNCHECKED.values(), ids=UNCHECKED)
+def test_keywords_of_loading_are_checked(given, message, tmp_path):
+    make_config("linear_cpb").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RelPosConfig.from_pretrained(tmp_path, **given)
+
+
+LATER = {
+    "rotation": dict(pos_embedding_type="rotary"),
+    "option from another field": dict(pos_embedding_type="fire", train_length=4),
+    "window": dict(sliding_window=4),
+}
+
+
+@pytest.mark.parametrize("given", LATER.values(), ids=LATER)
+def test_fields_that_are_set_later_are_followed(given):
+    config, expected = make_config("alibi"), make_config(**{"pos_embedding_type": "alibi", **given})
+    for name, value in given.items():
+        setattr(config, name, value)
+    models = []
+    for each in (config, expected):
+        torch.manual_seed(0)
+        models.append(RelPosForCausalLM(each).eval())
+    tokens = make_tokens(1, 12)
+    assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+    assert config.pos_embedding_kwargs == expected.pos_embedding_kwargs
+
+
+def test_a_model_may_be_cut_short(tmp_path):
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    whole = make_config("rotary/rotary/none", num_hidden_layers=3, sliding_window=6, layer_types=types)
+    RelPosForCausalLM(whole).save_pretrained(tmp_path)
+    model = RelPosForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert [layer.self_attn.group for layer in model.model.layers] == layer_groups(whole)[:2]

@@ -433,6 +433,13 @@ def test_position_start_augmentation_of_packed_documents():
     )
 
 
+def test_position_start_augmentation_returns_no_cache():
+    """Later tokens would stand at other positions than those that were drawn."""
+    model = make_model("learned", position_start_augmentation=True)
+    assert model.train()(make_tokens(1, 9)).past_key_values is None
+    assert model.eval()(make_tokens(1, 9)).past_key_values.get_seq_length() == 9
+
+
 def test_position_start_augmentation_refuses_long_sequences():
     model = make_model("none", position_start_augmentation=True, max_position_embeddings=8).train()
     with pytest.raises(ValueError, match="at most `max_position_embeddings`=8 tokens, got 9"):

@@ -426,6 +426,28 @@ def test_angles_that_follow_the_length(rope_type):
         assert torch.equal(cached, model.generate(long, max_new_tokens=5, do_sample=False, use_cache=False))
 
 
+@pytest.mark.parametrize("scheme", ["rotary", "xpos"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_angles_that_follow_the_length_of_a_document(rope_type, scheme):
+    """In packed rows too, with padding in them and without."""
+    rope = {"rope_type": rope_type, **ROPE[rope_type]}
+    model = make_model(scheme, rope_parameters=rope, max_position_embeddings=50)
+    tokens, lengths = make_tokens(2, 100), (20, 70, 10)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    alone = torch.cat([model(piece).logits for piece in tokens.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(model(tokens, position_ids=positions).logits, alone, rtol=1e-4, atol=5e-5)
+    mask = torch.ones_like(tokens)
+    mask[1, 60:65] = 0
+    row = torch.cat(
+        (torch.arange(20), (mask[1, 20:90].cumsum(-1) - 1).masked_fill(mask[1, 20:90] == 0, 1), positions[0, 90:])
+    )
+    packed = model(tokens, position_ids=torch.stack((positions[0], row)), attention_mask=mask).logits
+    torch.testing.assert_close(packed[0], alone[0], rtol=1e-4, atol=5e-5)
+    real = mask[1, 20:90].bool()
+    expected = model(tokens[1:, 20:90][:, real]).logits[0]
+    torch.testing.assert_close(packed[1, 20:90][real], expected, rtol=1e-4, atol=5e-5)
+
+
 def test_none_is_llama_without_the_rotation():
     model = make_model("none", num_key_value_heads=3)
     twin, tokens = llama_twin(model), make_tokens(2, 40)

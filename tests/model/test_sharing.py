@@ -156,3 +156,9 @@ def test_label_smoothing_shifts_for_code_from_a_folder_too(tmp_path):
     )
     printed = run_without_the_package(code, tmp_path / "model", cwd=tmp_path, modules=tmp_path / "cache")
     assert printed.split() == ["True"]
+
+
+def test_arguments_of_saving_may_come_in_their_order(tmp_path):
+    model = make_model("none")
+    model.save_pretrained(tmp_path, True, {name: 2 * weight for name, weight in model.state_dict().items()})
+    assert torch.equal(RelPosForCausalLM.from_pretrained(tmp_path).lm_head.weight, 2 * model.lm_head.weight)

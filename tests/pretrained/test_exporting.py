@@ -111,6 +111,18 @@ def test_what_a_llama_has_not_is_refused(scheme, fields, message):
         hf_relpos.export_model(make_model(scheme, **fields))
 
 
+def test_adapters_must_be_merged():
+    """A Llama that finds none of its weights is made anew, at random."""
+    peft = pytest.importorskip("peft")
+    model, tokens = make_model("rotary", **LLAMA), make_tokens(2, 9)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False))
+    for each in (adapted, model, adapted.base_model.model.model):
+        with pytest.raises(ValueError, match="`model` must have the weights of a RelPosForCausalLM .* is too many"):
+            hf_relpos.export_model(each)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(hf_relpos.export_model(merged)(tokens).logits, merged(tokens).logits)
+
+
 def test_nothing_is_written_after_a_refusal(tmp_path, run_script, capsys):
     make_model("alibi").save_pretrained(tmp_path / "alibi")
     make_original("llama").save_pretrained(tmp_path / "llama")

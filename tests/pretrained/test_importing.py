@@ -284,6 +284,44 @@ def test_foreign_models_are_told_from_those_of_the_family(llama, tmp_path):
         import_pretrained(tmp_path / "out", tmp_path / "again")
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_head_stays_what_it_is(is_tied):
+    original = make_original("llama, biases, tied" if is_tied else "llama")
+    with pytest.raises(
+        ValueError, match=f"`tie_word_embeddings` of the imported model is {is_tied}, got {not is_tied}"
+    ):
+        hf_relpos.import_model(original, tie_word_embeddings=not is_tied)
+
+
+@pytest.mark.parametrize("given", [{"dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}, {"device_map": "auto"}])
+def test_keywords_of_loading_that_an_import_does_not_follow_are_refused(given, llama):
+    with pytest.raises(ValueError, match=f"`{[*given][0]}` must be None: a model is imported in the dtype"):
+        hf_relpos.import_model(llama, **given)
+
+
+def test_weights_of_several_dtypes_become_one_as_in_transformers(llama, tmp_path):
+    original = make_original("llama", torch.bfloat16)
+    original.model.norm.float()
+    original.save_pretrained(llama)
+    (tokens, _), theirs = padded_tokens(), AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager")
+    model = hf_relpos.import_model(llama, attn_implementation="eager")
+    assert {weight.dtype for weight in model.parameters()} == {theirs.dtype} == {torch.bfloat16}
+    assert torch.equal(model(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_another_rotation_keeps_the_base_that_the_weights_are_for(name, llama):
+    edit(llama, "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7000.0})
+    found = hf_relpos.import_model(llama, **{name: {"rope_type": "linear", "factor": 2.0}}).config.rope_parameters
+    expected = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7000.0, "partial_rotary_factor": 1.0}
+    assert found == expected
+
+
+def test_what_is_no_model_of_transformers_is_named_by_its_type():
+    with pytest.raises(ValueError, match="`model` must be a PreTrainedModel or the name of one, got Sequential"):
+        hf_relpos.import_model(torch.nn.Sequential(make_original("llama")))
+
+
 def test_fields_may_be_given_but_not_another_scheme(llama):
     assert hf_relpos.import_model(llama, position_sampling="pose").config.position_sampling == "pose"
     with pytest.raises(ValueError, match="`pos_embedding_type` of the imported model is 'rotary', got 'alibi'"):
