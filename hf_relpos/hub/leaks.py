@@ -68,8 +68,7 @@ def check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
 def _place_pattern(place: str) -> str:
     """→ what finds a folder in a text, alone or with what lies in it, and not as a part of an address or a longer
     name."""
-    path = re.escape(place)
-    return rf"{path}[/\"]|(?:file:/*|(?<![\w.~/#<-])){path}(?![\w-])"
+    return rf"(?:file:/*|(?<![\w.~/#<-])){re.escape(place)}(?![\w-])"
 
 
 def _text(name: str, content: Path | bytes) -> str:

@@ -226,6 +226,7 @@ def test_the_folder_itself_is_not_told(text, tmp_path):
         check_texts({"README.md": text.format(folder).encode()}, folder)
     for other in (f"{folder}2", f"https://example.org{folder}", f"{folder}-chat"):
         check_texts({"README.md": other.encode()}, folder)
+    check_texts({"README.md": b'from_pretrained("alice/model")'}, Path("/model"))  # as in a container
 
 
 def test_a_card_that_is_no_text_is_named(saved, tmp_path):
