@@ -44,6 +44,7 @@ COMMANDS = {
     "export": ("hf_relpos.pretrained.commands:export_main", "write a model with rotary positions as a Llama"),
 }
 IMPORT_FILE = "import_file"
+IMPORT_FLAGS = ("--import_file", "--import-file")
 DEBUG = "HF_RELPOS_DEBUG"
 OPTIONAL = ("peft", "torchao", "sklearn", "pandas")
 MAX_LINE = 1500  # characters of an error: a value may be of any length
@@ -313,7 +314,7 @@ def _pop_import_files(argv: list[str]) -> list[str]:
     found, kept, takes = [], [], False
     for word in argv:
         flag, equals, path = word.partition("=")
-        if flag == f"--{IMPORT_FILE}":
+        if flag in IMPORT_FLAGS:
             found += [path] if equals else []
             takes = not equals
         elif takes and word.endswith(".py"):
@@ -321,7 +322,7 @@ def _pop_import_files(argv: list[str]) -> list[str]:
         else:
             takes = False
             kept.append(word)
-    if not all(found) or (f"--{IMPORT_FILE}" in argv and not found):
+    if not all(found) or ({*IMPORT_FLAGS} & {*argv} and not found):
         raise ValueError(f"--{IMPORT_FILE} takes Python files, NAME.py.")
     argv[:] = kept
     return found
@@ -342,6 +343,8 @@ def _read_config(path: str, known: set[str]) -> dict[str, Any]:
     values = read_yaml(path, "--config")
     if not isinstance(values, dict):
         raise ValueError(f"--config {path!r} must hold a dictionary of flags.")
+    if "config" in values:
+        raise ValueError(f"--config {path!r} holds `config`: a file of flags names no further one.")
     for name in values:
         if name not in known:
             hint = flag_hint(str(name), sorted(known))

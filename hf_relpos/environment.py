@@ -195,6 +195,11 @@ def replace_marked(path: Path, begin: str, end: str, text: str) -> None:
     write_text(path, f"{before}{found}{text}\n{closed}{after}")
 
 
+def place_name(place: str | Path) -> str:
+    """→ the last part of a path, of the folder that it leads to for "." and "..": a record tells no more of a place."""
+    return Path(os.path.abspath(os.path.expanduser(place))).name
+
+
 def check_at_least_1(name: str, value: float | None) -> None:
     """Raises `ValueError` for a value below 1; `None` is left to its default."""
     if value is not None and value < 1:

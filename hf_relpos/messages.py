@@ -61,6 +61,7 @@ def this_command(without: Sequence[str], *more: str) -> list[str]:
             skips = False
             continue
         flag, equals, _ = word.partition("=")
+        flag = f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag  # one may write --dry-run
         skips = flag in without and not equals
         if flag not in without:
             kept.append(word)

@@ -16,7 +16,7 @@ from typing import Any
 from .data.arguments import BUILT_IN, READING_DEFAULTS, SOURCE_FLAGS
 from .data.cache import digest, say
 from .data.files import content_hash
-from .environment import write_json, write_text
+from .environment import place_name, write_json, write_text
 from .file_reading import read_json
 from .results.training_record import non_default_fields, read_record
 from .tasks.arguments import DataArguments
@@ -67,7 +67,7 @@ class UsedCorpus:
         """From a `Corpus` and the filled flags that it was loaded with."""
         places = {flag: os.path.abspath(os.path.expanduser(getattr(args, flag))) for flag in corpus.files}
         flags = {name: value for name in RECORDED_FLAGS if (value := getattr(args, name)) is not None}
-        flags |= {flag: Path(place).name for flag, place in places.items()}
+        flags |= {flag: place_name(place) for flag, place in places.items()}
         record = {"name": corpus.name, "fingerprint": corpus.fingerprint, "splits": corpus.split_fingerprints}
         hashes = {flag: digest(list(files.items())) for flag, files in corpus.files.items()}
         hashes |= {flag: next(iter(files.values())) for flag, files in corpus.files.items() if len(files) == 1}

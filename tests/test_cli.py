@@ -140,6 +140,7 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
         (["schemes", "--config=c.yaml"], "hf-relpos schemes: error: --config 'c.yaml' does not exist"),
         (["schemes", "--import_file"], "hf-relpos schemes: error: --import_file takes Python files, NAME.py."),
         (["schemes", "--import_file", "no.py"], "`import_file` 'no.py' does not exist"),
+        (["schemes", "--import-file", "no.py"], "`import_file` 'no.py' does not exist"),
         (["serve"], "hf-relpos: error: usage: hf-relpos serve DIR"),
         (["serve", "nothing", "--import_file", "no.py"], "hf-relpos: error: `import_file` 'no.py' does not exist"),
     ],
@@ -147,6 +148,12 @@ def test_schemes_are_listed_with_kind_and_title(monkeypatch, capsys):
 def test_an_error_is_one_line(words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert message in error(monkeypatch, capsys, *words)
+
+
+def test_a_file_of_flags_names_no_further_one(monkeypatch, capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("config: other.yaml")
+    words = ["schemes", "--config", str(tmp_path / "c.yaml")]
+    assert "c.yaml' holds `config`: a file of flags names no further one" in error(monkeypatch, capsys, *words)
 
 
 def test_a_flag_of_a_configuration_is_suggested_too(monkeypatch, capsys, tmp_path):

@@ -145,6 +145,8 @@ def test_this_command_with_other_flags(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-relpos push", "a b", "me/x", "--dry_run", "true", "--private", "true"])
     sys.argv += ["--output_dir", "hub"]
     assert this_command(["--dry_run", "--output_dir"]) == ["hf-relpos", "push", "a b", "me/x", "--private", "true"]
+    monkeypatch.setattr(sys, "argv", ["hf-relpos push", "a", "me/x", "--dry-run", "--output-dir=hub", "--private"])
+    assert this_command(["--dry_run", "--output_dir"]) == ["hf-relpos", "push", "a", "me/x", "--private"]
     again = ["--resume_from_checkpoint", "last"]
     for given in (["--resume_from_checkpoint=last"], ["--resume_from_checkpoint", "out/checkpoint-3"], []):
         monkeypatch.setattr(sys, "argv", ["hf-relpos train", *given, "--output_dir", "out"])

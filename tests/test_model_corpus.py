@@ -16,6 +16,7 @@ from hf_relpos.hub.repository import repository_files
 from hf_relpos.model_corpus import LOCAL_RECORD, TEXT_FLAGS, ModelCorpus, UsedCorpus, opening
 from hf_relpos.results.training_record import given_flags
 from hf_relpos.tasks.arguments import DataArguments
+from hf_relpos.training.model_arguments import ModelArguments
 
 
 LENGTHS = ["--eval_lengths", 16, 32]
@@ -397,6 +398,13 @@ def test_flags_are_recorded_without_the_folders_of_this_machine():
     """Also of files that are gone by then, and of those of a user's home."""
     args = DataArguments(train_file="/gone/mine.txt", validation_file="~/gone/valid.txt")
     assert given_flags(args) == {"train_file": "mine.txt", "validation_file": "valid.txt"}
+
+
+def test_text_that_is_called_as_a_folder_is_no_place(tmp_path, monkeypatch):
+    (tmp_path / "rotary" / "none").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert given_flags(DataArguments(document_separator="/")) == {"document_separator": "/"}
+    assert given_flags(ModelArguments(pos_embedding_type="rotary/none")) == {"pos_embedding_type": "rotary/none"}
 
 
 def test_a_stream_that_cannot_be_told_is_said(capsys):

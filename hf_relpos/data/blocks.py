@@ -31,6 +31,29 @@ def pack(batch: dict[str, list[list[int]]], block_size: int, cross_document: boo
     return {"input_ids": tokens, "position_ids": column - np.maximum.accumulate(starts, axis=1)}
 
 
+class Packer:
+    """`pack` for `map`, batch after batch of one split: what fills no block is carried into the next batch.
+
+    Args:
+        block_size, cross_document: as `pack` takes them.
+    """
+
+    def __init__(self, block_size: int, cross_document: bool) -> None:
+        self.block_size, self.cross_document = block_size, cross_document
+        self.rest: list[np.ndarray] = []
+
+    def __call__(self, batch: dict[str, list[list[int]]], indices: list[int]) -> dict[str, np.ndarray]:
+        rest = self.rest if indices[0] else []  # a stream is read from its start again in each pass
+        documents = [*rest, *(np.asarray(ids, dtype=np.int32) for ids in batch["input_ids"])]
+        left, self.rest = sum(map(len, documents)) % self.block_size, []
+        for document in reversed(documents):
+            if left <= 0:
+                break
+            self.rest.insert(0, document[-left:].copy())
+            left -= len(document)
+        return pack({"input_ids": documents}, self.block_size, self.cross_document)
+
+
 def make_blocks(
     tokenized: Dataset | IterableDataset, block_size: int, cross_document: bool, split: str
 ) -> Dataset | IterableDataset:
@@ -41,10 +64,10 @@ def make_blocks(
     """
     if block_size < 2:
         raise ValueError(f"`block_size` must be at least 2, got {block_size}.")
-    options = {"fn_kwargs": {"block_size": block_size, "cross_document": cross_document}, "batched": True}
-    options |= {"batch_size": 1000, "remove_columns": ["input_ids"]}
+    packer = Packer(block_size, cross_document)
+    options = {"batched": True, "batch_size": 1000, "with_indices": True, "remove_columns": ["input_ids"]}
     if isinstance(tokenized, IterableDataset):
-        blocks = tokenized.map(pack, **options)
+        blocks = tokenized.map(packer, **options)
         if next(iter(blocks), None) is None:
             raise ValueError(f"`block_size` {block_size} is more than the {split} split holds, or it is empty.")
         return blocks
@@ -53,12 +76,12 @@ def make_blocks(
     options["desc"] = f"Packing blocks of {block_size}"
 
     def make(folder: Path) -> None:
-        arrays.map(pack, cache_file_name=str(folder / "blocks.arrow"), **options)
+        arrays.map(packer, cache_file_name=str(folder / "blocks.arrow"), **options)
 
     if tokenized.cache_files:
         blocks, _ = cached_rows("blocks", [tokenized._fingerprint, block_size, cross_document], make)
     else:
-        blocks = arrays.map(pack, **options)
+        blocks = arrays.map(packer, **options)
     if not len(blocks):
         num_tokens = sum(len(ids) for ids in tokenized.with_format("numpy")["input_ids"])
         raise ValueError(f"`block_size` {block_size} is more than the {split} split holds: {num_tokens} tokens.")

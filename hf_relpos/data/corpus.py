@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from ..environment import place_name
 from .arguments import BUILT_IN, FILE_FLAGS, TextArguments
 from .cache import digest, say
 from .documents import Tally, read_documents
@@ -167,10 +168,11 @@ def _load_files(args: TextArguments) -> Corpus:
 def _name_of(paths: dict[str, Path]) -> str:
     """Files that are named for their splits are called as their folder, others by their own names."""
     folders = {Path(os.path.abspath(path)).parent for path in paths.values()}
-    named = all(path.name.partition(".")[0] == split for split, path in paths.items())
+    names = {split: place_name(path) for split, path in paths.items()}
+    named = all(name.partition(".")[0] == split for split, name in names.items())
     if named and len(folders) == 1 and (name := folders.pop().name):
         return name
-    return "+".join(dict.fromkeys(path.name for path in paths.values()))
+    return "+".join(dict.fromkeys(names.values()))
 
 
 def _read_lists(name: str, lists: dict[str, FileList], args: TextArguments) -> Corpus:
@@ -237,7 +239,7 @@ def _split_validation(corpus: Corpus, percentage: int) -> None:
         raise ValueError("`validation_file` (or a validation split) is needed when streaming.")
     if len(train) < 2:
         raise ValueError("`validation_file` is needed: the training corpus is a single document.")
-    size = max(1, round(len(train) * percentage / 100))
+    size = min(max(1, round(len(train) * percentage / 100)), len(train) - 1)
     order = np.random.default_rng(0).permutation(
         len(train)
     )  # the split of `train_test_split`, whose cache is unchecked
@@ -272,7 +274,7 @@ def _whole_documents(numbers: np.ndarray, size: int) -> tuple[np.ndarray, int]:
     names, counts = np.unique(numbers, return_counts=True)
     held_out, found = [], 0
     for index in np.random.default_rng(0).permutation(len(names)):
-        if found < size and counts[index] <= len(numbers) / 2:
+        if found < size and counts[index] <= len(numbers) / 2 and found + counts[index] < len(numbers):
             held_out.append(names[index])
             found += counts[index]
     inside = np.isin(numbers, held_out)

@@ -136,7 +136,11 @@ def _read_csv(path: Path, column: str) -> Iterator[Iterable[str]]:
 
     options: dict[str, Any] = {"dtype": str, "na_filter": False, "index_col": False, "chunksize": 1000}
     with open_text(path) as file:
-        if next(csv.reader(file), []).count(column) > 1:
+        try:
+            names = next(csv.reader(file), [])
+        except csv.Error as error:  # it has no header, and begins with a long document
+            raise _Unreadable(f"its first row must name the columns: {error}") from error
+        if names.count(column) > 1:
             raise _Unreadable(f"{column!r} stands twice in the first row")
     with open_text(path) as file:
         with warnings.catch_warnings():
@@ -152,6 +156,8 @@ def _read_parquet(path: Path, column: str) -> Iterator[Iterable[str]]:
     with pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         check_column(column, schema.names)
+        if schema.names.count(column) > 1:
+            raise _Unreadable(f"it has two columns {column!r}")
         check_text_type(column, schema.field(column).type)
         for batch in file.iter_batches(batch_size=32, columns=[column]):
             yield from (pieces(text or "") for text in batch.column(0).to_pylist())
@@ -186,7 +192,9 @@ def _json_rows(path: Path, column: str) -> Iterator[tuple[int, Any]]:
             raise _Unreadable(f"{column!r} stands twice in one object")
         return dict(pairs)
 
-    decoder, is_first = json.JSONDecoder(object_pairs_hook=make), True
+    # numbers do not count here, and Python makes none of thousands of digits
+    decoder = json.JSONDecoder(object_pairs_hook=make, parse_int=lambda digits: int(digits[:9]))
+    is_first = True
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             line = line.lstrip("\ufeff").strip()

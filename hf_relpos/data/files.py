@@ -94,6 +94,7 @@ def list_files(flag: str, given: str) -> FileList:
     kinds = sorted({kind for _, kind in found})
     if len(kinds) > 1:
         raise ValueError(f"`{flag}` {given!r} must hold files of one kind, got {kinds}.")
+    skipped = [os.fsencode(name).decode("utf-8", "replace") for name in skipped]  # a name may be any bytes
     return FileList(flag, given, kinds[0], [file for file, _ in found], skipped, others)
 
 
@@ -286,6 +287,11 @@ def check_apart(first: FileList, second: FileList) -> None:
 
 
 def inside(path: Path, given: str) -> str:
-    """→ the path of a file as seen from the folder that was given, or the name of the file that was."""
+    """→ the path of a file as seen from the folder that was given, or the name of the file that was; raises
+    `ValueError` for a name that is not UTF-8."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:  # no record can hold it
+        raise ValueError(f"the name {str(path)!r} is not UTF-8: rename the file or its folder.") from error
     inside = os.path.relpath(path, Path(given).expanduser())
     return path.name if inside == os.curdir else Path(inside).as_posix()

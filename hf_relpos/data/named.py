@@ -11,6 +11,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 from datasets.packaged_modules.csv.csv import Csv
 
+from ..environment import place_name
 from .arguments import TextArguments
 from .cache import MAKING, cache_root, cached, say
 from .documents import Tally, check_column, check_text_type, pieces, split_text
@@ -54,7 +55,7 @@ def read_named(args: TextArguments, how: tuple[str, str, int]) -> NamedData:
     """
     source = _Source(args)
     builder = source.builder()
-    found = NamedData("/".join(filter(None, (Path(args.dataset_name).name, args.dataset_config_name))))
+    found = NamedData("/".join(filter(None, (place_name(args.dataset_name), args.dataset_config_name))))
     found.lists = source.in_order(_local_files(args.dataset_name, builder))
     if found.lists:
         return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..environment import check_at_least_1, check_room, hardware, peak_memory_mib, versions, write_json
+from ..environment import check_at_least_1, check_room, hardware, peak_memory_mib, place_name, versions, write_json
 from ..model_corpus import ModelCorpus, UsedCorpus
 from ..model_loading import edited_fields, load_model, load_model_tokenizer
 from ..pretrained.families import pretraining_length
@@ -63,7 +63,7 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     lengths = sorted(map(int, measured["lengths"]))
     args = replace(args, eval_lengths=args.eval_lengths or lengths)
     result = {
-        "model": Path(args.model_name_or_path).name,
+        "model": place_name(args.model_name_or_path),
         "pos_embedding_type": getattr(model.config, "pos_embedding_type", None),
         "seed": record.get("seed"),
         "train_length": train_length,

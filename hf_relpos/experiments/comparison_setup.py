@@ -9,6 +9,7 @@ import torch
 
 from ..data.corpus import load_corpus
 from ..data.tokens import PoorTextError, evaluation_documents, train_tokenizer
+from ..environment import place_name
 from ..evaluation.loss_by_length import evenly_spaced
 from ..messages import time_text
 from ..model.configuration_relpos import RelPosConfig
@@ -41,7 +42,7 @@ class Setup:
         data: dict[str, Any] = {f"{split}_file": str(path) for split, path in paths.items()}
         data |= {"held_out_ends": True} if num_cut else {}
         corpus = load_corpus(DataArguments(**data))
-        self.name = Path(args.text).name if args.text else "sotu"
+        self.name = place_name(args.text) if args.text else "sotu"
         num_characters = sum(map(len, corpus.splits["train"]["text"]))
         self.vocab_size = args.vocab_size or _vocab_size(num_characters)
         try:

@@ -59,10 +59,16 @@ def check_texts(files: dict[str, Path | bytes], folder: Path) -> None:
             raise ValueError(f"{name!r} holds {kinds[0]}: take it out, and revoke it.")
         if name in VOCABULARIES:
             continue
-        if any(f"{place}/" in text or f'{place}"' in text for place in places):
+        if any(re.search(_place_pattern(place), text) for place in places):
             raise ValueError(f"{name!r} holds a path of this machine: take it out.")
         if any(re.search(pattern, text) for pattern in USER_PATHS):
             raise ValueError(f"{name!r} holds an absolute path of a user's folder: take it out.")
+
+
+def _place_pattern(place: str) -> str:
+    """→ what finds a folder in a text, alone or with what lies in it, and not as a part of an address or a longer
+    name."""
+    return rf"(?:file:/*|(?<![\w.~/#<-])){re.escape(place)}(?![\w-])"
 
 
 def _text(name: str, content: Path | bytes) -> str:

@@ -185,7 +185,9 @@ def _operations(
     files: dict[str, Path | bytes], there: Sequence[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What a commit does: adds the files, and deletes weights and code of an earlier push that they do not replace."""
-    stale = [name for name in there if name not in files and any(fnmatch(name, x) for x in REPLACED_FILES)]
+    # no push puts them into folders: what lies there is somebody's own
+    own = [name for name in there if "/" not in name and any(fnmatch(name, x) for x in REPLACED_FILES)]
+    stale = [name for name in own if name not in files]
     return [*(CommitOperationAdd(*item) for item in files.items()), *map(CommitOperationDelete, stale)]
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from ..environment import write_bytes, writing
-from ..file_reading import read_json
+from ..file_reading import read_json, read_text_file
 from ..model.configuration_relpos import RelPosConfig
 from ..model.modeling_relpos import (
     RelPosForCausalLM,
@@ -127,7 +127,7 @@ def repository_files(
         pictures.append(str(Path(place).with_name(picture)))
         files[pictures[-1]] = content
     card = folder / CARD
-    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
+    if card.is_file() and not is_generated(read_text_file(card, "the card")):
         files[CARD] = card
         logger.warning(f"{CARD} was edited: it is kept as it is, whatever has been evaluated since.")
     else:
@@ -265,7 +265,9 @@ def _find_results(
     inside = folder_results(folder)
     for path in inside:
         check_inside(path, folder)
-    for path in (*inside, *map(Path, others)):
+    paths = {path.resolve(): path for path in inside}
+    paths |= {place: path for path in map(Path, others) if (place := path.resolve()) not in paths}  # each file once
+    for path in paths.values():
         place = str(path.relative_to(folder)) if path in inside else f"{path.resolve().parent.name}/{RESULT}"
         if place in found:
             raise ValueError(f"two results would be stored at {place!r}: rename the folder of {str(path)!r}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..cli import command, parse_arguments, say_next
-from ..environment import check_at_least_1
+from ..environment import check_at_least_1, check_room
 from ..file_reading import read_json
 
 
@@ -74,6 +74,8 @@ def main() -> None:
     target = Path(args.output_file) if args.output_file else None
     if target and (args.prompt_file is None or target.exists() or not target.parent.is_dir()):
         raise ValueError(f"`output_file` {args.output_file!r} must be new, in a folder, and needs --prompt_file.")
+    if target:
+        check_room("output_file", target, 0, "the texts")  # else they were lost at the end
     from .generate import generate
 
     generate(args)

@@ -85,7 +85,8 @@ def _default_tokens(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[st
 
 
 def _read_prompts(path: str) -> list[str]:
-    prompts = [line for line in read_text_file(path, "`prompt_file`").splitlines() if line.strip()]
+    # `splitlines` would also end a line at the separators and form feeds that text may hold
+    prompts = [line for line in read_text_file(path, "`prompt_file`").split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"`prompt_file` {path!r} holds no prompt.")
     return prompts

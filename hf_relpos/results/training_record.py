@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..environment import place_name
 from ..file_reading import TRAINING_RECORD, read_json
 from .schema import check_schema
 
@@ -35,6 +36,10 @@ UNRECORDED_FLAGS = RESULT_NEUTRAL_FLAGS | {
 }
 
 
+# flags of text that may be called as a folder is: "/" between documents, "rotary/none"
+NO_PLACES = {"document_separator", "text_column", "pos_embedding_type", "layer_types"}
+
+
 def given_flags(*arguments: Any) -> dict[str, Any]:
     """The flags that differ from their defaults, as a command line would have them, without paths and secrets.
 
@@ -48,11 +53,11 @@ def given_flags(*arguments: Any) -> dict[str, Any]:
         for name, value in given.items():
             if name in UNRECORDED_FLAGS or name.startswith(("hub_", "trackio_")) or name.endswith("_token"):
                 continue
-            if isinstance(value, str):
+            if isinstance(value, str) and value and name not in NO_PLACES:
                 with suppress(OSError, ValueError, RuntimeError):  # text that is too long for a path
                     # paths of this machine stay here
                     is_path = name.endswith("_file") or Path(value).expanduser().exists()
-                    value = Path(value).name if is_path else value
+                    value = place_name(value) if is_path else value
             flags[name] = value.value if isinstance(value, Enum) else value
     return flags
 

@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from ..data.cache import digest
+from ..environment import place_name
 from ..file_reading import read_json
 from ..model.saved_code import saved_code
 from ..model_loading import model_hashes
@@ -60,7 +61,7 @@ def run_recipe(run: TrainingRun) -> Recipe:
             continue
         value = _plain(getattr(run.args, each.name, None))
         if isinstance(value, str) and Path(value).is_absolute():
-            value = Path(value).name  # paths of this machine stay here
+            value = place_name(value)  # paths of this machine stay here
         if each.init and value != _default(each):
             values[each.name] = value
     values |= {name: getattr(run.data_args, name) for name in DATA_FIELDS if hasattr(run.data_args, name)}
@@ -69,7 +70,7 @@ def run_recipe(run: TrainingRun) -> Recipe:
     values["tokenizer"] = _tokenizer_digest(run.data.tokenizer)
     values["num_processes"] = run.args.world_size * max(1, run.args.n_gpu)
     name = run.model_args.model_name_or_path
-    values |= {"base_model": Path(name).name if name else None, "changes": _plain(run.changes) or None}
+    values |= {"base_model": place_name(name) if name else None, "changes": _plain(run.changes) or None}
     return Recipe(values | _hashes(run), run.args.world_size)
 
 

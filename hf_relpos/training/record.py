@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..environment import hardware, peak_memory_mib, versions
+from ..environment import hardware, peak_memory_mib, place_name, versions
 from ..model.configuration_relpos import RelPosConfig
 from ..model_corpus import ModelCorpus
 from ..model_loading import edited_fields
@@ -115,7 +115,7 @@ def mean_loss(trainer: Trainer, last_step: int) -> float | None:
 
 def base_facts(name: str, train_length: int | None) -> dict[str, Any]:
     """What the record of a run holds of the model that it continues: its name, length and how it was made."""
-    base, base_name = read_record(name), Path(name).name if Path(name).exists() else name
+    base, base_name = read_record(name), place_name(name) if Path(name).exists() else name
     corpus = ModelCorpus.read(name).record or None
     made, edits = [], edited_fields(name)
     if "flags" in base and not edits:  # no command makes one that was edited

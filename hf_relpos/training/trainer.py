@@ -70,6 +70,14 @@ class RelPosTrainer(Trainer):
         self.step_loss = self.state.global_step, loss.detach() + (before if step == self.state.global_step else 0.0)
         return loss
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all blocks, also those at the end that fill no batch: `dataloader_drop_last` is for training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
             with self._told_by_step("evaluation"):

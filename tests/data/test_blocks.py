@@ -30,6 +30,20 @@ def test_packing_loses_nothing_and_keeps_to_documents():
     assert list(crossed) == ["input_ids"] and crossed["input_ids"].tolist() == packed["input_ids"].tolist()
 
 
+@pytest.mark.parametrize("block_size", [16, 5000], ids=["short blocks", "more than 1000 documents hold"])
+@pytest.mark.parametrize("cross_document", [False, True])
+def test_nothing_is_lost_between_batches_of_documents(block_size, cross_document):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(2, 99, length).tolist() for length in rng.integers(1, 8, 2500)]
+    tokenized = Dataset.from_dict({"input_ids": documents})
+    tokens, positions = zip(*reference_blocks(documents, block_size))
+    stream = make_blocks(tokenized.to_iterable_dataset(), block_size, cross_document, "train")
+    for rows in (make_blocks(tokenized, block_size, cross_document, "train"), stream, stream):
+        rows = list(rows)
+        assert np.array_equal([row["input_ids"] for row in rows], tokens)
+        assert cross_document or np.array_equal([row["position_ids"] for row in rows], positions)
+
+
 def test_no_token_is_predicted_from_another_document():
     rows = [
         {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]},

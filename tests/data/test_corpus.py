@@ -13,6 +13,7 @@ from hf_relpos.data.arguments import TextArguments
 from hf_relpos.data.corpus import load_corpus, load_sotu
 from hf_relpos.data.tokens import evaluation_documents, train_tokenizer
 from hf_relpos.evaluation.loss_by_length import document_windows
+from hf_relpos.results.training_record import given_flags
 
 
 def test_built_in_corpus_is_split_by_year_without_importing_its_package():
@@ -86,6 +87,27 @@ def test_validation_documents_are_taken_from_training_if_none_are_given(corpus_f
     corpus = load_corpus(TextArguments(train_file=str(corpus_files / "train"), validation_split_percentage=25))
     train, validation = (set(corpus.splits[split]["text"]) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (9, 3) and not train & validation
+
+
+@pytest.mark.parametrize("cut", [None, 900], ids=["whole documents", "pieces"])
+def test_something_is_left_to_train_on(cut, tmp_path, monkeypatch):
+    if cut:
+        monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_CHARACTERS", cut)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(make_text(300, number))
+    corpus = load_corpus(TextArguments(train_file=str(tmp_path), validation_split_percentage=80))
+    assert all(len(corpus.splits[name]) for name in ("train", "validation"))
+
+
+@pytest.mark.parametrize("given", [".", "..", "../texts", "sub/.."])
+def test_a_folder_is_called_as_it_is_wherever_one_stands(given, tmp_path, monkeypatch):
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}")
+    monkeypatch.chdir(tmp_path / "texts" / ("sub" if given == ".." else ""))
+    args = TextArguments(train_file=given)
+    assert load_corpus(args).name == "texts" and given_flags(args) == {"train_file": "texts"}
 
 
 def test_pieces_of_one_document_stay_together(tmp_path, monkeypatch):

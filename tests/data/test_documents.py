@@ -151,6 +151,7 @@ JSON = {
     "list of strings": '["a", "b"]',
     "objects over lines": '{\n "text": "a"\n}\n{\n "text": "b"\n}\n',
     "other columns": '{"text": "a", "x": [1]}\n{"x": {"y": 2}}\n{"x": 3, "text": null}\n{"text": "b"}',
+    "a number of 5000 digits": '{"text": "a", "x": ' + "1" * 5000 + '}\n{"text": "b"}',
     "joined with marks": '\ufeff{"text": "a"}\n\ufeff{"text": "b"}',
 }
 
@@ -183,6 +184,12 @@ def struct(folder):
     return folder / "struct.parquet"
 
 
+def two_columns(folder):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), folder / "two.parquet")
+    return folder / "two.parquet"
+
+
 def bytes_of(name, content):
     def make(folder):
         (folder / name).write_bytes(content)
@@ -202,6 +209,11 @@ WRONG = {
     "column twice in csv": (
         bytes_of("a.csv", b"text,y,text\na,1,b\n"),
         "a.csv' .*'text' stands twice in the first row",
+    ),
+    "column twice in parquet": (two_columns, "two.parquet' cannot be read as parquet: it has two columns 'text'"),
+    "no header, and a long document": (
+        bytes_of("a.csv", b'"' + b"x" * 200_000 + b'"\n'),
+        "a.csv' cannot be read as csv: its first row must name the columns: field larger than",
     ),
     "no column": (bytes_of("a.jsonl", b'{"a": "x", "b": 1}'), r"`text_column` must be one of \['a', 'b'\], got 'text'"),
     "cut json": (

@@ -94,6 +94,18 @@ def test_a_folder_without_what_is_hidden_and_checkpoints(tmp_path, capsys):
     assert load(tmp_path / ".git").splits["validation"]["text"], "what is named itself is read"
 
 
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    """What is left out is recorded all the same; what is read could not be found again by its record."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / os.fsdecode(b".caf\xe9")).write_text("hidden")
+    corpus = load(tmp_path)
+    assert corpus.read.skipped == [".caf\ufffd"]
+    json.dumps(corpus.read.to_dict(), ensure_ascii=False).encode()
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    with pytest.raises(ValueError, match="the name '.*caf.udce9.txt' is not UTF-8: rename"):
+        load(tmp_path)
+
+
 def test_a_file_that_lies_beside_its_archive_is_read_once(tmp_path):
     rows = "".join(json.dumps({"text": f"text {index}"}) + "\n" for index in range(3))
     (tmp_path / "a.jsonl").write_text(rows)

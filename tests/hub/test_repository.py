@@ -15,7 +15,9 @@ from saved_model import save_model
 
 import hf_relpos.hub.repository
 from hf_relpos import PositionEmbedding, RelPosForCausalLM, register_position_embedding
+from hf_relpos.hub.leaks import check_texts
 from hf_relpos.hub.model_card import is_generated
+from hf_relpos.hub.push import _operations
 from hf_relpos.hub.repository import INDEX, check_weights, repository_files, write_card, write_files
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.result_file import read_results
@@ -215,6 +217,40 @@ def test_paths_of_users_are_not_published(path, name, saved, tmp_path):
     ) as error:
         repository_files(folder, "alice/m")
     assert "alice/" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["cd {}\n", "`{}`", "in {}.", "in '{}'", "{}/x", '"{}"', "file://{}"])
+def test_the_folder_itself_is_not_told(text, tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(ValueError, match="'README.md' holds a path of this machine"):
+        check_texts({"README.md": text.format(folder).encode()}, folder)
+    for other in (f"{folder}2", f"https://example.org{folder}", f"{folder}-chat"):
+        check_texts({"README.md": other.encode()}, folder)
+    check_texts({"README.md": b'from_pretrained("alice/model")'}, Path("/model"))  # as in a container
+
+
+def test_a_card_that_is_no_text_is_named(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    with pytest.raises(ValueError, match="the card '.*README.md' cannot be read: 'utf-8' codec"):
+        repository_files(folder, "alice/m")
+
+
+def test_a_result_that_is_named_and_lies_in_the_folder_is_published_once(tmp_path, monkeypatch):
+    for name in ("read_result", "_check_result"):
+        monkeypatch.setattr(hf_relpos.hub.repository, name, lambda path, *_: {"path": path})
+    for place in ("model/evaluation", "other"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "results.json").write_text("{}")
+    named = [str(tmp_path / place / "results.json") for place in ("model/evaluation", "other", "model/../other")]
+    found = hf_relpos.hub.repository._find_results(tmp_path / "model", named, {}, {})
+    assert [*found] == ["evaluation/results.json", "other/results.json"]
+
+
+def test_a_push_deletes_nothing_in_folders():
+    there = ["model.safetensors", "pytorch_model.bin", "adapters/adapter_model.safetensors", "onnx/model.bin"]
+    deleted = [operation.path_in_repo for operation in _operations({}, there)]
+    assert deleted == ["model.safetensors", "pytorch_model.bin"]
 
 
 def test_what_resembles_a_key_or_a_path_is_published(saved, tmp_path):

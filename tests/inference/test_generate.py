@@ -6,6 +6,8 @@ import pytest
 from helpers import refusal
 from transformers import pipeline
 
+from hf_relpos.inference.generate import _read_prompts
+
 
 def test_generation(trained, tmp_path, run_script, capsys):
     model = ["--model_name_or_path", trained / "rotary"]
@@ -23,6 +25,24 @@ def test_generation(trained, tmp_path, run_script, capsys):
         run_script("generate", *model, "--prompt", "", "--temperature", 1.5, "--top_p", 0.99, "--seed", seed)
         sampled.append(capsys.readouterr().out)
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_line_of_prompts_ends_at_its_end_only(tmp_path):
+    (tmp_path / "p.txt").write_text("one\u2028two\x0cthree\r\nfour\x85five\n\nsix", encoding="utf-8", newline="")
+    assert _read_prompts(str(tmp_path / "p.txt")) == ["one\u2028two\x0cthree", "four\x85five", "six"]
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_generated(
+    tmp_path, run_script, capsys, monkeypatch
+):
+    def deny(dir=None):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", deny)
+    (tmp_path / "p.txt").write_text("the state")
+    files = ["--prompt_file", tmp_path / "p.txt", "--output_file", tmp_path / "texts.jsonl"]
+    line = refusal(run_script, capsys, "generate", ["--model_name_or_path", tmp_path / "no_model", *files])
+    assert "Permission denied" in line and str(tmp_path) in line
 
 
 def test_pipeline_on_what_training_saved(trained):

@@ -38,6 +38,15 @@ def test_training_saves_a_model_its_tokenizer_and_a_record(trained):
     )
 
 
+def test_all_validation_blocks_are_evaluated_whatever_the_batch(data_flags, trained, tmp_path, run_script):
+    losses = []
+    for size in (1, 7, 5000):  # of which the last is more than there are
+        flags = finetuning_flags(data_flags, trained / "none", tmp_path / str(size), max_steps=0)
+        run_script("finetune", *flags, "--per_device_eval_batch_size", size)
+        losses.append(json.loads((tmp_path / str(size) / "training.json").read_text())["validation_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "none"])
 def test_what_all_schemes_have_starts_the_same(scheme):
     plain, model = (new_model(make_config(name), seed=3).state_dict() for name in ("none", scheme))
