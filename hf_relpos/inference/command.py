@@ -45,7 +45,9 @@ class GenerationArguments:
     do_sample: bool | None = field(
         default=None, metadata={"help": f"Sample instead of taking the likeliest token; {OWN}."}
     )
-    temperature: float | None = field(default=None, metadata={"help": f"Sharpness of sampling; {OWN}."})
+    temperature: float | None = field(
+        default=None, metadata={"help": f"Sharpness of sampling, 0 for the likeliest token; {OWN}."}
+    )
     top_k: int | None = field(default=None, metadata={"help": f"Sample among the k likeliest tokens; {OWN}."})
     top_p: float | None = field(
         default=None, metadata={"help": f"Sample among tokens of this total probability; {OWN}."}

@@ -69,6 +69,8 @@ def _generation_config(
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
     if {"temperature", "top_k", "top_p", "min_p"} & set(given) and "num_beams" not in given:
         given.setdefault("do_sample", True)  # they mean nothing otherwise
+    if given.get("temperature") == 0:  # the likeliest token, as the server and the demo have it
+        given |= {"temperature": 1.0, "do_sample": False}
     config = model.generation_config
     config.update(max_new_tokens=args.max_new_tokens or _default_tokens(model, tokenizer, prompts), **given)
     config.validate()

@@ -25,6 +25,8 @@ def test_generation(trained, tmp_path, run_script, capsys):
         run_script("generate", *model, "--prompt", "", "--temperature", 1.5, "--top_p", 0.99, "--seed", seed)
         sampled.append(capsys.readouterr().out)
     assert sampled[0] == sampled[1] != sampled[2]
+    run_script("generate", *model, "--prompt", "the state", "--max_new_tokens", 8, "--temperature", 0, "--top_p", 0.9)
+    assert capsys.readouterr().out.strip() == streamed, "the likeliest tokens"
 
 
 def test_a_line_of_prompts_ends_at_its_end_only(tmp_path):
