@@ -129,6 +129,11 @@ def layer_groups(config: Any) -> list[LayerGroup]:
     parts = [tuple(part.split("+")) for part in config.pos_embedding_type.split("/")]
     # all slide where there is a window, as the constructor chooses: it may be set later
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if len(layer_types) < config.num_hidden_layers:
+        raise ValueError(
+            f"`layer_types` must have an entry for each of the `num_hidden_layers`={config.num_hidden_layers}, "
+            f"got {len(layer_types)}."
+        )
     windows = [None if layer_type == "full_attention" else config.sliding_window for layer_type in layer_types]
     return [LayerGroup(parts[index % len(parts)], window) for index, window in enumerate(windows)]
 

@@ -338,5 +338,9 @@ def test_a_model_may_be_cut_short(tmp_path):
     types = ["sliding_attention", "sliding_attention", "full_attention"]
     whole = make_config("rotary/rotary/none", num_hidden_layers=3, sliding_window=6, layer_types=types)
     RelPosForCausalLM(whole).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="`layer_types` must have an entry for each of the `num_hidden_layers`=4, got 3"
+    ):
+        RelPosForCausalLM.from_pretrained(tmp_path, num_hidden_layers=4)
     model = RelPosForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
     assert [layer.self_attn.group for layer in model.model.layers] == layer_groups(whole)[:2]
