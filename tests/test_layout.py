@@ -16,7 +16,7 @@ from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import answers, sentences
 from hf_relpos.results.report import write_report
-from hf_relpos.results.report_tables import exp_cell, perplexity_rows
+from hf_relpos.results.report_tables import context_rows, exp_cell, perplexity_rows, score_rows
 from hf_relpos.results.result_file import RESULTS, markdown, read_results
 
 
