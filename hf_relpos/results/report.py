@@ -169,7 +169,7 @@ def _footer(results: Sequence[dict[str, Any]]) -> str:
     seconds = sum((result["training"] or {}).get("seconds", 0) for result in results)
     corpus = first["corpus"]
     return (
-        f"Corpus {corpus['name']} ({corpus['split']}, {corpus['num_windows']} windows), trained on "
+        f"Corpus {corpus['name']} ({corpus.get('split')}, {corpus.get('num_windows')} windows), trained on "
         f"{', '.join(machines)} in {seconds / 3600:.1f} hours."
     )
 
@@ -220,6 +220,9 @@ def main() -> None:
     folder = Path(args.output_dir)
     if bool(args.results) == bool(args.sweep):
         raise ValueError("either --results or --sweep is required.")
+    for name in ("baseline", "title"):
+        if args.results and getattr(args, name) != getattr(ReportArguments, name):
+            raise ValueError(f"`{name}` is for --sweep: a table of --results has none.")
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
         names = run_labels(results, args.varied)

@@ -48,7 +48,9 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         return [read_result(path)]
     results: list[dict[str, Any]] = []
     first_line: dict[str, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    text = _read(path)
+    # text may hold other ends of lines, such as U+2029 as the separator of documents
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
         result = _parse(line, f"result file {str(path)!r}, line {number}")
         repeated = first_line.setdefault(json.dumps(result, sort_keys=True), number)
         if repeated != number:

@@ -17,9 +17,9 @@ from hf_relpos.results import plots, report_figures
 from hf_relpos.results.caveats import caveats
 from hf_relpos.results.compared_rates import TRIED, edge_text, save_tried
 from hf_relpos.results.estimates import Estimate
-from hf_relpos.results.groups import group_results
-from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
-from hf_relpos.results.report import _summary, write_report
+from hf_relpos.results.groups import fields_to_vary, group_results
+from hf_relpos.results.questions import Answer, Pair, Question, answers, detail_rows, sentences
+from hf_relpos.results.report import _footer, _perplexity_note, _summary, write_report
 from hf_relpos.results.result_file import (
     CONTEXT_NOTE,
     RESULTS,
@@ -371,6 +371,8 @@ def test_report_of_a_sweep(results, run_script, tmp_path, capsys):
     for flags, message in (
         (("--sweep", tmp_path), f"holds no finished sweep: there is no {RESULTS}"),
         ((), "either --results or --sweep is required"),
+        (("--results", root / RESULTS, "--baseline", "alibi"), "`baseline` is for --sweep"),
+        (("--results", root / RESULTS, "--title", "Mine"), "`title` is for --sweep"),
     ):
         with pytest.raises(SystemExit):
             run_script("report", *flags, "--output_dir", tmp_path / "other")
@@ -549,6 +551,28 @@ def test_a_broken_line_is_named(spoil, message, results, tmp_path):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with pytest.raises(ValueError, match=f"results.jsonl'.* {message}"):
         read_results(path)
+
+
+@pytest.mark.parametrize("separator", ["\u2029", "\x85", "\n", "\r\n"])
+def test_text_in_a_result_may_hold_ends_of_lines(separator, results, tmp_path):
+    results[0]["corpus"]["flags"] = {"document_separator": separator}
+    write_results(tmp_path / RESULTS, results[:2])
+    assert read_results(tmp_path / RESULTS)[0]["corpus"] == results[0]["corpus"]
+
+
+def test_a_result_without_a_loss_is_refused_before_anything_is_written(results, run_script, tmp_path, capsys):
+    del results[0]["lengths"]["512"]["loss"]
+    write_results(tmp_path / RESULTS, results)
+    with pytest.raises(SystemExit, match="2"):
+        run_script("report", "--results", tmp_path / RESULTS, "--output_dir", tmp_path / "out")
+    assert "line 1: `lengths.512`: 'loss' is a required property" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_without_a_split_has_a_report(results):
+    for result in results:
+        del result["corpus"]["split"], result["corpus"]["num_windows"]
+    assert _footer(results).startswith("Corpus books (")
 
 
 def test_results_are_written_without_nan(results, tmp_path):
