@@ -111,7 +111,7 @@ def _sections(groups: Sequence[Group], found: Sequence[Answer], table: Rows, bas
 
 
 def _perplexity_note(groups: Sequence[Group], text: str) -> str:
-    documents = max(len(group.document_weights) for group in groups)
+    documents = max(group.num_documents for group in groups)
     note = f"{text}. All lengths are scored on the same tokens. In brackets the 95 % interval, "
     if has_held_out_ends(groups[0].first):
         number = f"{documents} documents" if documents > 1 else "one document"

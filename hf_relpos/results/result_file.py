@@ -18,6 +18,7 @@ SLIDING = "sliding_baseline"  # of a result: the same tokens by a sliding window
 REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versions", "hardware", "corpus")
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
+MAX_DOCUMENT_GROUPS = 256  # of more documents, neighbours are put together
 # what stands beside these two numbers wherever they are shown
 CONTEXT_NOTE = (
     "The in-context score (loss at the named token − loss at token 50, in nats) and the slope (of the loss past the "
