@@ -20,7 +20,14 @@ from ..scheme_files import import_flags
 from ..tasks.arguments import DataArguments
 from ..tasks.base import make_task
 from .command import EvaluationArguments
-from .loss_by_length import check_lengths, check_stride, evaluate_lengths, evaluate_sliding, evaluation_mode
+from .loss_by_length import (
+    check_baseline,
+    check_lengths,
+    check_stride,
+    evaluate_lengths,
+    evaluate_sliding,
+    evaluation_mode,
+)
 from .task_scores import evaluate_task
 
 
@@ -41,18 +48,14 @@ def evaluate_model(args: EvaluationArguments, data_args: DataArguments) -> dict[
     folder = Path(args.output_dir)
     if (folder / "results.json").exists() or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"`output_dir` {args.output_dir!r} already holds a result, or is a file: choose another.")
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
-    if args.eval_lengths is not None:
-        _check_stride(args, check_lengths(args.eval_lengths))
-    for name in ("max_windows", "tokens_per_batch", "train_length"):
-        check_at_least_1(name, getattr(args, name))
+    check_flags(args, None if args.eval_lengths is None else check_lengths(args.eval_lengths), data_args.task)
     check_room("output_dir", folder, RESULT_BYTES, "a result")
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = load_model(args.model_name_or_path, AutoModelForCausalLM, dtype=getattr(torch, args.dtype), **kwargs)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     own = ModelCorpus.read(args.model_name_or_path)
     data_args = own.fill(data_args)
+    check_flags(args, task=data_args.task)
     tokenizer = load_model_tokenizer(data_args.tokenizer_name or args.model_name_or_path, model)
     record, edits = read_record(args.model_name_or_path), edited_fields(args.model_name_or_path)
     train_length = args.train_length or getattr(model.config, "train_length", None) or record.get("train_length")
@@ -91,6 +94,33 @@ def _update_card(model: Path, path: Path) -> None:
         from ..hub.repository import write_card  # takes a second
 
         write_card(model)
+
+
+def check_flags(
+    args: EvaluationArguments,
+    lengths: list[int] | None = None,
+    task: str | None = None,
+    train_length: int | None = None,
+) -> None:
+    """Raises `ValueError` for flags that no evaluation can follow, as far as it is known what is read.
+
+    Args:
+        args: the flags.
+        lengths: evaluation lengths, sorted.
+        task: the synthetic task, if it is one that is scored.
+        train_length: the length the model was trained at.
+    """
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {args.dtype!r}.")
+    for name in ("max_windows", "tokens_per_batch", "train_length"):
+        check_at_least_1(name, getattr(args, name))
+    for name in ("stride", "sliding_baseline", "eval_split"):
+        if task is not None and getattr(args, name):
+            raise ValueError(f"`{name}` is for text, not for a task.")
+    if lengths:
+        _check_stride(args, lengths)
+    if lengths and train_length and args.sliding_baseline:
+        check_baseline(train_length, lengths[-1])
 
 
 def _check_stride(args: EvaluationArguments, lengths: list[int]) -> None:
@@ -152,8 +182,6 @@ def _measure_task(
     own: ModelCorpus,
 ) -> dict[str, Any]:
     """Scores by length on rows of a synthetic task."""
-    if args.stride is not None:
-        raise ValueError("`stride` is for text, not for a task.")
     task, num_rows = make_task(data_args.task, tokenizer), args.max_windows or 100
     used = UsedCorpus.of_task(task.name, task.fingerprint)
     own.check(used, data_args)

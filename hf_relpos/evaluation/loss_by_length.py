@@ -126,11 +126,8 @@ def evaluate_lengths(
             training length that is shorter than the longest length.
     """
     lengths = check_lengths(lengths, model)
-    if sliding_baseline and not (train_length and 2 <= train_length < lengths[-1]):
-        raise ValueError(
-            f"`sliding_baseline` needs a `train_length` of at least 2, below the longest of `eval_lengths`, "
-            f"{lengths[-1]}, got {train_length}."
-        )
+    if sliding_baseline:
+        check_baseline(train_length, lengths[-1])
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"`max_windows` must be at least 1, got {max_windows}.")
     longest = lengths[-1]
@@ -222,6 +219,15 @@ def check_stride(stride: int, length: int) -> None:
     """Raises `ValueError` unless 1 ≤ stride < length."""
     if not 1 <= stride < length:
         raise ValueError(f"`stride` must lie between 1 and the length − 1 = {length - 1}, got {stride}.")
+
+
+def check_baseline(train_length: int | None, longest: int) -> None:
+    """Raises `ValueError` unless a sliding window of the training length is shorter than the longest length."""
+    if not (train_length and 2 <= train_length < longest):
+        raise ValueError(
+            f"`sliding_baseline` needs a `train_length` of at least 2, below the longest of `eval_lengths`, "
+            f"{longest}, got {train_length}."
+        )
 
 
 def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-
-MAX_DOCUMENT_GROUPS = 256
+from ..results.result_file import MAX_DOCUMENT_GROUPS
 
 
 class RunningLoss:

@@ -15,7 +15,7 @@ from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
 from ..data.files import content_hash
 from ..environment import package_version
 from ..evaluation.command import EvaluationArguments
-from ..evaluation.evaluate import default_lengths
+from ..evaluation.evaluate import check_flags, default_lengths
 from ..evaluation.loss_by_length import check_lengths
 from ..file_reading import read_yaml
 from ..model.configuration_relpos import RelPosConfig
@@ -40,7 +40,7 @@ RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
 # what belongs to the text that a run is trained on
 TEXT_SETTINGS = {"task", "dataset_config_name", "held_out_ends", *SOURCE_FLAGS, *READING_DEFAULTS}
 TEXT_SETTINGS -= {"cross_document_attention"}
-# what --scale multiplies, and the least that it leaves
+# what --scale multiplies, and the least that it leaves; a number between 0 and 1 is a share of the steps
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
 
 
@@ -250,10 +250,9 @@ def _multiply(path: str, place: str, section: dict[str, Any]) -> list[dict[str, 
 def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
     if scale == 1:
         return settings
-    return {
-        name: max(SCALED[name], round(value * scale)) if name in SCALED and value and value > 0 else value
-        for name, value in settings.items()
-    }
+    numbers = {name: _number(value) for name, value in settings.items() if name in SCALED}
+    counts = {name: value for name, value in numbers.items() if isinstance(value, (int, float)) and value >= 1}
+    return settings | {name: max(SCALED[name], round(value * scale)) for name, value in counts.items()}
 
 
 def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
@@ -280,9 +279,11 @@ def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:
             check_imported(configs[run])
             run.num_weights = about_num_weights(configs[run])
             flags = {**run.evaluation, "output_dir": "unused", "model_name_or_path": "unused"}
-            tested, _ = parse_values(EVALUATE_TYPES, flags)
+            tested, text = parse_values(EVALUATE_TYPES, flags)
             # runs with and without a learned table are read at the same lengths
-            check_lengths(tested.eval_lengths or default_lengths(args.block_size), configs[run])
+            lengths = check_lengths(tested.eval_lengths or default_lengths(args.block_size), configs[run])
+            task = None if any(getattr(text, name) for name in SOURCE_FLAGS) else text.task or data_args.task
+            check_flags(tested, lengths, task, tested.train_length or args.block_size)
             key = run.key
             run.result(Path())  # reads the texts that it names
         except (ValueError, OSError) as error:

@@ -143,6 +143,9 @@ def sweep(args: SweepArguments) -> None:
     check_at_least_1("num_parallel", args.num_parallel)
     if args.executor not in ("local", "ray"):
         raise ValueError(f"`executor` must be local or ray, got {args.executor!r}.")
+    for name in ("cpus_per_run", "gpus_per_run"):
+        if args.executor == "local" and getattr(args, name) != getattr(SweepArguments, name):
+            raise ValueError(f"`{name}` is for the executor ray, got the executor local.")
     if args.executor == "ray" and args.num_parallel not in (None, 1):
         raise ValueError("`num_parallel` is for the executor local: a Ray cluster runs as many as it has room for.")
     runs, root = load_experiment(args.experiment, args.scale), Path(args.output_dir)

@@ -299,6 +299,7 @@ def default_num_parallel(runs: Sequence[Run]) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: those before the first one that is not
+    there, as -1 is nowhere."""
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]

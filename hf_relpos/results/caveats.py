@@ -20,7 +20,7 @@ def held_out_ends_text(groups: Sequence[Group]) -> str:
     """That the text is the ends of documents that were trained on, where it is; else nothing."""
     if not has_held_out_ends(groups[0].first):
         return ""
-    number = len(groups[0].document_weights)
+    number = groups[0].num_documents
     documents = f"{number} documents are" if number > 1 else "document is"
     return (
         f"The {documents} cut: the test is the end of texts whose beginnings were trained on; the interval does not "

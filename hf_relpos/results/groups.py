@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .result_file import SLIDING, labels, other_corpus_mark, score_cells
+from .result_file import MAX_DOCUMENT_GROUPS, SLIDING, labels, other_corpus_mark, score_cells
 
 
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
@@ -73,11 +73,13 @@ class Group:
         label: what sets it apart from the other groups.
         by_seed: seed → result.
         words: field → what it adds to the label.
+        by_document: whether losses per document are used, where they are known.
     """
 
     label: str
     by_seed: dict[int, dict[str, Any]]
     words: dict[str, str] = field(default_factory=dict)
+    by_document: bool = True
 
     @property
     def first(self) -> dict[str, Any]:
@@ -97,7 +99,14 @@ class Group:
     def document_weights(self) -> list[int]:
         """Targets of each document; a single weight where losses per document are not known."""
         documents = [result.get("documents") for result in self.by_seed.values()]
-        return documents[0]["num_tokens"] if all(documents) else [1]
+        return documents[0]["num_tokens"] if self.by_document and all(documents) else [1]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that were read, of which many are put together in `document_weights`; 1 where losses per document
+        are not known."""
+        number = len(self.document_weights)
+        return number if number < MAX_DOCUMENT_GROUPS else self.first["corpus"].get("num_documents", number)
 
     def lengths(self) -> list[int]:
         """Evaluation lengths, sorted; the same for all seeds."""
@@ -148,8 +157,8 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
 
     Raises:
         ValueError: if results cannot be compared (another corpus, recipe, or other windows or lengths), naming the
-            fields that differ; if one seed stands twice in a group; if a result has no record of its training; for a
-            name in `varied` that is no field of a recipe, nor `training.corpus`.
+            fields that differ; if one seed stands twice in a group; if two groups have one label; if a result has no
+            record of its training; for a name in `varied` that is no field of a recipe, nor `training.corpus`.
     """
     if not results:
         raise ValueError("there are no results to compare.")
@@ -168,6 +177,12 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
         if len({tuple(sorted(result["lengths"])) for result in group.by_seed.values()}) > 1:
             raise ValueError("results of one group were evaluated at different `eval_lengths`.")
     _label(groups, [fields for fields, _ in members.values()])
+    names = [group.label for group in groups]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two settings are both called {repeated!r}: a report cannot tell them apart.")
+    if any(group.document_weights == [1] for group in groups):  # all are averaged in one way
+        for group in groups:
+            group.by_document = False
     return groups
 
 
@@ -191,7 +206,10 @@ def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = 
 
 
 def fields_to_vary(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What `varied` must name so that results may be compared; raises `ValueError` if that is not enough."""
+    """What `varied` must name so that results may be compared; raises `ValueError` if that is not enough, or without
+    any."""
+    if not results:
+        raise ValueError("there are no results to compare.")
     first = _facts(results[0])
     differing = {
         name for each in map(_facts, results) for name in {**first, **each} if first.get(name) != each.get(name)
@@ -343,8 +361,19 @@ def _label(groups: list[Group], fields: list[dict[str, Any]]) -> None:
     alike = [(group, settings) for group, settings in zip(groups, fields) if group.label in repeated]
     for group, settings in alike:
         for name, value in settings.items():
-            if name not in VARIED and any(other[name] != alike[0][1][name] for _, other in alike):
-                group.label += f" {name.rpartition('.')[2]} {value}"
+            others = [other[name] for _, other in alike]
+            if name == "shape" and value:
+                group.words["shape"] = " ".join([group.words.get("shape", ""), *_rest_of_shape(value, others)]).strip()
+            elif name not in VARIED and any(other != others[0] for other in others):
+                group.words[name] = f"{name.rpartition('.')[2]} {value}"
+        group.label = " ".join(filter(None, group.words.values()))
+
+
+def _rest_of_shape(shape: dict[str, Any], others: Sequence[dict[str, Any] | None]) -> list[str]:
+    """The sizes that differ and that layers × width do not tell."""
+    told = ("num_hidden_layers", "hidden_size")
+    names = [name for name in shape if any(other and other.get(name) != shape[name] for other in others)]
+    return [f"{name}={shape[name]}" for name in names if name not in told]
 
 
 def _pattern(layer_types: Sequence[str]) -> str:

@@ -72,12 +72,14 @@ class Answer:
         values: label → the setting's own value, the best one first.
         pairs: all pairs.
         changes: of a question about changes: label → corrected p-value of the change itself.
+        num_documents: that were read, if these are more than the values are of.
     """
 
     question: Question
     values: dict[str, Estimate]
     pairs: list[Pair]
     changes: dict[str, float]
+    num_documents: int = 1
 
     @property
     def best(self) -> str:
@@ -111,7 +113,17 @@ class Answer:
 
 
 def answers(groups: Sequence[Group]) -> list[Answer]:
-    """The answers that results give, for all settings that were evaluated at the lengths in question."""
+    """The answers that results give, for all settings that were evaluated at the lengths in question.
+
+    Raises:
+        ValueError: if the settings were scored on other tokens.
+    """
+    runs = [run for group in groups if group.by_document for run in group.by_seed.values() if run.get("documents")]
+    if len({tuple(run["documents"]["num_tokens"]) for run in runs}) > 1:
+        raise ValueError(
+            "results of different experiments are not compared: they were scored on other tokens of the text, by "
+            "another tokenizer or other `eval_lengths`."
+        )
     return [_answer(question, groups) for question in _questions(groups)]
 
 
@@ -181,8 +193,7 @@ def _scores(condition: str) -> Callable[[Group], Matrix]:
 
 def _answer(question: Question, groups: Sequence[Group]) -> Answer:
     matrices = {group.label: question.values(group) for group in groups}
-    weights = groups[0].document_weights
-    weights = weights if not question.is_score and len({len(g.document_weights) for g in groups}) == 1 else None
+    weights = None if question.is_score else groups[0].document_weights
     own = {label: Estimate.of(np.stack(list(matrix.values())), weights) for label, matrix in matrices.items()}
     sign = -1 if question.is_score else 1
     order = dict(sorted(own.items(), key=lambda item: round(sign * item[1].mean, 7)))  # as they are stored
@@ -195,7 +206,8 @@ def _answer(question: Question, groups: Sequence[Group]) -> Answer:
     corrected = holm([difference.p_value for _, _, difference in found])
     pairs = [Pair(*each, p_value) for each, p_value in zip(found, corrected)]
     changes = dict(zip(order, holm([value.p_value for value in order.values()]))) if question.is_change else {}
-    return Answer(question, order, pairs, changes)
+    num_documents = 1 if question.is_score else max(group.num_documents for group in groups)
+    return Answer(question, order, pairs, changes, num_documents)
 
 
 def _negative(estimate: Estimate) -> Estimate:
@@ -215,11 +227,12 @@ def _about_levels(answer: Answer) -> list[str]:
     first = f"Best {answer.question.place}: **{best}** ({level_text(answer.question, answer.values[best])})."
     if not others:
         return [first]
-    clear, unclear = [], []
+    clear, unclear, apart = [], [], []
     for label in others:
         try:
             pair = answer.pair(label, best)
         except KeyError:
+            apart.append(label)
             continue
         if pair.resolved:
             clear.append(f"{label} ({difference_text(answer.question, pair.difference)})")
@@ -230,6 +243,8 @@ def _about_levels(answer: Answer) -> list[str]:
         found.append(f"Not resolved from it {_evidence(answer)}: {', '.join(unclear)}.")
     if clear:
         found.append(f"Worse, resolved: {', '.join(clear)}.")
+    if apart:
+        found.append(f"Not compared with it, as no seed is in common: {', '.join(apart)}.")
     return found
 
 
@@ -248,8 +263,9 @@ def _about_changes(answer: Answer) -> list[str]:
 
 def _evidence(answer: Answer) -> str:
     """ "at 3 seeds and 23 documents"."""
-    runs = sorted({pair.difference.num_runs for pair in answer.pairs} or {v.num_runs for v in answer.values.values()})
-    documents = max(value.num_documents for value in answer.values.values())
+    compared = [] if answer.question.is_change else [pair.difference for pair in answer.pairs]
+    runs = sorted({each.num_runs for each in compared or answer.values.values()})
+    documents = max(answer.num_documents, *(value.num_documents for value in answer.values.values()))
     count = str(runs[0]) if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
     seeds = f"{count} seed{'s' if runs[-1] > 1 else ''}"
     return f"at {seeds} and {documents} documents" if documents > 1 else f"at {seeds}"
@@ -325,6 +341,6 @@ def detail_rows(answer: Answer) -> list[list[str]]:
         each = pair.difference
         interval = "–" if math.isnan(each.low) else f"{each.low:+.4f} to {each.high:+.4f}"
         p_values = p_text(each.p_value), p_text(pair.corrected)
-        counts = str(each.num_runs), str(each.num_documents)
+        counts = str(each.num_runs), str(max(each.num_documents, answer.num_documents))
         rows.append([f"{pair.first} − {pair.second}", *counts, f"{each.mean:+.4f}", interval, *p_values])
     return rows

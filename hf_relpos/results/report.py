@@ -111,7 +111,7 @@ def _sections(groups: Sequence[Group], found: Sequence[Answer], table: Rows, bas
 
 
 def _perplexity_note(groups: Sequence[Group], text: str) -> str:
-    documents = max(len(group.document_weights) for group in groups)
+    documents = max(group.num_documents for group in groups)
     note = f"{text}. All lengths are scored on the same tokens. In brackets the 95 % interval, "
     if has_held_out_ends(groups[0].first):
         number = f"{documents} documents" if documents > 1 else "one document"
@@ -169,7 +169,7 @@ def _footer(results: Sequence[dict[str, Any]]) -> str:
     seconds = sum((result["training"] or {}).get("seconds", 0) for result in results)
     corpus = first["corpus"]
     return (
-        f"Corpus {corpus['name']} ({corpus['split']}, {corpus['num_windows']} windows), trained on "
+        f"Corpus {corpus['name']} ({corpus.get('split')}, {corpus.get('num_windows')} windows), trained on "
         f"{', '.join(machines)} in {seconds / 3600:.1f} hours."
     )
 
@@ -220,6 +220,9 @@ def main() -> None:
     folder = Path(args.output_dir)
     if bool(args.results) == bool(args.sweep):
         raise ValueError("either --results or --sweep is required.")
+    for name in ("baseline", "title"):
+        if args.results and getattr(args, name) != getattr(ReportArguments, name):
+            raise ValueError(f"`{name}` is for --sweep: a table of --results has none.")
     if args.sweep:
         results = read_results(_results_of_sweep(Path(args.sweep)))
         names = run_labels(results, args.varied)

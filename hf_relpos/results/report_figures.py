@@ -240,15 +240,23 @@ def _score_by_length(figure: Any, groups: Sequence[Group]) -> None:
 
 def _training_curves(figure: Any, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
-    for group in groups:
-        logs = [_log(result) for result in group.by_seed.values()]
-        steps = sorted(set.intersection(*(set(log) for log in logs)))
+    for group in _logged(groups):
+        steps, logs = _shared_steps(group), [_log(result) for result in group.by_seed.values()]
         _line(axes, steps, _over_seeds([[log[step] for step in steps] for log in logs]), group.label)
     _finish(axes, groups, marks=False, xlabel="step", ylabel="training loss (nats per token)")
 
 
 def _log(result: dict[str, Any]) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in result["training"].get("log", []) if "loss" in entry}
+
+
+def _shared_steps(group: Group) -> list[int]:
+    """The steps whose loss all seeds of a group logged."""
+    return sorted(set.intersection(*(set(_log(result)) for result in group.by_seed.values())))
+
+
+def _logged(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if _shared_steps(group)]
 
 
 def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
@@ -312,7 +320,15 @@ def _caption_of_difference(groups: Sequence[Group], baseline: str) -> str:
     (base,) = [group for group in groups if group.label == baseline]
     shared = [{seed: run for seed, run in group.by_seed.items() if seed in base.by_seed} for group in groups]
     paired = [Group(group.label, runs) for group, runs in zip(groups, shared) if runs]
-    return _on_this_text(paired, "of the difference, paired by seed, ")
+    left = _left_out(groups, paired, f"no seed is in common with {baseline}")
+    return _on_this_text(paired, "of the difference, paired by seed, ") + left
+
+
+def _left_out(groups: Sequence[Group], drawn: Sequence[Group], why: str) -> str:
+    """The settings of which there is no line."""
+    labels = {group.label for group in drawn}
+    names = [group.label for group in groups if group.label not in labels]
+    return f" Not drawn, as {why}: {', '.join(names)}." if names else ""
 
 
 def _caption_of_change(groups: Sequence[Group]) -> str:
@@ -331,7 +347,8 @@ def _caption_of_score(groups: Sequence[Group]) -> str:
 
 
 def _caption_of_training(groups: Sequence[Group]) -> str:
-    return _bands(groups, "for new seeds")
+    drawn = _logged(groups)
+    return _bands(drawn, "for new seeds") + _left_out(groups, drawn, "no step was logged by all seeds")
 
 
 CHANGE = Kind("Change of perplexity with the length", _has_longer_lengths, _change_by_length, _caption_of_change)
@@ -351,7 +368,7 @@ KINDS = (
     Kind("Loss after finetuning", _finetuned, _finetune_curves, _on_this_text),
     Kind(
         "Training loss",
-        lambda groups: all(map(_log, groups[0].by_seed.values())),
+        _logged,
         _training_curves,
         _caption_of_training,
     ),

@@ -55,7 +55,7 @@ def _values(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
                 "length": place,
                 **dict(zip(("mean", "low", "high"), ends)),
                 "seeds": found.num_runs,
-                "documents": found.num_documents,
+                "documents": group.num_documents,
             }
 
 
@@ -75,5 +75,5 @@ def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
             "corrected_p": pair.corrected,
             "resolved": pair.resolved,
             "seeds": each.num_runs,
-            "documents": each.num_documents,
+            "documents": max(each.num_documents, answer.num_documents),
         }

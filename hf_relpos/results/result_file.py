@@ -18,6 +18,7 @@ SLIDING = "sliding_baseline"  # of a result: the same tokens by a sliding window
 REQUIRED_KEYS = ("pos_embedding_type", "seed", "train_length", "lengths", "versions", "hardware", "corpus")
 # of a result on text, and of one on a synthetic task
 TEXT_KEYS, TASK_KEYS = ("loss_by_position", "in_context_score", "slope"), ("task", "score_name")
+MAX_DOCUMENT_GROUPS = 256  # of more documents, neighbours are put together
 # what stands beside these two numbers wherever they are shown
 CONTEXT_NOTE = (
     "The in-context score (loss at the named token − loss at token 50, in nats) and the slope (of the loss past the "
@@ -48,7 +49,9 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         return [read_result(path)]
     results: list[dict[str, Any]] = []
     first_line: dict[str, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    text = _read(path)
+    # text may hold other ends of lines, such as U+2029 as the separator of documents
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
         result = _parse(line, f"result file {str(path)!r}, line {number}")
         repeated = first_line.setdefault(json.dumps(result, sort_keys=True), number)
         if repeated != number:

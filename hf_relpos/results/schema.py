@@ -81,8 +81,10 @@ TRAINING_FILE = {
 }
 
 ESTIMATE = {"standard_error": NUMBER_OR_NULL}
-LOSSES = _object({"loss": NUMBER, "perplexity": POSITIVE, "median_loss": NUMBER, "num_tokens": COUNT}, "perplexity")
-SCORE = _object({"score": NUMBER, "loss": NUMBER, "standard_error": NUMBER}, "score standard_error")
+LOSSES = _object(
+    {"loss": NUMBER, "perplexity": POSITIVE, "median_loss": NUMBER, "num_tokens": COUNT}, "loss perplexity"
+)
+SCORE = _object({"score": NUMBER, "loss": NUMBER, "standard_error": NUMBER}, "score loss standard_error")
 SCORES = {**SCORE, "properties": {**SCORE["properties"], "kinds": {**OBJECT_OR_NULL, "additionalProperties": SCORE}}}
 RESULT = {
     "model": TEXT_OR_NULL,

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from ..data.arguments import SOURCE_FLAGS, TextArguments
+from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS, TextArguments
 from .base import TASKS
+
+
+# which text is read and how; how attention goes over documents belongs to a model, whatever it reads
+READING = {"dataset_config_name", "held_out_ends", *READING_DEFAULTS} - {"cross_document_attention"}
 
 
 @dataclass
@@ -15,6 +19,7 @@ class DataArguments(TextArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in SOURCE_FLAGS:
-            if self.task and getattr(self, name):
+        for name in (*SOURCE_FLAGS, *READING):
+            value = getattr(self, name)
+            if self.task and value and value != READING_DEFAULTS.get(name):
                 raise ValueError(f"`task` and `{name}` exclude each other, got both.")

@@ -8,7 +8,10 @@ import torch
 from conftest import make_model
 from helpers import task_rows
 
+from hf_relpos.evaluation.command import EvaluationArguments
+from hf_relpos.evaluation.evaluate import evaluate_model
 from hf_relpos.evaluation.task_scores import evaluate_task
+from hf_relpos.tasks.arguments import DataArguments
 from hf_relpos.tasks.base import make_task
 
 
@@ -103,3 +106,19 @@ def test_a_model_learns_to_copy_and_says_so(run_script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_script("train", "--task", "passkey", "--train_file", "x", "--output_dir", tmp_path / "no")
     assert "`task` and `train_file` exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [{"stride": 8}, {"sliding_baseline": True}, {"eval_split": "validation"}])
+def test_flags_of_text_are_refused_for_a_task(flag, tmp_path):
+    args = EvaluationArguments(str(tmp_path), str(tmp_path / "x"), **flag)
+    with pytest.raises(ValueError, match=f"`{next(iter(flag))}` is for text, not for a task"):
+        evaluate_model(args, DataArguments(task="passkey"))
+
+
+@pytest.mark.parametrize(
+    "flag", [{"train_file": "a.txt"}, {"text_column": "body"}, {"streaming": True}, {"held_out_ends": True}]
+)
+def test_flags_that_read_text_are_refused_for_a_task(flag):
+    with pytest.raises(ValueError, match=f"`task` and `{next(iter(flag))}` exclude each other"):
+        DataArguments(task="passkey", **flag)
+    assert DataArguments(task="passkey", cross_document_attention=True).filled().text_column == "text"

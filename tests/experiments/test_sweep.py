@@ -215,6 +215,14 @@ def test_scale_keeps_the_shape(write):
     assert runs[0].evaluation["max_windows"] == 16
     # 10 and 20 steps have both become one: such a run is made once
     assert [run.settings["max_steps"] for run in runs if run.base is runs[0]] == [1, 10]
+    # a number below 1 is a share of the steps; numbers may stand in quotes
+    path = write(train={"warmup_steps": 0.1, "logging_steps": "0.25", "max_steps": "100"}, grid={"seed": [1]})
+    assert load_experiment(path, 0.5)[0].settings == {
+        "warmup_steps": 0.1,
+        "logging_steps": "0.25",
+        "max_steps": 50,
+        "seed": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -234,6 +242,20 @@ def test_scale_keeps_the_shape(write):
         ({"grid": {"learning_rate": ["fast"]}}, "grid, entry 1: .*learning_rate"),
         ({"grid": {"seed": [1, 2, 1]}}, "grid, entry 3 is the same run as .*grid, entry 1"),
         ({"grid": {"seed": [1]}, "train": {"train_file": "missing.txt"}}, "grid, entry 1: .*missing.txt"),
+        # what an evaluation would refuse after the training
+        ({"grid": {"seed": [1]}, "evaluate": {"stride": 1024}}, "`stride` must lie between 1 and the length − 1 = 10"),
+        (
+            {"grid": {"block_size": [64]}, "evaluate": {"stride": 64, "eval_lengths": [64]}},
+            "entry 1: `stride` must lie",
+        ),
+        (
+            {"grid": {"block_size": [64, 128]}, "evaluate": {"sliding_baseline": True, "eval_lengths": [64, 128]}},
+            "entry 2: `sliding_baseline` needs a `train_length` .* got 128",
+        ),
+        ({"grid": {"seed": [1]}, "evaluate": {"dtype": "int8"}}, "grid, entry 1: `dtype` must be float32"),
+        ({"grid": {"seed": [1]}, "evaluate": {"max_windows": 0}}, "grid, entry 1: `max_windows` must be at least 1"),
+        ({"grid": {"task": ["passkey"]}, "evaluate": {"eval_split": "test"}}, "`eval_split` is for text, not for a t"),
+        ({"grid": {"task": ["passkey"]}, "train": {"text_column": "a"}}, "`task` and `text_column` exclude each other"),
     ],
 )
 def test_a_wrong_file_is_one_line_and_starts_nothing(sections, message, write, run_script, tmp_path, capsys):
@@ -251,6 +273,22 @@ def test_texts_are_read_once_for_the_states_of_all_runs(tiny, tmp_path, monkeypa
     first, read = status(runs[0], tmp_path), []
     monkeypatch.setattr("hashlib.file_digest", lambda *args: read.append(args))
     assert [status(run, tmp_path) for run in runs] == [first] * 3 and not read
+
+
+def test_a_result_that_cannot_be_read_is_left_out(tiny, tmp_path, run_script, capsys):
+    path = tiny({"seed": [1]})
+    result = load_experiment(path)[0].result(tmp_path / "out")
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    run_script("sweep", "--experiment", path, "--output_dir", tmp_path / "out")
+    printed = capsys.readouterr()
+    assert "0 of 1 results" in printed.out and f"left out: result file {str(result)!r}" in printed.err
+
+
+@pytest.mark.parametrize("name", ["cpus_per_run", "gpus_per_run"])
+def test_flags_of_a_cluster_are_refused_without_one(name, tiny, tmp_path, run_script, capsys):
+    flags = ["--experiment", tiny({"seed": [1]}), "--output_dir", tmp_path / "out", f"--{name}", 2]
+    assert f"`{name}` is for the executor ray, got the executor local" in refusal(run_script, capsys, "sweep", flags)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)

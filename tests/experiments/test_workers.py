@@ -202,3 +202,16 @@ def test_how_many_runs_at_once(gpus, weights, expected, monkeypatch):
     monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 3)
     runs = [Run("here", {}, {}, num_weights=number) for number in weights]
     assert workers.default_num_parallel(runs) == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "expected"),
+    [(None, 2, ["0", "1"]), ("", 0, []), ("3,5", 2, ["3", "5"]), ("-1", 0, []), ("0", 0, []), ("2,-1,3", 1, ["2"])],
+)
+def test_gpus_are_those_that_there_are(named, count, expected, monkeypatch):
+    """A user hides all with CUDA_VISIBLE_DEVICES=-1: then runs share the cores as without a GPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: count)
+    assert workers.visible_gpus() == expected

@@ -17,9 +17,9 @@ from hf_relpos.results import plots, report_figures
 from hf_relpos.results.caveats import caveats
 from hf_relpos.results.compared_rates import TRIED, edge_text, save_tried
 from hf_relpos.results.estimates import Estimate
-from hf_relpos.results.groups import group_results
-from hf_relpos.results.questions import Answer, Pair, Question, answers, sentences
-from hf_relpos.results.report import _summary, write_report
+from hf_relpos.results.groups import fields_to_vary, group_results
+from hf_relpos.results.questions import Answer, Pair, Question, answers, detail_rows, sentences
+from hf_relpos.results.report import _footer, _perplexity_note, _summary, write_report
 from hf_relpos.results.result_file import (
     CONTEXT_NOTE,
     RESULTS,
@@ -202,6 +202,49 @@ def test_documents_widen_the_interval(results):
     assert answer.seeds_needed(pair) == [None, None, None]
 
 
+def with_documents(result, num_tokens, shifts):
+    losses = {length: [cell["loss"] + shift for shift in shifts] for length, cell in result["lengths"].items()}
+    return result | {"documents": {"num_tokens": num_tokens, "loss": losses}}
+
+
+def test_a_setting_without_a_seed_in_common_is_named():
+    runs = {"none": (4.0, (1, 2, 3)), "alibi": (3.9, (3, 4)), "rotary": (4.1, (1, 2))}
+    results = [make_result(name, seed, loss + seed / 99) for name, (loss, seeds) in runs.items() for seed in seeds]
+    best, _, changes = answers(group_results(results))
+    assert sentences(best)[-1] == "Not compared with it, as no seed is in common: rotary."
+    # a change is of a setting's own runs: pairs have one seed in common here, or two
+    assert all(" at 2 to 3 seeds: " in line for line in sentences(changes) if "no change is resolved" in line)
+    assert "no change is resolved" in " ".join(sentences(changes))
+
+
+def test_losses_of_documents_are_used_where_all_settings_have_them():
+    """Where one has none, all are averaged over tokens: alibi was 10 % worse here as the mean of two documents."""
+    results = [make_result("none", seed, 4 + seed / 100) for seed in (1, 2, 3)]
+    alibi = [make_result("alibi", seed, 3.9 + seed / 100) for seed in (1, 2, 3)]
+    results += [with_documents(result, [900, 100], [-0.1, 0.9]) for result in alibi]
+    answer = answers(group_results(results))[0]
+    assert (answer.best, answer.pair("alibi", "none").difference.num_documents) == ("alibi", 1)
+    assert answer.values["alibi"].mean == pytest.approx(3.92)
+
+
+@pytest.mark.parametrize("num_tokens", [[90, 110], [50, 50, 100]])
+def test_what_was_scored_on_other_tokens_is_not_compared(num_tokens):
+    results = [with_documents(make_result("none", seed), [100, 100], [0, 0]) for seed in (1, 2)]
+    results += [with_documents(make_result("alibi", seed), num_tokens, [0] * len(num_tokens)) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="scored on other tokens of the text, by another tokenizer or other `eval_len"):
+        answers(group_results(results))
+
+
+def test_documents_that_were_put_together_are_counted():
+    results = [with_documents(make_result(name, seed), [9] * 256, [0] * 256) for name in "ab" for seed in (1, 2)]
+    for result in results:
+        result["corpus"]["num_documents"] = 3000
+    groups = group_results(results)
+    answer = answers(groups)[0]
+    assert "(3000 documents were read)" in _perplexity_note(groups, "books")
+    assert "at 2 seeds and 3000 documents" in sentences(answer)[1] and detail_rows(answer)[1][2] == "3000"
+
+
 def test_the_seeds_that_would_resolve_a_pair_are_those_of_holms_test():
     """A pair beside 44 others that are resolved is tested at 5 %, not at 5 % / 45."""
     rng = np.random.default_rng(1)
@@ -260,6 +303,9 @@ def test_labels_name_what_varies():
     shape = {"num_hidden_layers": 4, "hidden_size": 256}
     small, large = (make_result("none", 1, shape={**shape, "hidden_size": width}) for width in (256, 384))
     assert [group.label for group in group_results([small, large])] == ["none 4×256", "none 4×384"]
+    heads = [make_result("none", 1, shape={**shape, "num_attention_heads": number}) for number in (2, 4)]
+    labels = [group.label for group in group_results(heads)]
+    assert labels == ["none 4×256 num_attention_heads=2", "none 4×256 num_attention_heads=4"]
     # a scheme's own parameters make no other size
     own = make_result("alibi", 1, shape=shape, num_parameters=3_000_100)
     assert [group.label for group in group_results([small, own])] == ["none", "alibi"]
@@ -268,12 +314,20 @@ def test_labels_name_what_varies():
     assert [group.label for group in group_results([whole, half])] == ["rotary", "rotary partial_rotary_factor=0.5"]
 
 
+def test_two_settings_of_one_name_are_refused():
+    results = [make_result("alibi", 1, pos_embedding_kwargs=kwargs) for kwargs in (None, {})]
+    with pytest.raises(ValueError, match="two settings are both called 'alibi': a report cannot tell them apart"):
+        group_results(results)
+
+
 def test_a_recipe_may_differ_where_it_was_meant_to():
     results = [make_result("alibi", 1, recipe={"learning_rate": rate}) for rate in (1e-3, 3e-3)]
     labels = [group.label for group in group_results(results, ["recipe.learning_rate"])]
     assert labels == ["alibi learning_rate 0.001", "alibi learning_rate 0.003"]
     with pytest.raises(ValueError, match="`recipe.learning_rate` is 0.001 and 0.003"):
         group_results(results)
+    with pytest.raises(ValueError, match="there are no results to compare"):
+        fields_to_vary([])
     with pytest.raises(ValueError, match=r"`varied` must name some of \['recipe.learning_rate', .*'corpus.name'"):
         group_results(results, ["corpus.name"])
 
@@ -371,6 +425,8 @@ def test_report_of_a_sweep(results, run_script, tmp_path, capsys):
     for flags, message in (
         (("--sweep", tmp_path), f"holds no finished sweep: there is no {RESULTS}"),
         ((), "either --results or --sweep is required"),
+        (("--results", root / RESULTS, "--baseline", "alibi"), "`baseline` is for --sweep"),
+        (("--results", root / RESULTS, "--title", "Mine"), "`title` is for --sweep"),
     ):
         with pytest.raises(SystemExit):
             run_script("report", *flags, "--output_dir", tmp_path / "other")
@@ -549,6 +605,28 @@ def test_a_broken_line_is_named(spoil, message, results, tmp_path):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with pytest.raises(ValueError, match=f"results.jsonl'.* {message}"):
         read_results(path)
+
+
+@pytest.mark.parametrize("separator", ["\u2029", "\x85", "\n", "\r\n"])
+def test_text_in_a_result_may_hold_ends_of_lines(separator, results, tmp_path):
+    results[0]["corpus"]["flags"] = {"document_separator": separator}
+    write_results(tmp_path / RESULTS, results[:2])
+    assert read_results(tmp_path / RESULTS)[0]["corpus"] == results[0]["corpus"]
+
+
+def test_a_result_without_a_loss_is_refused_before_anything_is_written(results, run_script, tmp_path, capsys):
+    del results[0]["lengths"]["512"]["loss"]
+    write_results(tmp_path / RESULTS, results)
+    with pytest.raises(SystemExit, match="2"):
+        run_script("report", "--results", tmp_path / RESULTS, "--output_dir", tmp_path / "out")
+    assert "line 1: `lengths.512`: 'loss' is a required property" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_without_a_split_has_a_report(results):
+    for result in results:
+        del result["corpus"]["split"], result["corpus"]["num_windows"]
+    assert _footer(results).startswith("Corpus books (")
 
 
 def test_results_are_written_without_nan(results, tmp_path):

@@ -27,11 +27,11 @@ def results():
     return found
 
 
-def figures_of(results, monkeypatch):
+def figures_of(results, monkeypatch, varied=()):
     """→ heading → its matplotlib figure and its caption."""
     drawn = []
     monkeypatch.setattr(report_figures, "figure_png", lambda figure, *_: drawn.append(figure) or b"")
-    groups = group_results(results)
+    groups = group_results(results, varied)
     found = report_figures.draw_figures(groups, groups[0].label)
     return {each.heading: (figure, each.caption) for each, figure in zip(found, drawn)}
 
@@ -170,3 +170,39 @@ def test_finetuned_settings_of_one_scheme_have_lines_of_their_own(monkeypatch):
     assert [line.get_label() for line in axes.get_lines()] == [f"{name} 128 → 512" for name in names]
     assert all(line.get_xdata().tolist() == [0, 25, 100] for line in axes.get_lines())
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "25", "100"]
+
+
+def test_finetuned_settings_of_several_learning_rates_have_lines_of_their_own(monkeypatch):
+    runs = [
+        make_result(
+            "alibi", seed, 4 - rate, 512, num_steps=steps, base_train_length=128, recipe={"learning_rate": rate}
+        )
+        for rate in (0.001, 0.003)
+        for steps in (25, 100)
+        for seed in (1, 2)
+    ]
+    figure, _ = figures_of(runs, monkeypatch, ["recipe.learning_rate"])["Loss after finetuning"]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].get_lines()}
+    assert lines == {f"alibi learning_rate {r} 128 → 512": pytest.approx([3.95 - r] * 2) for r in (0.001, 0.003)}
+
+
+def test_what_is_not_drawn_is_named(results, monkeypatch):
+    """A run of fewer steps than `logging_steps` logs no loss, and two seeds may have logged other steps."""
+    for result in results:
+        if result["pos_embedding_type"] == "alibi":
+            result["training"]["log"] = []
+        elif result["pos_embedding_type"] == "rotary":
+            result["training"]["log"][0]["step"] = result["training"]["log"][1]["step"] = result["seed"]
+    found = figures_of(results, monkeypatch)
+    figure, caption = found["Training loss"]
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["none"]
+    assert caption.endswith(" Not drawn, as no step was logged by all seeds: alibi, rotary.")
+    heading = "Loss by position, minus that of none"
+    assert "Not drawn" not in found[heading][1]
+    apart = [
+        result for result in results if (result["seed"] == SEEDS[-1]) == (result["pos_embedding_type"] == "rotary")
+    ]
+    assert figures_of(apart, monkeypatch)[heading][1].endswith("Not drawn, as no seed is in common with none: rotary.")
+    for result in results:
+        result["training"]["log"] = []
+    assert "Training loss" not in figures_of(results, monkeypatch)
