@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .result_file import MAX_DOCUMENT_GROUPS, SLIDING, labels, other_corpus_mark, score_cells
+from .result_file import MAX_DOCUMENT_GROUPS, SLIDING, labels, other_corpus_mark, rounded, score_cells
 
 
 # What may differ between the groups of one report, as it stands in a label; a recipe's fields may if they are asked for
@@ -303,7 +303,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         config["embedding_multiplier"] /= math.sqrt(config["hidden_size"])
         config["head_dim"] *= config["num_attention_heads"] / config["hidden_size"]
     recipe |= {f"config.{name}": value for name, value in config.items() if name not in POSITION_FIELDS}
-    return {
+    facts = {
         "corpus.name": corpus["name"],
         "corpus.fingerprint": corpus.get("fingerprint"),
         "corpus.split": corpus.get("split"),
@@ -316,6 +316,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "score_name": result.get("score_name"),
         **recipe,
     }
+    return rounded(facts, 6)  # a stored result and that of a run, which is not rounded, are of one kind
 
 
 def _is_compared(name: str) -> bool:
@@ -338,7 +339,7 @@ def _training_corpus(training: dict[str, Any]) -> str | None:
 
 def _varied(result: dict[str, Any]) -> dict[str, Any]:
     training = _training(result)
-    return {name: training.get(name, result.get(name)) for name in VARIED}
+    return rounded({name: training.get(name, result.get(name)) for name in VARIED})
 
 
 def _training(result: dict[str, Any]) -> dict[str, Any]:

@@ -100,18 +100,19 @@ def _compact(result: dict[str, Any]) -> dict[str, Any]:
     if result.get("loss_by_position"):
         positions, losses = smooth_by_position(result["loss_by_position"])
         result = {**result, "loss_by_position": {"positions": positions, "losses": losses}}
-    return _rounded(result)
+    return rounded(result)
 
 
-def _rounded(value: Any, digits: int = DIGITS) -> Any:
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """→ the value with its numbers, in lists and dictionaries too, as they are stored."""
     if isinstance(value, dict):
-        return {key: _rounded(each, CURVE_DIGITS.get(key, digits)) for key, each in value.items()}
+        return {key: rounded(each, CURVE_DIGITS.get(key, digits)) for key, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each, digits) for each in value]
+        return [rounded(each, digits) for each in value]
     if isinstance(value, float) and math.isfinite(value):
-        rounded = float(f"{value:.{digits}g}")
+        number = float(f"{value:.{digits}g}")
         # "3" is shorter than "3.0"; in a curve the two are the same
-        return int(rounded) if digits < DIGITS and rounded.is_integer() else rounded
+        return int(number) if digits < DIGITS and number.is_integer() else number
     return value
 
 

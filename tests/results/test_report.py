@@ -1,5 +1,6 @@
 """Statistics over seeds against values by hand and by scipy, and the page that they are written to."""
 
+import copy
 import html
 import json
 import math
@@ -582,6 +583,19 @@ def test_stored_results_give_the_same_report(results, tmp_path):
         assert bins[0] == pytest.approx(whole[0], rel=1e-4) and bins[1] == pytest.approx(whole[1], rel=1e-4)
     assert write_results(tmp_path / "again.jsonl", stored) is None
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / RESULTS).read_bytes()
+
+
+def test_stored_results_and_those_of_runs_are_of_one_kind(results, tmp_path):
+    results = copy.deepcopy(results)
+    for result in results:
+        sizes = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4}
+        result["training"]["config"] = {"embedding_multiplier": 128**0.5, **sizes}
+        result["training"]["pos_embedding_kwargs"] = {"scale": 1 / 3}
+    write_results(tmp_path / RESULTS, results[:1])
+    groups = group_results(read_results(tmp_path / RESULTS) + results[1:])
+    assert [(group.label, [*group.by_seed]) for group in groups] == [
+        (group.label, [*group.by_seed]) for group in group_results(results)
+    ]
 
 
 @pytest.mark.parametrize(
