@@ -300,7 +300,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     config = dict(training.get("config") or {})
     config = ARCHITECTURE | config if config else config
     if config:  # these two follow from the size, unless they were given
-        config["embedding_multiplier"] /= math.sqrt(config["hidden_size"])
+        config["embedding_multiplier"] = round(config["embedding_multiplier"] / math.sqrt(config["hidden_size"]), 6)
         config["head_dim"] *= config["num_attention_heads"] / config["hidden_size"]
     recipe |= {f"config.{name}": value for name, value in config.items() if name not in POSITION_FIELDS}
     facts = {
@@ -316,7 +316,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "score_name": result.get("score_name"),
         **recipe,
     }
-    return rounded(facts, 6)  # a stored result and that of a run, which is not rounded, are of one kind
+    return rounded(facts)  # a stored result and that of a run, which is not rounded, are of one kind
 
 
 def _is_compared(name: str) -> bool:

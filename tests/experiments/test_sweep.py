@@ -111,8 +111,11 @@ def test_finetuning_goes_on_from_each_run(write):
 def test_finetuning_takes_the_data_of_its_run(write):
     """Also where the grid varies them, and the task."""
     path = write(
-        train={"max_steps": 100, "validation_split_percentage": 7},
-        grid=[{"train_file": [str(ROOT / "README.md"), str(ROOT / "CONTRIBUTING.md")]}, {"task": ["passkey"]}],
+        train={"max_steps": 100},
+        grid=[
+            {"train_file": [str(ROOT / "README.md"), str(ROOT / "CONTRIBUTING.md")], "validation_split_percentage": [7]},
+            {"task": ["passkey"]},
+        ],
         finetune={"max_steps": [25]},
     )
     runs = load_experiment(path)
