@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import as_list, import_schemes, nearest, parse_values
-from ..data.arguments import READING_DEFAULTS, SOURCE_FLAGS
+from ..data.arguments import SOURCE_FLAGS
 from ..data.files import content_hash
 from ..environment import package_version
 from ..evaluation.command import EvaluationArguments
@@ -23,7 +23,7 @@ from ..model_loading import about_num_weights, check_size
 from ..results.training_record import RESULT_NEUTRAL_FLAGS
 from ..scheme_check import check_imported
 from ..scheme_files import imported_files
-from ..tasks.arguments import DataArguments
+from ..tasks.arguments import READING, DataArguments
 from ..tasks.base import check_task
 from ..training.arguments import FinetuningArguments, RelPosTrainingArguments
 from ..training.model_setup import ModelArguments, new_config
@@ -38,8 +38,7 @@ SECTIONS = {"train": TRAIN_TYPES, "finetune": FINETUNE_TYPES, "evaluate": EVALUA
 # flags that the sweep sets itself, or that no run of a sweep may have
 RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
 # what belongs to the text that a run is trained on
-TEXT_SETTINGS = {"task", "dataset_config_name", "held_out_ends", *SOURCE_FLAGS, *READING_DEFAULTS}
-TEXT_SETTINGS -= {"cross_document_attention"}
+TEXT_SETTINGS = {"task", *SOURCE_FLAGS, *READING}
 # what --scale multiplies, and the least that it leaves; a number between 0 and 1 is a share of the steps
 SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .request_errors import errors_in_form
 from .request_fields import shown
+from .token_penalties import PENALTIES
 
 
 TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -36,8 +37,7 @@ GENERATION_FIELDS: dict[str, tuple[float, float]] = {
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.01, 100),
     "top_p": (1e-6, 1),
-    "frequency_penalty": (-2, 2),
-    "presence_penalty": (-2, 2),
+    **dict.fromkeys(PENALTIES, (-2, 2)),
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 

@@ -72,7 +72,7 @@ class Answer:
         values: label → the setting's own value, the best one first.
         pairs: all pairs.
         changes: of a question about changes: label → corrected p-value of the change itself.
-        num_documents: that were read, if these are more than the values are of.
+        num_documents: that were read, of which many are put together in the values; 1 of a task.
     """
 
     question: Question
@@ -265,7 +265,7 @@ def _evidence(answer: Answer) -> str:
     """ "at 3 seeds and 23 documents"."""
     compared = [] if answer.question.is_change else [pair.difference for pair in answer.pairs]
     runs = sorted({each.num_runs for each in compared or answer.values.values()})
-    documents = max(answer.num_documents, *(value.num_documents for value in answer.values.values()))
+    documents = answer.num_documents
     count = str(runs[0]) if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
     seeds = f"{count} seed{'s' if runs[-1] > 1 else ''}"
     return f"at {seeds} and {documents} documents" if documents > 1 else f"at {seeds}"
@@ -341,6 +341,6 @@ def detail_rows(answer: Answer) -> list[list[str]]:
         each = pair.difference
         interval = "–" if math.isnan(each.low) else f"{each.low:+.4f} to {each.high:+.4f}"
         p_values = p_text(each.p_value), p_text(pair.corrected)
-        counts = str(each.num_runs), str(max(each.num_documents, answer.num_documents))
+        counts = str(each.num_runs), str(answer.num_documents)
         rows.append([f"{pair.first} − {pair.second}", *counts, f"{each.mean:+.4f}", interval, *p_values])
     return rows

@@ -75,5 +75,5 @@ def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
             "corrected_p": pair.corrected,
             "resolved": pair.resolved,
             "seeds": each.num_runs,
-            "documents": max(each.num_documents, answer.num_documents),
+            "documents": answer.num_documents,
         }

@@ -110,12 +110,10 @@ def test_finetuning_goes_on_from_each_run(write):
 
 def test_finetuning_takes_the_data_of_its_run(write):
     """Also where the grid varies them, and the task."""
+    texts = [str(ROOT / "README.md"), str(ROOT / "CONTRIBUTING.md")]
     path = write(
         train={"max_steps": 100},
-        grid=[
-            {"train_file": [str(ROOT / "README.md"), str(ROOT / "CONTRIBUTING.md")], "validation_split_percentage": [7]},
-            {"task": ["passkey"]},
-        ],
+        grid=[{"train_file": texts, "validation_split_percentage": [7]}, {"task": ["passkey"]}],
         finetune={"max_steps": [25]},
     )
     runs = load_experiment(path)
