@@ -45,6 +45,7 @@ class Case:
         mode: "forward" or "forward_backward", of an attention kernel.
         device, dtype: where and in what the inputs are.
         num_heads, head_dim: H and D, of an attention kernel.
+        model_size: of a model, as `RelPosConfig.from_size` takes it.
     """
 
     part: str
@@ -56,6 +57,7 @@ class Case:
     dtype: str = "float32"
     num_heads: int = NUM_HEADS
     head_dim: int = HEAD_DIM
+    model_size: str = "xsmall"
 
     def build(self) -> Callable[[], None]:
         """→ a function that runs the case once.
@@ -232,8 +234,8 @@ def _build_attention(case: Case) -> Callable[[], None]:
 # --- whole models
 
 
-def _relpos(name: str, attn_implementation: str = "sdpa") -> RelPosForCausalLM:
-    config = RelPosConfig.from_size("xsmall", vocab_size=VOCAB_SIZE, pos_embedding_type=name, hidden_dropout=0.0)
+def _relpos(name: str, size: str, attn_implementation: str = "sdpa") -> RelPosForCausalLM:
+    config = RelPosConfig.from_size(size, vocab_size=VOCAB_SIZE, pos_embedding_type=name, hidden_dropout=0.0)
     return RelPosForCausalLM._from_config(config, attn_implementation=attn_implementation)
 
 
@@ -244,13 +246,14 @@ def _peer(config: Any, attn_implementation: str = "sdpa") -> Any:
 class _XTransformers(torch.nn.Module):
     """A decoder of x-transformers whose bias is an MLP of the distance, as `linear_cpb` is, with its own loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> None:
         super().__init__()
         try:
             from x_transformers import Decoder, TransformerWrapper
         except ImportError as error:
             raise Unsupported("x-transformers is not installed") from error
-        layers = Decoder(dim=256, depth=4, heads=4, attn_dim_head=HEAD_DIM, dynamic_pos_bias=True)
+        heads = {"heads": num_attention_heads, "attn_dim_head": hidden_size // num_attention_heads}
+        layers = Decoder(dim=hidden_size, depth=num_hidden_layers, dynamic_pos_bias=True, **heads)
         options = {"max_seq_len": 8192, "use_abs_pos_emb": False}
         self.model = TransformerWrapper(num_tokens=VOCAB_SIZE, attn_layers=layers, **options)
 
@@ -259,33 +262,52 @@ class _XTransformers(torch.nn.Module):
         return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
 
 
+def _llama(**sizes: int) -> Any:
+    inner = round(sizes["hidden_size"] * 8 / 3 / 16) * 16  # three matrices of as many numbers as two of width × 4
+    return _peer(LlamaConfig(**sizes, intermediate_size=inner, vocab_size=VOCAB_SIZE, max_position_embeddings=8192))
+
+
+def _gpt_neox(**sizes: int) -> Any:
+    inner = 4 * sizes["hidden_size"]
+    return _peer(GPTNeoXConfig(**sizes, intermediate_size=inner, vocab_size=VOCAB_SIZE, max_position_embeddings=8192))
+
+
+def _bloom(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> Any:
+    sizes = {"hidden_size": hidden_size, "n_layer": num_hidden_layers, "n_head": num_attention_heads}
+    return _peer(BloomConfig(**sizes, vocab_size=VOCAB_SIZE, tie_word_embeddings=False), "eager")
+
+
+def _mpt(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> Any:
+    sizes = {"d_model": hidden_size, "n_layers": num_hidden_layers, "n_heads": num_attention_heads}
+    return _peer(MptConfig(**sizes, vocab_size=VOCAB_SIZE, max_seq_len=8192, tie_word_embeddings=False), "eager")
+
+
 # of the same width, depth, heads and floating point operations, the output embedding apart from the input's
-SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
-PEERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: _peer(LlamaConfig(**SIZES, intermediate_size=688, max_position_embeddings=8192)),
-    "gpt_neox": lambda: _peer(GPTNeoXConfig(**SIZES, intermediate_size=1024, max_position_embeddings=8192)),
-    "bloom": lambda: _peer(
-        BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=256, n_layer=4, n_head=4, tie_word_embeddings=False), "eager"
-    ),
-    "mpt": lambda: _peer(
-        MptConfig(
-            d_model=256, n_heads=4, n_layers=4, vocab_size=VOCAB_SIZE, max_seq_len=8192, tie_word_embeddings=False
-        ),
-        "eager",
-    ),
+PEERS: dict[str, Callable[..., Any]] = {
+    "llama": _llama,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+    "mpt": _mpt,
     "x-transformers with dynamic_pos_bias": _XTransformers,
-    "linear_cpb with a dense bias": lambda: _relpos("linear_cpb", "eager"),
 }
+DENSE = "linear_cpb with a dense bias"
 
 
 def model_names() -> list[str]:
     """Every scheme, then the models of others."""
-    return [*list_position_embeddings(), *PEERS]
+    return [*list_position_embeddings(), *PEERS, DENSE]
 
 
 def _model(case: Case) -> Any:
     torch.manual_seed(0)
-    model = PEERS[case.name]() if case.name in PEERS else _relpos(case.name)
+    if case.name in PEERS:
+        config = RelPosConfig.from_size(case.model_size)
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        model = PEERS[case.name](**{name: getattr(config, name) for name in sizes})
+    elif case.name == DENSE:
+        model = _relpos("linear_cpb", case.model_size, "eager")
+    else:
+        model = _relpos(case.name, case.model_size)
     return model.to(case.device, getattr(torch, case.dtype))
 
 

@@ -19,6 +19,7 @@ from benchmarks.measure import CLOCKS, measure_memory, profile_case, time_cases
 from benchmarks.report import plot_benchmark, tables
 from hf_relpos.cli import command, parse_arguments
 from hf_relpos.environment import hardware, versions, write_json
+from hf_relpos.model.configuration_relpos import MODEL_SIZES
 
 
 PARTS = ("attention", "step", "decode", "memory", "evaluate", "profile", "compiled_step")
@@ -52,6 +53,7 @@ class BenchmarkArguments:
         default_factory=lambda: [32768], metadata={"help": "Lengths of the one row whose losses are computed."}
     )
     tokens: int = field(default=16384, metadata={"help": "Tokens of an attention, whatever the length."})
+    model_size: str = field(default="xsmall", metadata={"help": "Size of the models, as --model_size of train."})
     step_tokens: int = field(default=4096, metadata={"help": "Tokens of a training step, whatever the length."})
     repeats: int = field(default=9, metadata={"help": "Rounds that count."})
     num_threads: int = field(default_factory=torch.get_num_threads, metadata={"help": "Threads of torch on a CPU."})
@@ -75,6 +77,8 @@ class BenchmarkArguments:
                 raise ValueError(f"`{name}` must be numbers of at least 1, got {getattr(self, name)}.")
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             raise ValueError(f"`device` must be cpu or, where torch has a GPU, cuda; got {self.device!r}.")
+        if self.model_size not in MODEL_SIZES:
+            raise ValueError(f"`model_size` must be one of {list(MODEL_SIZES)}, got {self.model_size!r}.")
         if self.clock not in CLOCKS or (self.clock == "cpu" and self.device != "cpu"):
             raise ValueError(f"`clock` must be wall or, for the device cpu, cpu; got {self.clock!r}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -84,6 +88,7 @@ class BenchmarkArguments:
 def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
     """Lists of cases that take turns."""
     where = {"device": args.device, "dtype": args.dtype}
+    sized = where | {"model_size": args.model_size}
     groups = []
     for length in args.lengths:
         rows = max(args.tokens // length, 1)
@@ -91,10 +96,10 @@ def make_groups(args: BenchmarkArguments) -> list[list[Case]]:
             groups.append([Case("attention", name, length, rows, mode, **where) for name in args.kernels])
     for length in args.step_lengths:
         rows = max(args.step_tokens // length, 1)
-        groups += [[Case(part, name, length, rows, **where) for name in args.models] for part in STEPS]
+        groups += [[Case(part, name, length, rows, **sized) for name in args.models] for part in STEPS]
     for length in args.decode_lengths:
         for rows in args.decode_batch_sizes:
-            groups.append([Case("decode", name, length, rows, **where) for name in args.models])
+            groups.append([Case("decode", name, length, rows, **sized) for name in args.models])
     return groups
 
 
@@ -109,7 +114,7 @@ def measure(args: BenchmarkArguments, skipped: list[dict[str, Any]]) -> Iterator
             if group[0].part in ("attention", "step") and group[0].mode != "forward":
                 yield "memory", measure_memory(group, BASES[group[0].part], args.num_threads, skipped)
     if "evaluate" in args.parts:
-        where = {"device": args.device, "dtype": args.dtype}
+        where = {"device": args.device, "dtype": args.dtype, "model_size": args.model_size}
         cases = [Case("evaluate", name, n, 1, **where) for n in args.evaluate_lengths for name in args.models]
         yield "memory", measure_memory(cases, "", args.num_threads, skipped)
     if "profile" in args.parts:
