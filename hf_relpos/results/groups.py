@@ -46,17 +46,11 @@ ARCHITECTURE = {
 # fields of a recipe that stand elsewhere in a result, or differ between seeds
 UNCOMPARED = {"seed", "data_seed", "corpus", "corpus_fingerprint", "max_steps", "block_size", "changes", "base_model"}
 # fields of a configuration that belong to the scheme or the size, which stand in `VARIED`
-POSITION_FIELDS = {"pos_embedding_type", "pos_embedding_kwargs", "rope_parameters", "position_start_augmentation"}
-POSITION_FIELDS |= {
-    "position_gates",
-    "position_sampling",
-    "layer_types",
-    "sliding_window",
-    "train_length",
-    "max_position_embeddings",
-}
-POSITION_FIELDS |= {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
-POSITION_FIELDS |= {"num_key_value_heads"}
+POSITION_FIELDS = set(
+    "pos_embedding_type pos_embedding_kwargs rope_parameters position_start_augmentation position_gates "
+    "position_sampling layer_types sliding_window train_length max_position_embeddings num_hidden_layers hidden_size "
+    "intermediate_size num_attention_heads num_key_value_heads".split()
+)
 VARIED_ON_PURPOSE = ("tokens_per_step", "training.corpus")  # and the fields of the recipe
 ROPE_DEFAULTS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 
@@ -188,13 +182,12 @@ def group_results(results: Sequence[dict[str, Any]], varied: Sequence[str] = ())
 
 def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = ()) -> None:
     """Raises `ValueError`, naming the fields, unless results differ in nothing but what `group_results` groups by."""
-    first = _facts(results[0])
+    first, *others = _facts_of_all(results)
     allowed = sorted(filter(_may_vary, first))
     for name in varied:
         if name not in allowed:
             raise ValueError(f"`varied` must name some of {allowed}, got {name!r}.")
-    for result in results[1:]:
-        facts = _facts(result)
+    for result, facts in zip(results[1:], others, strict=True):
         pairs = {name: (first.get(name), facts.get(name)) for name in {**first, **facts} if name not in varied}
         if _same_split(results[0]["corpus"], result["corpus"]):
             pairs = {name: pair for name, pair in pairs.items() if name not in ("corpus.name", "corpus.fingerprint")}
@@ -210,10 +203,8 @@ def fields_to_vary(results: Sequence[dict[str, Any]]) -> list[str]:
     any."""
     if not results:
         raise ValueError("there are no results to compare.")
-    first = _facts(results[0])
-    differing = {
-        name for each in map(_facts, results) for name in {**first, **each} if first.get(name) != each.get(name)
-    }
+    first, *others = _facts_of_all(results)
+    differing = {name for each in others for name in {**first, **each} if first.get(name) != each.get(name)}
     found = sorted(filter(_may_vary, differing))
     check_comparable(results, found)
     return found
@@ -317,6 +308,14 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         **recipe,
     }
     return rounded(facts)  # a stored result and that of a run, which is not rounded, are of one kind
+
+
+def _facts_of_all(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """→ the facts of each. A hash that a result, of an earlier version, does not have tells nothing: it is that of the
+    first one which has it."""
+    found = [_facts(result) for result in results]
+    hashes = {name: value for facts in reversed(found) for name, value in facts.items() if "/" in name and value}
+    return [facts | {name: facts.get(name) or value for name, value in hashes.items()} for facts in found]
 
 
 def _is_compared(name: str) -> bool:

@@ -534,6 +534,19 @@ def test_the_same_text_is_compared_whatever_was_named_beside_it(run_script, tmp_
     assert "none (1)" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
 
 
+def test_a_hash_that_an_earlier_version_did_not_write_tells_nothing():
+    """Whichever results have it: two that do must agree."""
+    results = [make_result(scheme, seed) for scheme in ("none", "alibi") for seed in (1, 2)]
+    hashes = (None, "a", None, "a")
+    for result, value in zip(results, hashes, strict=True):
+        result["training"]["resume"] = {"values": {"tokenizer/tokenizer.json": value} if value else {}}
+    assert [group.label for group in group_results(results)] == ["none", "alibi"]
+    assert fields_to_vary(results) == []
+    results[3]["training"]["resume"]["values"]["tokenizer/tokenizer.json"] = "b"
+    with pytest.raises(ValueError, match="`recipe.tokenizer/tokenizer.json` is 'a' and 'b'"):
+        group_results(results)
+
+
 HOSTILE = "<script>alert(1)</script> a|b `c` $b$ ![i](http://x/y.png) </td> \\"
 
 
