@@ -5,12 +5,14 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
+from benchmarks import cases, run
 from benchmarks import measure as benchmarking
-from benchmarks import run
 from benchmarks.cases import HEAD_DIM, NUM_HEADS, Case
 from benchmarks.report import peer_table, tables
+from hf_relpos.model.configuration_relpos import MODEL_SIZES
 
 
 def test_samples_are_summarized_by_the_median_and_the_quartiles():
@@ -84,13 +86,24 @@ def test_a_run_at_small_size(monkeypatch, tmp_path, capsys):
 
 def test_memory_is_that_of_a_fresh_process():
     """A dense bias of 4 · 512² numbers takes 4 MiB, its scores for 8 rows 32; causal SDPA keeps neither."""
-    names = ("sdpa_causal", "sdpa_dense_bias", "flash_attn")
-    cases, skipped = [Case("attention", name, 512, 8, "forward_backward") for name in names], []
-    records = benchmarking.measure_memory(cases, "sdpa_causal", 1, skipped)
+    names = ("sdpa_causal", "sdpa_dense_bias")
+    compared, skipped = [Case("attention", name, 512, 8, "forward_backward") for name in names], []
+    records = benchmarking.measure_memory(compared, "sdpa_causal", 1, skipped)
+    absent = Case("attention", "flash_attn", 512, 8, "forward_backward")
+    assert not skipped and benchmarking._peak_of(absent, 1) == "flash-attn is not installed"
     mib = {record["name"]: record["mib"] for record in records}
     assert mib["sdpa_dense_bias"] > mib["sdpa_causal"] + 32
     assert records[1]["ratio"] == mib["sdpa_dense_bias"] / mib["sdpa_causal"]
-    assert [case["name"] for case in skipped] == ["flash_attn"]
+
+
+def test_models_are_of_the_size_that_is_named(monkeypatch):
+    """Those of others too: their layers' and output's matrices have as many numbers, biases and norms apart."""
+    monkeypatch.setitem(MODEL_SIZES, "tiny", (3, 48, 3))
+    for name in ("none", "llama", "gpt_neox", "bloom", "mpt", cases.DENSE):
+        model = cases._model(Case("step", name, 16, 1, model_size="tiny"))
+        model.set_input_embeddings(None)
+        matrices = [p for p in model.parameters() if p.ndim == 2 and min(p.shape) >= 48]
+        assert sum(map(torch.numel, matrices)) == 3 * 12 * 48**2 + 48 * cases.VOCAB_SIZE, name
 
 
 @pytest.mark.parametrize(
@@ -99,6 +112,7 @@ def test_memory_is_that_of_a_fresh_process():
         (("--parts", "speed"), r"`parts` must be some of \[.*\], got 'speed'"),
         (("--kernels", "sdpa_causal", "magic"), "`kernels` must be some of .*, got 'magic'"),
         (("--models", "alibii"), "`models` must be some of .*, got 'alibii'"),
+        (("--model_size", "tiny"), r"`model_size` must be one of \['xsmall', .*\], got 'tiny'"),
         (("--lengths", "0"), r"`lengths` must be numbers of at least 1, got \[0\]"),
         (("--repeats", "0"), "`repeats` must be at least 1, got 0"),
         (("--device", "tpu"), "`device` must be cpu or, where torch has a GPU, cuda; got 'tpu'"),

@@ -111,8 +111,11 @@ def results(model):
     ]
 
 
-@pytest.mark.parametrize("scheme", ALL)
-@pytest.mark.parametrize("kind", ["cpu_offload", "disk_offload", "auto 0.3", "auto 0.7"])
+@pytest.mark.parametrize(
+    "kind, scheme",
+    [(kind, scheme) for kind in ("cpu_offload", "disk_offload", "auto 0.3") for scheme in ALL]
+    + [("auto 0.7", scheme) for scheme in ("linear_cpb", "rotary", "fire", "fox", "own+own_of_layer")],
+)
 def test_offloaded_models_give_what_models_in_memory_give(kind, scheme, tmp_path):
     model = make_model(scheme)
     expected, path = results(model), model.attention_path()
