@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from benchmarks.cases import Case, Unsupported
 
 
-PEAK_SIZE = 2048
-# steps of a decoder in one sample: one alone is too short for the clock
-DECODE_STEPS = 5
+# of the matrices whose product is the most that a device can do: a small product is over before a GPU is told of it
+PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
+# runs in one sample, where one alone is too short for the clock, or a GPU would wait to be told of the next one
+SHORT_RUNS = 5
 # "cpu" counts what the threads of this process compute, whatever else the machine does
 CLOCKS: dict[str, Callable[[], float]] = {"wall": lambda: time.perf_counter(), "cpu": lambda: time.process_time()}
 
@@ -80,21 +81,22 @@ def time_cases(
         divided by that of the base in the same round.
     """
     device, first = cases[0].device, cases[0]
-    runs = {}
+    runs, times = {}, SHORT_RUNS if first.part == "decode" or device == "cuda" else 1
     for case in cases:
         try:
             run = case.build()
             run()
-            runs[case.name] = _repeat(run, DECODE_STEPS if case.part == "decode" else 1)
+            runs[case.name] = _repeat(run, times)
         except (Unsupported, NotImplementedError, ValueError, RuntimeError) as error:
             skipped.append({**asdict(case), "reason": _one_line(error)})
     peak_key = object()
     if first.part == "attention":
-        runs[peak_key] = _matrix_product(first)
+        runs[peak_key] = _repeat(_matrix_product(first), times)
     description = " ".join(str(x) for x in (first.part, first.mode, first.batch_size, "x", first.length) if x)
     with tqdm(total=len(runs) * (repeats + 1), desc=description, leave=False) as progress:
         samples = time_together(runs, repeats, device, progress, clock)
-    peak = 2 * PEAK_SIZE**3 / statistics.median(samples.pop(peak_key)) if peak_key in samples else None
+    samples = {name: [seconds / times for seconds in found] for name, found in samples.items()}
+    peak = 2 * PEAK_SIZES[device] ** 3 / statistics.median(samples.pop(peak_key)) if peak_key in samples else None
     records = []
     for case in cases:
         if case.name in samples:
@@ -112,15 +114,13 @@ def _repeat(run: Callable[[], None], times: int) -> Callable[[], None]:
 
 def _matrix_product(case: Case) -> Callable[[], None]:
     """A product of two square matrices: what the machine can do at its best, in the same rounds."""
-    a, b = torch.randn(2, PEAK_SIZE, PEAK_SIZE, device=case.device, dtype=getattr(torch, case.dtype))
+    size = PEAK_SIZES[case.device]
+    a, b = torch.randn(2, size, size, device=case.device, dtype=getattr(torch, case.dtype))
     return lambda: torch.mm(a, b)
 
 
 def _record(case: Case, samples: list[float], base: list[float] | None, peak: float | None) -> dict[str, Any]:
     record = {**asdict(case), **summarize(samples)}
-    if case.part == "decode":
-        for name in ("seconds", "min_seconds", "iqr_seconds"):
-            record[name] /= DECODE_STEPS
     if base is not None:
         record["ratio"] = statistics.median(ours / theirs for ours, theirs in zip(samples, base, strict=True))
     if peak is not None:

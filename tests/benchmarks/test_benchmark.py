@@ -47,8 +47,10 @@ def test_ratios_are_medians_over_the_rounds(monkeypatch):
     assert records["distance_bias"]["ratio"] == 2.0 and records["sdpa_causal"]["ratio"] == 1.0
     # two products of 2 · D operations for each of N · (N + 1) / 2 pairs
     assert records["distance_bias"]["flops"] == 2 * 2 * HEAD_DIM * 2 * NUM_HEADS * 64 * 65 // 2
-    peak = 2 * benchmarking.PEAK_SIZE**3 / 0.5
+    peak = 2 * benchmarking.PEAK_SIZES["cpu"] ** 3 / 0.5
     assert records["distance_bias"]["share_of_matmul"] == records["distance_bias"]["flops"] / 2.5 / peak
+    steps = benchmarking.time_cases([Case("decode", "distance_bias", 64, 2)], "distance_bias", 3, [])
+    assert steps[0]["seconds"] == 2.5 / benchmarking.SHORT_RUNS
 
 
 def run_benchmark(monkeypatch, *flags):
