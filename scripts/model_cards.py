@@ -28,8 +28,8 @@ INTRODUCTION = """# Cards of the settings in docs/results
 
 `python scripts/model_cards.py` writes them from the result files, in the form that `scripts/push_to_hub.py` gives the
 card of one model. The models themselves are not published: `from_pretrained` takes a folder that the commands under
-"Reproduce" make. Those of `books` and `books_absolute` need a corpus that is not part of this repository;
-[docs/results.md](../docs/results.md) describes it.
+"Reproduce" make. Those of `books` and `books_absolute` need texts that are not part of this repository;
+[docs/results.md](../docs/results.md) describes them.
 """
 # folder of docs/results whose files do not say with which flags they were made → the experiment that says it
 EXPERIMENTS: dict[str, str] = {}

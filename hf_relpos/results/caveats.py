@@ -57,6 +57,9 @@ def training_text(groups: Sequence[Group]) -> str:
     mean = sum(falls) / len(falls)
     how = f"in the last tenth of the steps it is {abs(mean):.3f} nats {'below' if mean > 0 else 'above'}"
     how += " that in the tenth before"
+    if mean < FALLING and any(record["num_tokens"] < record["num_parameters"] for record in records):
+        short = "fewer than parameters: the order may differ with longer training"
+        return f"{text}, {short}, though the loss was hardly falling any more where the learning rate ended: {how}."
     if mean < FALLING:
         return f"{text}. The training loss was hardly falling any more at the end: {how}."
     return f"{text}. The training loss was still falling at the end: {how}; the order may differ with longer training."
