@@ -1,5 +1,6 @@
 """Experiments: what a file states, what names a run, what is kept of an interrupted one, and what a failure stops."""
 
+import itertools
 import json
 import os
 import re
@@ -295,9 +296,9 @@ def test_flags_of_a_cluster_are_refused_without_one(name, tiny, tmp_path, run_sc
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_experiments_can_be_read_whole_and_scaled(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the corpora that some experiments name are the user's
-    for split in ("train", "validation", "test"):
-        (tmp_path / "data" / "books").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "books" / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    for corpus, split in itertools.product(("books", "wiki"), ("train", "validation", "test")):
+        (tmp_path / "data" / corpus).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / corpus / f"{split}.jsonl").write_text(json.dumps({"text": split}))
     whole, small = load_experiment(str(path)), load_experiment(str(path), 0.002)
     assert len(whole) >= len(small) > 1
     assert {run.settings.get("seed") for run in whole} == {run.settings.get("seed") for run in small}
