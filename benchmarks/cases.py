@@ -18,7 +18,7 @@ from hf_relpos.model.attention_distance_bias import distance_bias_attention
 from hf_relpos.model.attention_kernel import TableCall
 from hf_relpos.model.attention_torch import BlockKernel
 from hf_relpos.model.attention_triton import TritonKernel, triton_backward, triton_forward
-from hf_relpos.model.configuration_relpos import RelPosConfig
+from hf_relpos.model.configuration_relpos import MODEL_SIZES, RelPosConfig
 from hf_relpos.model.modeling_relpos import RelPosForCausalLM
 from hf_relpos.model.scheme_distance_bias import AlibiBias
 from hf_relpos.model.scheme_registry import distance_table, list_position_embeddings
@@ -301,9 +301,8 @@ def model_names() -> list[str]:
 def _model(case: Case) -> Any:
     torch.manual_seed(0)
     if case.name in PEERS:
-        config = RelPosConfig.from_size(case.model_size)
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        model = PEERS[case.name](**{name: getattr(config, name) for name in sizes})
+        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        model = PEERS[case.name](**dict(zip(sizes, MODEL_SIZES[case.model_size], strict=True)))
     elif case.name == DENSE:
         model = _relpos("linear_cpb", case.model_size, "eager")
     else:

@@ -51,18 +51,19 @@ def training_text(groups: Sequence[Group]) -> str:
     text = f"Each model has {parameters} parameters and was trained on {tokens} tokens"
     if all(record.get("passes") for record in records):
         text += f", {_range([record['passes'] for record in records], two_digits)} passes over the text"
+    longer = "the order may differ with longer training"
     falls = [fall for record in records if (fall := last_fall(record)) is not None]
     if len(falls) < len(records):
-        return f"{text}; the order may differ with longer training."
+        return f"{text}; {longer}."
     mean = sum(falls) / len(falls)
     how = f"in the last tenth of the steps it is {abs(mean):.3f} nats {'below' if mean > 0 else 'above'}"
     how += " that in the tenth before"
-    if mean < FALLING and any(record["num_tokens"] < record["num_parameters"] for record in records):
-        short = "fewer than parameters: the order may differ with longer training"
-        return f"{text}, {short}, though the loss was hardly falling any more where the learning rate ended: {how}."
     if mean < FALLING:
-        return f"{text}. The training loss was hardly falling any more at the end: {how}."
-    return f"{text}. The training loss was still falling at the end: {how}; the order may differ with longer training."
+        if all(record["num_tokens"] >= record["num_parameters"] for record in records):
+            return f"{text}. The training loss was hardly falling any more at the end: {how}."
+        flat = "though the loss was hardly falling any more where the learning rate ended"
+        return f"{text}, fewer than parameters: {longer}, {flat}: {how}."
+    return f"{text}. The training loss was still falling at the end: {how}; {longer}."
 
 
 def last_fall(record: dict[str, Any]) -> float | None:
