@@ -19,6 +19,8 @@ FEWEST_SEEDS, MOST_SEEDS = 2, 5
 STEPS_FOR_A_SEED = 1500  # a further seed is worth more than steps beyond these
 NUM_RATES = 3  # learning rates that are tried for each scheme, two at first and one on the better side
 MAX_PASSES = 8  # over the training text
+FEWEST_WINDOWS, MOST_WINDOWS = 8, 48  # of the run length, that are read
+READING_SHARE = 0.2  # of the budget, that reading takes where the fewest windows do not take more
 # seconds of a run besides its steps and its evaluation, by who does it
 START_UP = {"here": 3.0, "forked": 9.0, "spawned": 12.0}
 BEFORE, AFTER = 15.0, 15.0  # seconds that a comparison takes before its first run, at least, and after its last one
@@ -53,11 +55,11 @@ class Cost:
 
     Attributes:
         step: of one training step.
-        evaluation: of the evaluation of one run.
+        window: of the evaluation of one run, for each window of the run length.
     """
 
     step: float
-    evaluation: float
+    window: float
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,11 @@ class Plan:
         seeds: of each scheme.
         num_runs: all of them; the runs that choose the learning rate are of the first seed.
         seconds: what all that takes here.
-        costs: scheme → seconds of a training step and of the evaluation of one run; empty where they are not known.
+        costs: scheme → seconds of a training step and of the evaluation of one run, for each of its windows; empty
+            where they are not known.
         start_up: seconds of a run besides these.
         beside: seconds of the whole besides its runs: what comes before and after them, and runs that are not used.
+        windows: of the run length, that are read of the test text, the same by all runs.
     """
 
     steps: int
@@ -81,6 +85,7 @@ class Plan:
     costs: dict[str, Sequence[float]] = field(default_factory=dict)
     start_up: float = 0.0
     beside: float = 0.0
+    windows: int = MOST_WINDOWS
 
     @property
     def num_schemes(self) -> int:
@@ -93,14 +98,14 @@ class Plan:
 
     def evaluation(self, scheme: str) -> float:
         """Seconds of the evaluation of one run."""
-        return self.costs[scheme][1] if self.costs else 0.0
+        return self.windows * self.costs[scheme][1] if self.costs else 0.0
 
     def work(self, seeds: int | None = None) -> float:
         """Seconds that all runs take together, one after another, also with another number of seeds."""
         seeds = seeds or self.seeds
         if not self.costs:
             return self.seconds * (NUM_RATES + seeds - 1) / (NUM_RATES + self.seeds - 1)
-        return _work([*_costs(self).values()], seeds, self.steps, self.start_up)
+        return _work([*_costs(self).values()], seeds, self.steps, self.start_up, self.windows)
 
     def with_seeds(self, seeds: int) -> "Plan":
         """→ the plan with another number of seeds."""
@@ -114,7 +119,7 @@ class Plan:
             schemes: all of them.
             costs: of those that the plan does not have.
         """
-        known = self.costs | {name: (cost.step, cost.evaluation) for name, cost in costs.items()}
+        known = self.costs | {name: (cost.step, cost.window) for name, cost in costs.items()}
         num_runs = _num_runs(len(schemes), self.seeds)
         if not {*schemes} <= {*known}:  # a plan without costs
             return replace(self, num_runs=num_runs, seconds=self.seconds * num_runs / self.num_runs)
@@ -131,6 +136,7 @@ def make_plan(
     start_up: float = START_UP["spawned"],
     beside: float = 0.0,
     ways: Sequence[tuple[str, Mapping[str, Cost], int]] = (),
+    most_windows: int = MOST_WINDOWS,
 ) -> Plan:
     """The most steps and seeds that fit.
 
@@ -144,11 +150,12 @@ def make_plan(
         beside: seconds of the whole besides its runs.
         ways: flags that make it cheaper, with the costs and the seeds that it has then, those that change little
             first; those that would do are named where the budget does not.
+        most_windows: that the test text holds, or that are worth their time.
 
     Raises:
         ValueError: if the budget affords no comparison, saying what it would take.
     """
-    plan = _largest_plan(costs, budget, num_parallel, most_steps, seeds, start_up, beside)
+    plan = _largest_plan(costs, budget, num_parallel, most_steps, seeds, start_up, beside, most_windows)
     if plan is not None:
         return plan
     fewest = seeds or FEWEST_SEEDS
@@ -168,8 +175,8 @@ def make_plan(
 
 
 def _least(costs: Mapping[str, Cost], num_parallel: int, seeds: int, start_up: float) -> float:
-    """Seconds that the runs of the fewest steps take."""
-    return _work([*costs.values()], seeds, FEWEST_STEPS, start_up) / num_parallel
+    """Seconds that the runs of the fewest steps and windows take."""
+    return _work([*costs.values()], seeds, FEWEST_STEPS, start_up, FEWEST_WINDOWS) / num_parallel
 
 
 def _largest_plan(
@@ -180,20 +187,33 @@ def _largest_plan(
     seeds: int | None,
     start_up: float,
     beside: float,
+    most_windows: int,
 ) -> Plan | None:
-    """Arguments as `make_plan`; → `None` if nothing fits."""
+    """Arguments as `make_plan`; → `None` if nothing fits.
 
-    def seconds(count: int, steps: int) -> float:
-        return _work([*costs.values()], count, steps, start_up) / num_parallel
+    Reading has its share of the budget, and what the steps leave of it: a run of few steps decides little, however many
+    windows are read.
+    """
+    time = budget - beside
+
+    def seconds(count: int, steps: int, windows: int) -> float:
+        return _work([*costs.values()], count, steps, start_up, windows) / num_parallel
+
+    def windows_in(count: int, left: float) -> int:
+        window = seconds(count, 0, 1) - seconds(count, 0, 0)
+        return max(FEWEST_WINDOWS, min(most_windows, int(left / window)))
 
     for count in [seeds] if seeds else range(MOST_SEEDS, FEWEST_SEEDS - 1, -1):
-        fixed = seconds(count, 0)
-        steps = int((budget - beside - fixed) / (seconds(count, 1) - fixed))
+        reading = min(READING_SHARE * time, time - seconds(count, FEWEST_STEPS, 0))
+        fixed = seconds(count, 0, windows_in(count, reading))
+        steps = int((time - fixed) / (seconds(count, 1, 0) - seconds(count, 0, 0)))
         enough = STEPS_FOR_A_SEED if count > 3 and not seeds else FEWEST_STEPS
         if steps >= min(enough, most_steps) and steps >= FEWEST_STEPS:
             steps = min(steps, most_steps, MOST_STEPS)
-            kept = {name: (cost.step, cost.evaluation) for name, cost in costs.items()}
-            return Plan(steps, count, _num_runs(len(costs), count), seconds(count, steps), kept, start_up, beside)
+            windows = windows_in(count, time - seconds(count, steps, 0))
+            kept = {name: (cost.step, cost.window) for name, cost in costs.items()}
+            num_runs, total = _num_runs(len(costs), count), seconds(count, steps, windows)
+            return Plan(steps, count, num_runs, total, kept, start_up, beside, windows)
     return None
 
 
@@ -209,23 +229,25 @@ def fewer_steps(
         beside: seconds besides the runs of the new plan, all that was spent before it among them.
 
     Returns:
-        a plan with clearly fewer steps, the fewest where nothing fits the budget; `None` if there is none.
+        a plan with clearly fewer steps and no more windows, the fewest of both where nothing fits the budget; `None` if
+        there is none.
     """
-    costs = {name: Cost(pace * step, pace * evaluation) for name, (step, evaluation) in plan.costs.items()}
+    costs = {name: Cost(pace * step, pace * window) for name, (step, window) in plan.costs.items()}
     start_up = max(1.0, pace) * plan.start_up
     most_steps = int(FEWER_STEPS * plan.steps)
     if not costs or most_steps < FEWEST_STEPS:
         return None
-    found = _largest_plan(costs, budget, num_parallel, most_steps, seeds, start_up, beside)
+    found = _largest_plan(costs, budget, num_parallel, most_steps, seeds, start_up, beside, plan.windows)
     fewest = seeds or FEWEST_SEEDS
     return found or Plan(
         FEWEST_STEPS,
         fewest,
         _num_runs(len(costs), fewest),
         _least(costs, num_parallel, fewest, start_up),
-        {name: (cost.step, cost.evaluation) for name, cost in costs.items()},
+        {name: (cost.step, cost.window) for name, cost in costs.items()},
         start_up,
         beside,
+        FEWEST_WINDOWS,
     )
 
 
@@ -319,7 +341,7 @@ def _num_runs(num_schemes: int, seeds: int) -> int:
     return num_schemes * (NUM_RATES + seeds - 1)
 
 
-def _work(costs: Sequence[Cost], seeds: int, steps: int, start_up: float) -> float:
+def _work(costs: Sequence[Cost], seeds: int, steps: int, start_up: float, windows: int) -> float:
     """Seconds that all runs take one after another."""
     training = sum(start_up + steps * cost.step for cost in costs) * (NUM_RATES + seeds - 1)
-    return training + sum(cost.evaluation for cost in costs) * seeds
+    return training + windows * sum(cost.window for cost in costs) * seeds

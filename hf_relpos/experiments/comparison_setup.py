@@ -21,14 +21,24 @@ from ..training.model_setup import ModelArguments, new_config
 from ..training.progress import EVALUATION_SHARE
 from .commands import CompareArguments
 from .comparison_costs import kept_measure
-from .comparison_plan import AFTER, BEFORE, FEWEST_SEEDS, MAX_PASSES, START_UP, Cost, Plan, make_plan
+from .comparison_plan import (
+    AFTER,
+    BEFORE,
+    FEWEST_SEEDS,
+    FEWEST_WINDOWS,
+    MAX_PASSES,
+    MOST_WINDOWS,
+    START_UP,
+    Cost,
+    Plan,
+    make_plan,
+)
 from .grid import Run, check_runs
 from .workers import worker_kind
 
 
 TOKENS_PER_STEP = 1024
 SMALL = "num_hidden_layers=4,hidden_size=128,num_attention_heads=4"
-MIN_WINDOWS, MAX_WINDOWS = 8, 48  # of the run length, that are read
 TEST_SHARE = 0.08  # of the text, that the test part has at least
 
 
@@ -61,8 +71,7 @@ class Setup:
         self.num_characters, self.num_tokens = num_characters, int(num_characters * rate / max(1, sample))
         self.tests = [len(document) for document in documents]
         self._check_text(sum(len(text) for split in corpus.splits.values() for text in split["text"]))
-        numbers = documents.numbers or range(len(self.tests))
-        self.num_tests, self.num_long, self.num_read = _counts(self.tests, numbers, args.run_length)
+        self.numbers = documents.numbers or range(len(self.tests))
         self.data, self.opening = data, opening({"test": corpus.splits["test"]})
 
     def _check_text(self, num_characters: int) -> None:
@@ -70,7 +79,7 @@ class Setup:
         that it serves, and how much text the one that is asked for takes."""
 
         def serves(length: int) -> bool:
-            return sum(each // length for each in self.tests) >= MIN_WINDOWS and sum(
+            return sum(each // length for each in self.tests) >= FEWEST_WINDOWS and sum(
                 each >= length for each in self.tests
             ) > (self.num_cut == 0)
 
@@ -86,13 +95,13 @@ class Setup:
             if run_length > train_length:
                 longest += f", or {self._needed(train_length)} for --run_length {train_length}"
         raise ValueError(
-            f"`run_length` {run_length}: the test part of the text holds fewer than {MIN_WINDOWS} windows of "
+            f"`run_length` {run_length}: the test part of the text holds fewer than {FEWEST_WINDOWS} windows of "
             f"so many tokens{'' if self.num_cut else ' in two documents'}; {longest}."
         )
 
     def _needed(self, length: int) -> str:
         """How many characters a text has whose test part serves a length, in two digits."""
-        characters = MIN_WINDOWS * length * self.num_characters / max(1, self.num_tokens) / TEST_SHARE
+        characters = FEWEST_WINDOWS * length * self.num_characters / max(1, self.num_tokens) / TEST_SHARE
         return f"{float(f'{characters:.2g}'):,.0f}"
 
     def lengths(self, run_length: int | None = None) -> list[int]:
@@ -103,17 +112,14 @@ class Setup:
             length *= 2
         return [*found, last]
 
-    def windows(self, run_length: int | None = None) -> int:
-        """How many are read of the run length, or of another one."""
-        return min(MAX_WINDOWS, sum(length // (run_length or self.args.run_length) for length in self.tests))
-
     def plan(self, budget: float, elapsed: float) -> Plan:
         """What the budget affords, of which some seconds are gone; times a few steps of each scheme."""
         costs = self.costs(self.args.schemes)
         most_steps = max(1, MAX_PASSES * self.num_tokens // (self.batch_size * self.args.train_length))
         start_up, beside = START_UP[worker_kind(self.num_parallel)], max(BEFORE, elapsed) + AFTER
         ways, num = self._ways(costs), self.num_parallel
-        return make_plan(costs, budget, num, most_steps, self.args.seeds, start_up, beside, ways)
+        most_windows = min(MOST_WINDOWS, sum(length // self.args.run_length for length in self.tests))
+        return make_plan(costs, budget, num, most_steps, self.args.seeds, start_up, beside, ways, most_windows)
 
     def costs(self, schemes: Iterable[str]) -> dict[str, Cost]:
         """What each scheme costs here."""
@@ -128,12 +134,12 @@ class Setup:
         sizes = self.batch_size, self.args.train_length
         root, threads = Path(self.args.output_dir), torch.get_num_threads()
         step = kept_measure(root, self._config(scheme), *sizes, self.device, self._bf16(), threads)
-        return Cost(step, self._evaluation(step, self.args.run_length))
+        return Cost(step, self._window(step, self.args.run_length))
 
-    def _evaluation(self, step: float, run_length: int) -> float:
-        """Seconds of the evaluation of one run up to a length, from those of a training step."""
+    def _window(self, step: float, run_length: int) -> float:
+        """Seconds of a window of some length in the evaluation of one run, from those of a training step."""
         readings = len(self.lengths(run_length)) + 2 * (run_length > self.args.train_length)  # twice by sliding
-        tokens = self.windows(run_length) * run_length * readings
+        tokens = run_length * readings
         return EVALUATION_SHARE * step * tokens / (self.batch_size * self.args.train_length)
 
     def _ways(self, costs: Mapping[str, Cost]) -> list[tuple[str, Mapping[str, Cost], int]]:
@@ -141,9 +147,7 @@ class Setup:
         seeds = self.args.seeds or FEWEST_SEEDS
         ways: list[tuple[str, Mapping[str, Cost], int]] = []
         for length in reversed(self.lengths()[:-1]):
-            cheaper = {
-                name: replace(cost, evaluation=self._evaluation(cost.step, length)) for name, cost in costs.items()
-            }
+            cheaper = {name: replace(cost, window=self._window(cost.step, length)) for name, cost in costs.items()}
             ways.append((f"--run_length {length}", cheaper, seeds))
         if seeds > FEWEST_SEEDS:
             few = f"--seeds {FEWEST_SEEDS}"
@@ -182,7 +186,7 @@ class Setup:
         if tuning:
             evaluation = {"eval_split": "validation", "eval_lengths": [self.args.train_length], "max_windows": 400}
         else:
-            evaluation = {"eval_lengths": self.lengths(), "max_windows": self.windows()}
+            evaluation = {"eval_lengths": self.lengths(), "max_windows": plan.windows}
             evaluation |= {"sliding_baseline": True} if self.args.run_length > self.args.train_length else {}
         found = []
         for seed in seeds:
@@ -202,7 +206,7 @@ class Setup:
             f"{len(self.args.schemes)} schemes on {self.name}: {', '.join(self.args.schemes)}",
             f"models: {size}, vocabulary {self.vocab_size}, trained at {self.args.train_length} tokens, read at up to "
             f"{self.args.run_length}",
-            self._describe_test(),
+            self._describe_test(plan.windows),
             f"each run: {plan.steps} steps, {tokens:,} tokens, {passes_text(tokens / max(1, self.num_tokens))} over "
             "the training text",
             f"{plan.num_runs} runs: for each scheme 3 learning rates, the best of them with {plan.seeds} seeds",
@@ -210,7 +214,7 @@ class Setup:
         ]
         return "\n".join(lines)
 
-    def _describe_test(self) -> str:
+    def _describe_test(self, num_windows: int) -> str:
         """What is read in the end."""
         if self.num_cut:
             cut = f"the {self.num_cut} documents are" if self.num_cut > 1 else "the document is"
@@ -218,15 +222,17 @@ class Setup:
                 f"{cut} cut: the test is the end of texts whose beginnings are trained on, so that intervals do not "
                 "hold for new documents"
             )
-        text, length = f"test: {self.num_tests} documents that are not trained on", self.args.run_length
-        if self.num_read == self.num_tests:
+        length = self.args.run_length
+        num_tests, num_long, num_read = _counts(self.tests, self.numbers, length, num_windows)
+        text = f"test: {num_windows} windows of {length} tokens, of {num_tests} documents that are not trained on"
+        if num_read == num_tests:
             return text
         reasons = []
-        if short := self.num_tests - self.num_long:
-            reasons.append(f"{short} shorter than the run length, {length} tokens, cannot be")
-        if left := self.num_long - self.num_read:
-            reasons.append(f"{left} hold none of the {self.windows()} windows that are read")
-        return f"{text}; {self.num_read} of them are read: {', '.join(reasons)}"
+        if short := num_tests - num_long:
+            reasons.append(f"{short} shorter than the run length cannot be")
+        if left := num_long - num_read:
+            reasons.append(f"{left} hold none of the windows")
+        return f"{text}; {num_read} of them are read: {', '.join(reasons)}"
 
 
 def _vocab_size(num_characters: int) -> int:
@@ -242,15 +248,16 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _counts(lengths: Sequence[int], numbers: Sequence[int], run_length: int) -> tuple[int, int, int]:
+def _counts(lengths: Sequence[int], numbers: Sequence[int], run_length: int, num_windows: int) -> tuple[int, int, int]:
     """How many documents there are, hold the run length, and are read in the windows that are taken of all.
 
     Args:
         lengths: tokens of each document, or of each piece of one.
         numbers: of the document that it belongs to.
         run_length: tokens of a window.
+        num_windows: how many windows are taken.
     """
     counts = [length // run_length for length in lengths]
     owners = [number for number, count in zip(numbers, counts) for _ in range(count)]
-    taken = evenly_spaced(owners, len(owners), min(MAX_WINDOWS, len(owners)))
+    taken = evenly_spaced(owners, len(owners), min(num_windows, len(owners)))
     return len({*numbers}), len({*owners}), len({*taken})

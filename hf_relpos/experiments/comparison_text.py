@@ -13,12 +13,13 @@ from ..data.corpus import load_corpus
 from ..data.files import content_hash
 from ..environment import write_text
 from ..file_reading import read_json
+from .comparison_plan import FEWEST_WINDOWS
 
 
 SPLITS = ("train", "validation", "test")
 SOURCE = "source.json"
 FEW_DOCUMENTS = 12  # that can be held out whole; with fewer, each is cut into the three splits itself
-FEWEST_TEST, FEWEST_WINDOWS = 6, 8  # documents of the test text that are held out whole, and windows of it
+FEWEST_TEST = 6  # documents of the test text that are held out whole
 SHARE = 0.1  # of the text, that validation and test have each
 TOKEN_CHARACTERS = 4  # about so many make a token
 MAX_CHARACTERS = 2**28  # 256 MB; what follows is not read

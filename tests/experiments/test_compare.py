@@ -11,7 +11,17 @@ from hf_relpos.cli import parse_values
 from hf_relpos.experiments import compare as module
 from hf_relpos.experiments import comparison_setup
 from hf_relpos.experiments.compare import CompareArguments, compare
-from hf_relpos.experiments.comparison_plan import Cost, Plan, make_plan, parse_budget, read_plan, save_plan, time_text
+from hf_relpos.experiments.comparison_plan import (
+    FEWEST_WINDOWS,
+    MOST_WINDOWS,
+    Cost,
+    Plan,
+    make_plan,
+    parse_budget,
+    read_plan,
+    save_plan,
+    time_text,
+)
 from hf_relpos.experiments.comparison_progress import ComparisonProgress
 from hf_relpos.experiments.comparison_text import SPLITS, num_cut, prepare_text
 from hf_relpos.experiments.grid import TRAIN_TYPES, Run
@@ -29,7 +39,7 @@ def test_budgets_that_are_none(text):
 
 
 def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
-    costs = {"alibi": Cost(0.05, 5.0), "rotary": Cost(0.1, 5.0)}
+    costs = {"alibi": Cost(0.05, 5 / MOST_WINDOWS), "rotary": Cost(0.1, 5 / MOST_WINDOWS)}
     for budget in (600, 3600, 7200):
         plan = make_plan(costs, budget, 2, 10**9)
         assert 0.95 * budget < plan.seconds <= budget and plan.num_runs == 2 * (2 + plan.seeds)
@@ -39,18 +49,19 @@ def test_a_plan_fits_its_budget_and_prefers_seeds_to_steps():
 
 
 def test_a_budget_that_is_too_small_says_what_it_takes():
-    costs = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 5.0))
+    costs = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 5 / MOST_WINDOWS))
     with pytest.raises(ValueError, match="affords no comparison: 3 schemes with 2 seeds and 100 steps each take about"):
         make_plan(costs, 60, 2, 10**9)
-    needed = 3 * (4 * (12 + 10) + 2 * 5) / 2
-    assert make_plan(costs, needed + 1, 2, 10**9).steps >= 100
-    faster = make_plan(costs, needed + 1, 2, 10**9, None, 5.0)
-    assert faster.steps > make_plan(costs, needed + 1, 2, 10**9).steps and faster.work() / 2 == faster.seconds
+    needed = 3 * (4 * (12 + 10) + 2 * 5 * FEWEST_WINDOWS / MOST_WINDOWS) / 2
+    least = make_plan(costs, needed + 0.1, 2, 10**9)
+    assert (least.steps, least.seeds, least.windows) == (100, 2, FEWEST_WINDOWS)
+    faster = make_plan(costs, needed + 0.1, 2, 10**9, 2, 5.0)
+    assert faster.steps > least.steps and faster.work() / 2 == faster.seconds
     assert (time_text(61), time_text(125), time_text(7200)) == ("61 s", "3 min", "2.0 h")
 
 
 def test_a_larger_budget_adds_seeds_and_changes_nothing_else(tmp_path):
-    costs = {"alibi": Cost(0.05, 5.0), "rotary": Cost(0.1, 5.0)}
+    costs = {"alibi": Cost(0.05, 5 / MOST_WINDOWS), "rotary": Cost(0.1, 5 / MOST_WINDOWS)}
     plan = make_plan(costs, 900, 2, 10**9, 3)
     asked = {"budget": "15min", "seeds": None, "schemes": [*costs]}
     save_plan(tmp_path, asked, plan)
@@ -73,7 +84,7 @@ def test_one_count_and_one_time_over_all_stages(monkeypatch, tmp_path):
     """2 schemes, 2 at once, 10 s for a run's steps, 5 s besides, 5 s for an evaluation: 60 s as planned."""
     now = [1000.0]
     monkeypatch.setattr("hf_relpos.experiments.comparison_progress.time.time", lambda: now[0])
-    plan = Plan(100, 2, 8, 75.0, {"alibi": (0.1, 5.0), "none": (0.1, 5.0)}, 5.0)
+    plan = Plan(100, 2, 8, 75.0, {"alibi": (0.1, 0.5), "none": (0.1, 0.5)}, 5.0, windows=10)
     progress = ComparisonProgress(plan, 80.0, 2)
     assert plan.work() == 8 * 15 + 4 * 5 == 140
 
@@ -243,7 +254,7 @@ def test_what_is_refused_before_any_training(options, message, tmp_path, corpus_
 def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     for index in range(40):
         (tmp_path / f"{index:02}.txt").write_text(make_text(900, index))
-    monkeypatch.setattr(comparison_setup, "make_plan", lambda *_: Plan(steps=3, seeds=2, num_runs=8, seconds=60.0))
+    monkeypatch.setattr(comparison_setup, "make_plan", lambda *_: Plan(3, 2, 8, seconds=60.0, windows=8))
     monkeypatch.setattr(module, "RATES", (3e-3, 1e30))  # one of them destroys any model
     monkeypatch.setattr(comparison_setup, "SMALL", "num_hidden_layers=1,hidden_size=16,num_attention_heads=2")
     options = {"text": str(tmp_path), "schemes": ["alibi", "none"], "train_length": 32, "run_length": 128}
@@ -267,7 +278,7 @@ def test_from_a_text_to_an_answer(tmp_path, monkeypatch, capsys, run_script):
     assert "<b>" in page and "Loss by position, minus that of none" in page
     assert "alibi 0.00" in printed and "none 0.00" in printed and len([*(tmp_path / ".out" / "runs").iterdir()]) == 8
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))]
-    monkeypatch.setattr(comparison_setup, "make_plan", lambda *_: Plan(steps=4, seeds=2, num_runs=8, seconds=60.0))
+    monkeypatch.setattr(comparison_setup, "make_plan", lambda *_: Plan(4, 2, 8, seconds=60.0, windows=8))
     assert len(times) == 6 and compare(args) == found  # on a busier machine too, nothing is trained again
     assert times == [
         path.stat().st_mtime_ns for path in sorted((tmp_path / ".out" / "runs").glob("*/model.safetensors"))

@@ -35,8 +35,8 @@ from hf_relpos.messages import exact_time_text
 from hf_relpos.results.training_record import TRAINING_RECORD
 
 
-STEP, EVALUATION, START_UP, BESIDE = 0.05, 2.0, 3.0, 30.0  # seconds as measured
-COSTS = dict.fromkeys(("alibi", "none"), Cost(STEP, EVALUATION))
+STEP, WINDOW, START_UP, BESIDE = 0.05, 0.04, 3.0, 30.0  # seconds as measured
+COSTS = dict.fromkeys(("alibi", "none"), Cost(STEP, WINDOW))
 
 
 class Machine:
@@ -64,7 +64,7 @@ class Machine:
             Run(
                 "here",
                 {"pos_embedding_type": scheme, "learning_rate": rate, "seed": seed, "max_steps": plan.steps},
-                {"eval_split": "validation" if tuning else "test"},
+                {"eval_split": "validation" if tuning else "test", "max_windows": plan.windows},
                 None,
                 (),
                 f"{scheme}-{rate}-{seed}-{plan.steps}",
@@ -82,7 +82,7 @@ class Machine:
             self.now += slow * (START_UP + run.settings["max_steps"] * STEP)
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text("{}")
-        self.now += slow * EVALUATION if run.evaluation["eval_split"] == "test" else 0
+        self.now += slow * WINDOW * run.evaluation["max_windows"] if run.evaluation["eval_split"] == "test" else 0
         run.result(root).parent.mkdir()
         run.result(root).write_text(json.dumps({"lengths": {"32": {"loss": run.settings["learning_rate"] * 100}}}))
         self.done += 1
@@ -263,14 +263,14 @@ def test_what_watches_the_runs_can_end_them(tmp_path):
 
 
 def test_a_budget_that_is_named_is_accepted():
-    costs = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 40.0))
-    cheap = dict.fromkeys(costs, Cost(0.1, 4.0))
+    costs = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 5.0))
+    cheap = dict.fromkeys(costs, Cost(0.1, 0.5))
     ways = [("--seeds 2", costs, 2), ("--run_length 512", cheap, 3), ("--run_length 512 --seeds 2", cheap, 2)]
     for budget in (10, 200, 350):
         with pytest.raises(ValueError, match="affords no comparison") as refused:
             make_plan(costs, budget, 2, 10**9, 3, 9.0, 30.0, ways)
         named = str(refused.value).partition("--budget ")[2].split()[0].strip(",.")
-        noisy = dict.fromkeys(costs, Cost(0.105, 42.0))  # as measured once more
+        noisy = dict.fromkeys(costs, Cost(0.105, 5.25))  # as measured once more
         for measured in (costs, noisy):
             assert make_plan(measured, parse_budget(named), 2, 10**9, 3, 9.0, 30.0).steps >= FEWEST_STEPS
         for flags, cheaper, seeds in ways:
@@ -280,13 +280,40 @@ def test_a_budget_that_is_named_is_accepted():
     assert (budget_text(30), budget_text(81), budget_text(200)) == ("40s", "90s", "4min")
 
 
+def test_reading_has_its_share_of_the_budget_and_what_the_steps_leave():
+    """Long documents: a window costs as much as five steps."""
+    costs, share = dict.fromkeys(("alibi", "rotary", "none"), Cost(0.1, 0.5)), 0.2
+    windows = []
+    for budget in (300, 600, 1200, 2400, 4800):
+        plan = make_plan(costs, budget, 2, 10**9, 2, 9.0, 30.0)
+        reading = 3 * plan.seeds * plan.windows * 0.5 / 2
+        assert plan.windows == 8 or plan.windows == 48 or reading == pytest.approx(share * (budget - 30), abs=6)
+        assert 0.95 * budget < plan.beside + plan.seconds <= budget
+        windows.append(plan.windows)
+    assert windows == sorted(windows) and (windows[0], windows[-1]) == (36, 48)
+    assert make_plan(costs, 900, 2, 10**9, 5, 9.0, 30.0).windows < make_plan(costs, 900, 2, 10**9, 2, 9.0, 30.0).windows
+    assert make_plan(costs, 300, 2, 10**9, 2, 9.0, 30.0, most_windows=20).windows == 20  # the text holds no more
+    assert make_plan(costs, 1200, 2, 200, 2, 9.0, 30.0).windows == 48  # nor can there be more steps
+
+
+def test_the_windows_stay_where_a_comparison_grows(tmp_path):
+    costs = dict.fromkeys(COSTS, Cost(0.1, 1.0))
+    plan, asked = make_plan(costs, 600, 2, 10**9), {"budget": "10min", "seeds": None, "schemes": [*COSTS]}
+    assert 8 < plan.windows < 48
+    save_plan(tmp_path, asked, plan)
+    for change in ({"budget": "2h"}, {"seeds": 5}, {"schemes": [*COSTS, "rotary"]}):
+        found, _ = read_plan(tmp_path, asked | change, 2)
+        assert found.with_schemes([*COSTS, "rotary"], {"rotary": Cost(0.1, 1.0)}).windows == plan.windows
+        assert found.evaluation("none") == plan.windows
+
+
 def test_other_schemes_have_the_plan_of_the_first(tmp_path):
     plan = make_plan(COSTS, 600, 2, 10**9, 3)
     asked = {"budget": "10min", "seeds": None, "schemes": [*COSTS]}
     save_plan(tmp_path, asked, plan)
     more = asked | {"schemes": ["none", "rotary", "alibi"]}
     found, news = read_plan(tmp_path, more, 2)
-    made = found.with_schemes(more["schemes"], {"rotary": Cost(0.2, 3.0)})
+    made = found.with_schemes(more["schemes"], {"rotary": Cost(0.2, 0.06)})
     assert (made.steps, made.seeds, made.num_runs, [*made.costs]) == (plan.steps, 3, 15, more["schemes"])
     assert made.seconds > plan.seconds and news == f"added: rotary, with {plan.steps} steps and 3 seeds as the others"
     save_plan(tmp_path, more, made)
@@ -315,14 +342,14 @@ def test_the_same_folder_under_another_name_holds_the_same_runs(monkeypatch, tmp
 def test_flags_that_make_a_comparison_cheaper():
     setup = object.__new__(Setup)
     setup.args = CompareArguments(train_length=128, run_length=1024, seeds=3)
-    setup.tests, setup.batch_size = [4096] * 12, 8
-    costs = {"alibi": Cost(0.1, setup._evaluation(0.1, 1024))}
+    setup.batch_size = 8
+    costs = {"alibi": Cost(0.1, setup._window(0.1, 1024))}
     ways = setup._ways(costs)
     lengths = ["--run_length 512", "--run_length 256", "--run_length 128"]
     assert [flags for flags, _, _ in ways] == ["--seeds 2", *lengths, *(f"{each} --seeds 2" for each in lengths)]
     assert [seeds for _, _, seeds in ways] == [2, 3, 3, 3, 2, 2, 2]
-    times = [cheaper["alibi"].evaluation for _, cheaper, _ in ways[:4]]
-    assert times == sorted(times, reverse=True) and times[0] == costs["alibi"].evaluation > 3 * times[3]
+    times = [cheaper["alibi"].window for _, cheaper, _ in ways[:4]]
+    assert times == sorted(times, reverse=True) and times[0] == costs["alibi"].window > 3 * times[3]
     setup.args.seeds = None
     assert [flags for flags, _, _ in setup._ways(costs)] == lengths  # two seeds are what it takes anyway
 
@@ -336,9 +363,9 @@ def test_the_help_says_how_a_comparison_goes_on():
 
 def test_documents_that_are_read():
     """All of them, those that hold the run length, those of which a window is taken."""
-    assert _counts([100, 10, 250], [0, 1, 2], 50) == (3, 2, 2)
-    assert _counts([64] * 100 + [10] * 7, range(107), 32) == (107, 100, 48)
-    assert _counts([64, 64, 10], [0, 0, 1], 32) == (2, 1, 1)  # pieces of one document
+    assert _counts([100, 10, 250], [0, 1, 2], 50, 48) == (3, 2, 2)
+    assert _counts([64] * 100 + [10] * 7, range(107), 32, 48) == (107, 100, 48)
+    assert _counts([64, 64, 10], [0, 0, 1], 32, 48) == (2, 1, 1)  # pieces of one document
 
 
 def test_a_scheme_that_is_added_is_trained_alone(monkeypatch, tmp_path, capsys):
@@ -347,7 +374,7 @@ def test_a_scheme_that_is_added_is_trained_alone(monkeypatch, tmp_path, capsys):
     machine.call()
     done, taken = machine.done, machine.now - machine.begun
     machine.args.schemes = ["rotary", "none", "alibi"]
-    plan = machine.stored().with_schemes(machine.args.schemes, {"rotary": Cost(STEP, EVALUATION)})
+    plan = machine.stored().with_schemes(machine.args.schemes, {"rotary": Cost(STEP, WINDOW)})
     save_plan(tmp_path, machine.asked(), plan)
     final, line = machine.call(is_new=False, plan=plan)
     assert machine.done - done == 2 + 1 + plan.seeds and len(final) == 3 * plan.seeds
