@@ -231,7 +231,7 @@ def all_schemes():
 
 def comparison_lines(results):
     """The tables and the answers of a report on them."""
-    groups = group_results(results, ("recipe.learning_rate", "recipe.per_device_train_batch_size"))
+    groups = group_results(results, ("recipe.learning_rate",))
     tables = [score_rows(groups) if groups[0].score_name else perplexity_rows(groups)]
     if len({group.train_length for group in groups}) > 1:
         tables.append(context_rows(groups, groups[0].label))
@@ -242,7 +242,7 @@ def comparison_lines(results):
 def finetuning_lines(results):
     """The rows of the tables of finetuning: perplexity at 1024 tokens, by the block size and the steps."""
     names, cells, steps = {"linear": "rotary, PI", "yarn": "rotary, YaRN"}, {}, set()
-    for group in group_results(results, ("recipe.learning_rate", "recipe.per_device_train_batch_size")):
+    for group in group_results(results, ("recipe.learning_rate",)):
         training = group.first["training"]
         scheme, rope = training["pos_embedding_type"], (training["rope_parameters"] or {}).get("rope_type")
         block = 1024 if scheme == "none" else training["flags"]["block_size"]  # which was a rotary model, at 128

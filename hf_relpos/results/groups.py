@@ -45,6 +45,7 @@ ARCHITECTURE = {
 }
 # fields of a recipe that stand elsewhere in a result, or differ between seeds
 UNCOMPARED = {"seed", "data_seed", "corpus", "corpus_fingerprint", "max_steps", "block_size", "changes", "base_model"}
+UNCOMPARED |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # in tokens_per_step
 # fields of a configuration that belong to the scheme or the size, which stand in `VARIED`
 POSITION_FIELDS = set(
     "pos_embedding_type pos_embedding_kwargs rope_parameters position_start_augmentation position_gates "

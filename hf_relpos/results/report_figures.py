@@ -295,6 +295,49 @@ def _finetuned(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.first["training"].get("base_train_length")]
 
 
+def _context_by_training_length(figure: Any, groups: Sequence[Group]) -> None:
+    """In-context score and slope, a line for each setting over the lengths that it was trained at."""
+    lengths = sorted({group.train_length for group in groups})
+    (token, _), *_ = filter(None, (group.in_context_scores() for group in groups))
+    names = {f"in-context score at token {token} (nats)": _score_at(token), "slope (nats per 1000 tokens)": _slopes}
+    for axes, (name, values_of) in zip(figure.subplots(1, 2), names.items()):
+        for setting, members in _by_setting(groups).items():
+            found = {group.train_length: values_of(group) for group in members}
+            seeds = sorted(set.intersection(*(set(values) for values in found.values())))
+            if seeds:
+                rows = [[values[seed] for values in found.values()] for seed in seeds]
+                _line(axes, [*found], _over_seeds(rows), setting, marker="o", markersize=4)
+        log2_axis(axes, lengths)
+        _finish(axes, groups, marks=False, xlabel="training length (tokens)", ylabel=name)
+
+
+def _score_at(token: int) -> Callable[[Group], dict[int, float]]:
+    def scores(group: Group) -> dict[int, float]:
+        found = group.in_context_scores()
+        return found[1] if found and found[0] == token else {}
+
+    return scores
+
+
+def _slopes(group: Group) -> dict[int, float]:
+    return {seed: 1000 * slope for seed, slope in group.slopes().items()}
+
+
+def _by_setting(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Setting without its training length → its groups, the shortest first, where it was trained at several."""
+    found: dict[str, list[Group]] = {}
+    for group in sorted(groups, key=lambda group: group.train_length):
+        words = (word for name, word in group.words.items() if word and name != "train_length")
+        found.setdefault(" ".join(words), []).append(group)
+    return {name: members for name, members in found.items() if len(members) > 1}
+
+
+def _has_training_lengths(groups: Sequence[Group]) -> bool:
+    if _finetuned(groups) or not _by_setting(groups):
+        return False
+    return any(group.in_context_scores() for group in groups) and any(group.slopes() for group in groups)
+
+
 # --- captions
 
 
@@ -366,6 +409,7 @@ KINDS = (
     PERPLEXITY,
     SCORE,
     Kind("Loss after finetuning", _finetuned, _finetune_curves, _on_this_text),
+    Kind("Use of the context by training length", _has_training_lengths, _context_by_training_length, _on_this_text),
     Kind(
         "Training loss",
         _logged,

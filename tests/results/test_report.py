@@ -18,6 +18,7 @@ from hf_relpos.results import plots, report_figures
 from hf_relpos.results.caveats import caveats
 from hf_relpos.results.compared_rates import TRIED, edge_text, save_tried
 from hf_relpos.results.estimates import Estimate
+from hf_relpos.results.figure_style import new_figure
 from hf_relpos.results.groups import fields_to_vary, group_results
 from hf_relpos.results.questions import Answer, Pair, Question, answers, detail_rows, sentences
 from hf_relpos.results.report import _footer, _perplexity_note, _summary, write_report
@@ -81,6 +82,19 @@ def test_groups_differ_in_the_seed_alone(results):
     assert [group.label for group in groups] == ["none", "alibi", "rotary"]
     assert all(list(group.by_seed) == sorted(SEEDS) for group in groups)
     assert groups[0].in_context_scores() == (250, dict.fromkeys(sorted(SEEDS), -0.1))
+
+
+def test_the_tokens_of_a_step_are_compared_and_not_how_it_is_made_of_them():
+    """Longer rows, fewer of them; two processes, or two parts of a batch, of half as many rows."""
+
+    def made(length, rows, parts=1, tokens=1024):
+        values = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "block_size": length}
+        return make_result("none", 42, 4.0, length, tokens_per_step=tokens, resume={"values": values})
+
+    groups = group_results([made(128, 8), made(256, 4), made(512, 1, 2)])
+    assert [group.label for group in groups] == [f"none trained at {length}" for length in (128, 256, 512)]
+    with pytest.raises(ValueError, match="`tokens_per_step` is 1024 and 2048"):
+        group_results([made(128, 8), made(256, 8, tokens=2048)])
 
 
 def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
@@ -426,6 +440,22 @@ def test_finetuning_is_drawn_against_its_steps(tmp_path):
     ]
     names = {path.name for path in write_report(results, tmp_path)}
     assert "loss_after_finetuning.png" in names
+
+
+def test_the_use_of_the_context_is_drawn_by_training_length():
+    """Of settings that were trained at several, over the seeds that all of these have."""
+    results = [make_result("alibi", seed, 4.0, length) for seed in (1, 2) for length in (256, 128)]
+    results += [make_result("alibi", 3, 4.0, 128), make_result("none", 1, 4.0, 128)]
+    figure, groups = new_figure(9, 5), group_results(results)
+    report_figures._context_by_training_length(figure, groups)
+    for axes, name, value in zip(figure.axes, ("in-context score at token 250", "slope"), (-0.1, -0.01), strict=True):
+        (line,) = axes.get_lines()
+        assert axes.get_ylabel().startswith(name) and line.get_label() == "alibi"
+        assert line.get_xdata().tolist() == [128, 256] and line.get_ydata() == pytest.approx([value] * 2)
+    heading = "Use of the context by training length"
+    assert heading in {figure.heading for figure in report_figures.draw_figures(groups, groups[0].label)}
+    alone = group_results([result for result in results if result["train_length"] == 128])
+    assert heading not in {figure.heading for figure in report_figures.draw_figures(alone, "none")}
 
 
 def test_report_of_a_sweep(results, run_script, tmp_path, capsys):
