@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import gc  # noqa: E402
 import importlib.util  # noqa: E402
 import random  # noqa: E402
 import signal  # noqa: E402
@@ -114,6 +115,16 @@ def run_script(monkeypatch):
         load_script(name).main()
 
     return run
+
+
+def pytest_collection_finish():
+    """Every training collects garbage: what was imported until here need not be looked through each time."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Some libraries report what is alive at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT
@@ -33,9 +34,9 @@ def finetuning_flags(data_flags, model, output_dir, **overrides):
     return training_flags(data_flags, output_dir, **fields)
 
 
-def run_in_shell(name, flags, **kwargs):
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs)
+def run_in_shell(name, flags, **kwargs) -> forked.Program:
+    words = [ROOT / "scripts" / f"{name}.py", *flags]
+    return forked.start(words, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, **kwargs})
 
 
 def weights(folder):
@@ -66,12 +67,12 @@ LIBRARIES = ("hf_relpos", "datasets", "accelerate", "evaluate", "matplotlib")
 
 
 def run_without_the_package(code: str, *arguments: object, cwd, modules, blocked=LIBRARIES) -> str:
-    """Runs code in a process that cannot import hf_relpos, nor anything but torch, transformers and what they need."""
+    """Runs code in a process that cannot import hf_relpos, nor anything but torch, transformers and what they need;
+    transformers itself may have imported it."""
     guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", guard + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    done = forked.run(["-c", guard + code, *arguments], cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, load_script
 
@@ -164,8 +165,8 @@ def test_a_flag_of_a_configuration_is_suggested_too(monkeypatch, capsys, tmp_pat
 
 def test_a_reader_that_has_gone_is_no_error():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "hf_relpos", "schemes"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = forked.start(["-m", "hf_relpos", "schemes"], env=environment, **pipes)
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait() == 141 and "error:" not in errors and "Broken" not in errors and "Traceback" not in errors

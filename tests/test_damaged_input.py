@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT
 from helpers import ending, installed, run_in_shell, training_flags, words_of
@@ -201,15 +202,16 @@ def test_a_damaged_checkpoint_and_record(file, name, value, trained, data_flags,
 
 
 NOBODY = """
-import pwd, sys
+import json, pwd, sys
 
 def nobody(key):
     raise KeyError(f"no such user: {key}")
 
 pwd.getpwuid = pwd.getpwnam = nobody
 from hf_relpos.cli import main
-sys.argv = ["hf-relpos", *sys.argv[1:]]
-main()
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["hf-relpos", *words]
+    main()
 """
 
 
@@ -220,10 +222,10 @@ def test_a_user_without_name_and_home(model, data_flags, tmp_path):
     }
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     train = ["train", *training_flags(data_flags, tmp_path / "run", max_steps=1)]
-    for words in (["push", model, "alice/m", "--dry_run", "true", "--output_dir", tmp_path / "hub"], train):
-        command = [sys.executable, "-c", NOBODY, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
+    push = ["push", model, "alice/m", "--dry_run", "true", "--output_dir", tmp_path / "hub"]
+    command = [sys.executable, "-c", NOBODY, json.dumps([[*map(str, words)] for words in (push, train)])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "hub" / "README.md").is_file()
 
 
@@ -239,17 +241,14 @@ def filled_cache(data_flags, tmp_path_factory):
 @pytest.mark.parametrize("limit, what", [(30_000, "cache"), (150_000, "model")])
 def test_a_file_that_cannot_be_written_whole(limit, what, data_flags, tmp_path, request):
     """A limit of the size of files acts as a disk that fills up: every library meets it in its own way."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     cache = tmp_path / "cache" if what == "cache" else request.getfixturevalue("filled_cache")
-    process = run_in_shell(
-        "train",
-        training_flags(data_flags, tmp_path / "run", max_steps=3),
-        env=os.environ | {"HF_DATASETS_CACHE": str(cache)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    _, printed = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in printed
-    line = printed.splitlines()[-1]
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    code += "from hf_relpos.cli import main; sys.argv[0] = 'hf-relpos'; main()"
+    words = ["-c", code, "train", *training_flags(data_flags, tmp_path / "run", max_steps=3)]
+    done = forked.run(words, cwd=ROOT, env=os.environ | {"HF_DATASETS_CACHE": str(cache)})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
     assert "cannot be written" in line and str(cache if what == "cache" else tmp_path / "run") in line
 
 

@@ -3,11 +3,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 import yaml
@@ -72,11 +73,10 @@ def write(path: Path, name: str, text: str = "", top: str = "", body: str = BIAS
     return path
 
 
-def hf_relpos(*words: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+def hf_relpos(*words: object, cwd: Path, code: int = 0) -> CompletedProcess:
     """The command line in another process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(cwd / "modules")}
-    command = [sys.executable, "-m", "hf_relpos", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    done = forked.run(["-m", "hf_relpos", *words], cwd=cwd, env=environment)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -87,8 +87,8 @@ def data_flags(corpus_files) -> list[object]:
 
 def test_the_example_runs_as_it_stands(example):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, example.name], cwd=example.parent, env=environment, capture_output=True)
-    assert done.returncode == 0 and b"torch.Size([1, 16, 8192])" in done.stdout, done.stderr
+    done = forked.run([example.name], cwd=example.parent, env=environment)
+    assert done.returncode == 0 and "torch.Size([1, 16, 8192])" in done.stdout, done.stderr
 
 
 def test_the_example_is_trained_saved_loaded_and_finetuned(example, corpus_files, tmp_path, without_native):

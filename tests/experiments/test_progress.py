@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from conftest import ROOT
 from rich.console import Console
@@ -120,14 +121,14 @@ def test_an_interrupted_sweep_says_how_to_go_on(number, tmp_path, corpus_files):
     train |= {"train_file": str(corpus_files / "train"), "validation_file": str(corpus_files / "valid.txt")}
     experiment = tmp_path / "an experiment.yaml"
     experiment.write_text(json.dumps({"train": train, "grid": {"seed": [1]}}))
-    words = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--experiment", str(experiment)]
+    words = [str(ROOT / "scripts" / "sweep.py"), "--experiment", str(experiment)]
     words += ["--output_dir", str(tmp_path / "out")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = forked.start(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     while not list(tmp_path.glob("out/runs/*/run/progress.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert f"interrupted; what is done is kept. To go on:\n{shlex.join(words)}\n" in errors
+    assert f"interrupted; what is done is kept. To go on:\n{shlex.join([sys.executable, *words])}\n" in errors
     assert list(tmp_path.glob("out/runs/*/checkpoint-*/trainer_state.json"))

@@ -6,10 +6,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 
+import forked
 import pytest
 import yaml
 from conftest import ROOT
@@ -352,8 +352,8 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     """Killed after a checkpoint of the first run: the same command ends both, as if one had run through."""
     path, root = tiny({"seed": [1, 2], "max_steps": [40], "save_steps": [10]}), tmp_path / "out"
     runs = load_experiment(path)
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--experiment", path, "--output_dir", str(root)]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    words = [ROOT / "scripts" / "sweep.py", "--experiment", path, "--output_dir", root]
+    first = forked.start(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not any(runs[0].folder(root).glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline and first.poll() is None
@@ -361,7 +361,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not runs[1].folder(root).exists()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    done = forked.run(words, cwd=ROOT, check=True)
     assert "2 of 2 results" in done.stdout and "done" in done.stderr
     assert [result["seed"] for result in read_results(root / "results.jsonl")] == [1, 2]
     resumed = json.loads(runs[0].result(root).read_text())

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future
 from multiprocessing import get_context
 
+import forked
 import pytest
 from conftest import ROOT
 from helpers import hold
@@ -177,8 +178,8 @@ def test_workers_stop_in_order_with_the_sweep(send, tmp_path):
     script = tmp_path / "call.py"
     script.write_text(CALL)
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "experiments")))
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)],
+    process = forked.start(
+        [script, tmp_path],
         env=os.environ | {"PYTHONPATH": path},
         stderr=subprocess.PIPE,
         start_new_session=True,

@@ -5,8 +5,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, make_config
@@ -46,9 +44,8 @@ def result_with(perplexities, train_length=128):
     return {**RESULT, "train_length": train_length, "lengths": lengths}
 
 
-def test_the_stored_cards_are_made_from_the_result_files(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "model_cards.py"), "--output_dir", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+def test_the_stored_cards_are_made_from_the_result_files(tmp_path, run_script):
+    run_script("model_cards", "--output_dir", tmp_path)
     folder = ROOT / "model_cards"
     stored = {path.relative_to(folder): path.read_text(encoding="utf-8") for path in folder.glob("*/*.md")}
     written = {path.relative_to(tmp_path): path.read_text(encoding="utf-8") for path in tmp_path.glob("*/*.md")}

@@ -5,10 +5,10 @@ import inspect
 import math
 import os
 import subprocess
-import sys
 import textwrap
 from itertools import chain
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, make_config, make_model, make_tokens
@@ -334,11 +334,10 @@ def test_tensor_parallel_is_one_process_with_gradients(scheme, tmp_path):
     torch.save(tokens, tmp_path / "tokens.pt")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TENSOR_PARALLEL, str(tmp_path), str(rank)],
+        forked.start(
+            ["-c", TENSOR_PARALLEL, tmp_path, rank],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in (0, 1)
     ]

@@ -183,7 +183,7 @@ def test_keys_without_numbers_add_nothing(scheme, kind):
 def test_compiled_with_a_cache_of_its_own():
     """The layers are made and changed inside of the graph. One scheme: a compilation takes five seconds."""
     torch._dynamo.reset()
-    model, tokens = make("pope+fox", True), make_tokens(2, 12)
+    model, tokens = make("pope+fox", True, num_hidden_layers=1), make_tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         cache = compiled(tokens[:, :8], use_cache=True).past_key_values

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import torch
 from conftest import ROOT, SCHEMES, make_config, make_model, make_tokens
 from helpers import run_without_the_package
@@ -132,9 +131,7 @@ def test_what_fsdp2_saves_loads_without_the_package(tmp_path, without_native):
     model.save_pretrained(tmp_path / "model")
     torch.save(tokens, tmp_path / "tokens.pt")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", FSDP, str(tmp_path), str(rank)], env=environment) for rank in (0, 1)
-    ]
+    ranks = [forked.start(["-c", FSDP, tmp_path, rank], env=environment) for rank in (0, 1)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     code = (
         "import torch\nfrom transformers import AutoModelForCausalLM\n"

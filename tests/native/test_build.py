@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, make_model, make_tokens
@@ -132,12 +133,8 @@ def test_what_does_not_load_is_said(cache, compiler, said):
 def test_of_two_processes_one_builds(cache, compiler):
     calls = compiler()
     code = "from hf_relpos.native import load; load(); print('loaded')"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        for _ in range(2)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [forked.start(["-c", code], cwd=ROOT, **pipes) for _ in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert out == "loaded\n", err
@@ -196,8 +193,7 @@ def test_a_saved_folder_finds_it_where_the_package_is_installed(built, tmp_path)
     """The package itself is not imported, which would register its models in place of the folder's."""
     make_model("linear_cpb").save_pretrained(tmp_path / "saved")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", PATH_OF_SAVED, str(tmp_path / "saved")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = forked.run(["-c", PATH_OF_SAVED, tmp_path / "saved"], cwd=tmp_path, env=environment)
     assert done.stdout.split() == ["distance_bias:native", "None"], done.stderr
 
 

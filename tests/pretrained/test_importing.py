@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer
@@ -147,9 +148,7 @@ def large(tmp_path_factory):
 def test_an_import_holds_one_copy_of_the_weights(large, how, least, most, tmp_path):
     if how == "gguf" and not large.with_suffix(".gguf").exists():
         write_gguf(large, large.with_suffix(".gguf"), "Q8_0")
-    command = [sys.executable, "-c", MEASURE, str(large), str(tmp_path / "out"), how]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = forked.run(["-c", MEASURE, large, tmp_path / "out", how], cwd=ROOT, check=True)
     assert least <= float(done.stdout.split()[-1]) <= most, done.stdout
 
 

@@ -1,12 +1,14 @@
-"""Two processes under `accelerate launch`, DDP and FSDP2 with gloo, against one: losses, a kill, what is saved."""
+"""Two processes under `accelerate launch`, DDP and FSDP2 with gloo, against one: losses, ends, what is saved."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -32,7 +34,8 @@ def launch(kind: str, flags: list) -> subprocess.Popen:
     options += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / script), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
@@ -46,6 +49,11 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
 def finish(process: subprocess.Popen) -> None:
     output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 0, output[-3000:]
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C, which the terminal sends to all processes, and the launcher sends again."""
+    os.killpg(process.pid, signal.SIGINT)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -63,25 +71,25 @@ def losses(folder: Path) -> dict[int, float]:
 def one_process(tmp_path_factory, data_flags):
     folder = tmp_path_factory.mktemp("one") / "run"
     flags = training_flags(data_flags, folder, per_device_train_batch_size=8, **COMMON)
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, flags)], cwd=ROOT)
-    assert done.returncode == 0
+    forked.run([ROOT / "scripts" / "train.py", *flags], cwd=ROOT, check=True)
     return folder
 
 
 COMMON = {"pos_embedding_type": "linear_cpb", "config_overrides": TINY, "seed": 3, "eval_strategy": "no"}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("DDP", marks=resumes_on_cpus), "FSDP2"])
-def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags, tmp_path):
-    """The same batches, halved between two processes; killed after a checkpoint, and resumed."""
+@pytest.mark.parametrize("kind, end", [pytest.param("DDP", interrupt, marks=resumes_on_cpus), ("FSDP2", kill)])
+def test_two_processes_are_one_and_go_on_after_their_end(kind, end, one_process, data_flags, tmp_path):
+    """The same batches, halved between two processes; interrupted or killed after a checkpoint, and resumed."""
     folder = tmp_path / "run"
     flags = {**COMMON, "per_device_train_batch_size": 4}
     process = launch(kind, training_flags(data_flags, folder, **flags, max_steps=100_000))
     wait_for_checkpoint(process, folder)
-    kill(process)
-    output, _ = process.communicate()
+    end(process)
+    output, _ = process.communicate(timeout=HANGS)
     whole, _ = newest_whole(folder)
-    assert whole, output[-3000:]
+    assert whole and process.returncode, output[-3000:]
+    assert end is kill or "resume with --resume_from_checkpoint last" in output, output[-3000:]
     first = int(whole.name.rpartition("-")[2])
     steps = max(6, first + 2)
     flags |= {"max_steps": steps, "resume_from_checkpoint": "last", "override_recipe": "true"}
@@ -90,6 +98,7 @@ def test_two_processes_are_one_and_survive_a_kill(kind, one_process, data_flags,
     record = json.loads((folder / "training.json").read_text())
     assert (record["num_processes"], record["distributed_type"]) == (2, TYPES[kind])
     assert (record["resumed_from_step"], record["num_steps"]) == (first, steps)
+    assert record["num_tokens"] == 2 * steps * 4 * 32
     expected, found = losses(one_process), losses(folder)
     assert set(found) >= {1, 2, 3, 4, 5, 6}
     for step in range(1, 7):  # losses of about 5.7, logged with all digits; the halves are summed in another order

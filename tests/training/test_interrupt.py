@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from helpers import finetuning_flags, hold, refusal, resumes_on_cpus, run_in_shell, training_flags
+from helpers import finetuning_flags, hold, refusal, run_in_shell, training_flags
 
 from hf_relpos.training.checkpoints import damage
 from hf_relpos.training.interrupt import InterruptCallback
@@ -78,10 +78,10 @@ def test_a_reader_that_has_gone_stops_a_run_with_a_checkpoint(data_flags, tmp_pa
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_a_log_that_cannot_be_written_does_not_stop_a_run(data_flags, tmp_path):
     flags = training_flags(data_flags, tmp_path / "run", max_steps=3)
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, flags)]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+        process = run_in_shell("train", flags, stdout=full)
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert (tmp_path / "run" / "training.json").is_file()
 
 
@@ -93,42 +93,6 @@ def test_a_request_that_comes_while_processes_agree_is_not_lost(monkeypatch):
     for control in controls:
         callback.on_step_end(args, None, control)
     assert [control.should_training_stop for control in controls] == [False, True]
-
-
-@resumes_on_cpus
-def test_two_processes_under_accelerate(data_flags, tmp_path):
-    """A Ctrl-C, which the terminal sends to all processes and the launcher sends again, then the rest of the run."""
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "29711"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "scripts" / "train.py")]
-
-    def start(**overrides):
-        flags = training_flags(data_flags, tmp_path / "ddp", pos_embedding_type="linear_cpb", **overrides)
-        return subprocess.Popen(
-            [*command, *map(str, flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-    process = start(max_steps=100_000, save_steps=100_000, eval_strategy="no", logging_steps=2)
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode and "resume with --resume_from_checkpoint last" in output, output[-3000:]
-    (checkpoint,) = (tmp_path / "ddp").glob("checkpoint-*")
-    steps = int(checkpoint.name.rpartition("-")[2]) + 2
-
-    process = start(max_steps=steps, eval_steps=steps, resume_from_checkpoint="last", override_recipe="true")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
-    record = json.loads((tmp_path / "ddp" / "training.json").read_text())
-    assert record["num_processes"] == 2 and record["num_tokens"] == 2 * steps * 4 * 32
 
 
 @pytest.mark.parametrize("name", ["train", "finetune"])
