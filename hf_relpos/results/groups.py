@@ -192,6 +192,8 @@ def check_comparable(results: Sequence[dict[str, Any]], varied: Sequence[str] = 
         pairs = {name: (first.get(name), facts.get(name)) for name in {**first, **facts} if name not in varied}
         if _same_split(results[0]["corpus"], result["corpus"]):
             pairs = {name: pair for name, pair in pairs.items() if name not in ("corpus.name", "corpus.fingerprint")}
+        if _trained_on_the_same(results[0], result):
+            pairs.pop("training.corpus", None)
         differing = [name for name, (one, other) in pairs.items() if one != other]
         if differing:
             pairs = "; ".join(f"`{name}` is {first.get(name)!r} and {facts.get(name)!r}" for name in differing)
@@ -230,6 +232,13 @@ def _same_split(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two results say that they are on the same text, whatever splits were named beside it."""
     known = first.get("split_fingerprint")
     return bool(known) and known == second.get("split_fingerprint")
+
+
+def _trained_on_the_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two records say that they were trained on the same text, whatever it was called."""
+    corpora = [[_training(each).get(name) for name in ("corpus", "base_corpus")] for each in (first, second)]
+    known = [[corpus.get("fingerprint") for corpus in each if corpus] for each in corpora]
+    return all(known[0]) and known[0] == known[1] != []
 
 
 def setting_label(result: dict[str, Any]) -> str:

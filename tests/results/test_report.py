@@ -97,6 +97,17 @@ def test_the_tokens_of_a_step_are_compared_and_not_how_it_is_made_of_them():
         group_results([made(128, 8), made(256, 8, tokens=2048)])
 
 
+def test_a_training_text_is_the_same_whatever_it_is_called():
+    def made(seed, name, fingerprint):
+        return make_result("none", seed, corpus={"name": name, "fingerprint": fingerprint})
+
+    (group,) = group_results([made(1, "train.jsonl+validation.jsonl", "f"), made(2, "books", "f")])
+    assert [*group.by_seed] == [1, 2]
+    for other in ("g", None):
+        with pytest.raises(ValueError, match="`training.corpus` is 'books f' and 'texts"):
+            group_results([made(1, "books", "f"), made(2, "texts", other)])
+
+
 def test_pairs_find_what_the_noise_of_the_seeds_hides(results):
     """Alibi's lead is a tenth of the noise that the seeds share, which pairing takes out."""
     groups = group_results(results)
