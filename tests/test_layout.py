@@ -232,13 +232,10 @@ def all_schemes():
 def training_lengths():
     """The runs at several training lengths, and those of the same schemes and seeds at 128 tokens, on books."""
     books, others = (read_results(ROOT / "docs" / "results" / name / RESULTS) for name in ("books", "books_context"))
-    seeds, groups = {each["seed"] for each in others}, group_results(books, ("recipe.learning_rate",))
-    labels = [group.label for group in group_results(others, ("recipe.learning_rate",))]
-    schemes = [label.partition(" ")[0] for label in labels]
-    chosen = {group.label: group for group in groups if group.label in schemes}
-    return [
-        result for name in dict.fromkeys(schemes) for result in chosen[name].by_seed.values() if result["seed"] in seeds
-    ] + others
+    seeds, schemes = ({each[name] for each in others} for name in ("seed", "pos_embedding_type"))
+    groups = [group for group in group_results(books, ("recipe.learning_rate",)) if group.label in schemes]
+    groups.sort(key=lambda group: [each["pos_embedding_type"] for each in others].index(group.label))
+    return [result for group in groups for result in group.by_seed.values() if result["seed"] in seeds] + others
 
 
 def comparison_lines(results):
