@@ -47,8 +47,9 @@ def finetuned():
 def test_each_figure_says_what_its_bands_are(results, monkeypatch):
     tasks = [make_score(scheme, seed, seed / 20) for scheme in ("none", "alibi") for seed in range(5)]
     others = [result | {"pos_embedding_type": "none"} for result in finetuned()]
+    lengths = [make_result("alibi", seed, 4.0, length) for seed in SEEDS for length in (128, 256)]
     found = {}
-    for each in (tasks, [*finetuned(), *others], results):
+    for each in (tasks, [*finetuned(), *others], lengths, results):
         found |= figures_of(each, monkeypatch)
     assert {kind.heading for kind in report_figures.KINDS} < {*found}
     for heading, (figure, caption) in found.items():
