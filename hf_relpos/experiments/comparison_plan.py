@@ -119,7 +119,7 @@ class Plan:
             schemes: all of them.
             costs: of those that the plan does not have.
         """
-        known = self.costs | {name: (cost.step, cost.window) for name, cost in costs.items()}
+        known = self.costs | _kept(costs)
         num_runs = _num_runs(len(schemes), self.seeds)
         if not {*schemes} <= {*known}:  # a plan without costs
             return replace(self, num_runs=num_runs, seconds=self.seconds * num_runs / self.num_runs)
@@ -211,9 +211,8 @@ def _largest_plan(
         if steps >= min(enough, most_steps) and steps >= FEWEST_STEPS:
             steps = min(steps, most_steps, MOST_STEPS)
             windows = windows_in(count, time - seconds(count, steps, 0))
-            kept = {name: (cost.step, cost.window) for name, cost in costs.items()}
             num_runs, total = _num_runs(len(costs), count), seconds(count, steps, windows)
-            return Plan(steps, count, num_runs, total, kept, start_up, beside, windows)
+            return Plan(steps, count, num_runs, total, _kept(costs), start_up, beside, windows)
     return None
 
 
@@ -244,7 +243,7 @@ def fewer_steps(
         fewest,
         _num_runs(len(costs), fewest),
         _least(costs, num_parallel, fewest, start_up),
-        {name: (cost.step, cost.window) for name, cost in costs.items()},
+        _kept(costs),
         start_up,
         beside,
         FEWEST_WINDOWS,
@@ -335,6 +334,11 @@ def save_plan(root: Path, asked: dict[str, Any], plan: Plan) -> None:
 
 def _costs(plan: Plan) -> dict[str, Cost]:
     return {name: Cost(*each) for name, each in plan.costs.items()}
+
+
+def _kept(costs: Mapping[str, Cost]) -> dict[str, Sequence[float]]:
+    """Costs as a plan keeps them."""
+    return {name: (cost.step, cost.window) for name, cost in costs.items()}
 
 
 def _num_runs(num_schemes: int, seeds: int) -> int:

@@ -123,7 +123,7 @@ def _context(runs: Sequence[dict[str, Any]]) -> str:
         return ""
     token, scores = found
     text = f"In-context score at token {token}: {mean_cell(scores, 3, '+')}."
-    slopes = {seed: 1000 * slope for seed, slope in group.slopes().items()}
+    slopes = group.slopes()
     parts = [text, *([f"Slope: {mean_cell(slopes, 3, '+')}."] if slopes else []), CONTEXT_NOTE]
     return " ".join(parts)
 

@@ -128,8 +128,8 @@ class Group:
         return {seed: np.array(result["documents"]["loss"][str(length)]) for seed, result in self.by_seed.items()}
 
     def slopes(self) -> dict[int, float]:
-        """seed → nats per token past the training length, of the runs that have it."""
-        return {seed: result["slope"]["slope"] for seed, result in self.by_seed.items() if result.get("slope")}
+        """seed → nats per 1000 tokens past the training length, of the runs that have it."""
+        return {seed: 1000 * result["slope"]["slope"] for seed, result in self.by_seed.items() if result.get("slope")}
 
     def in_context_scores(self) -> tuple[int, dict[int, float]] | None:
         """The latest token that the windows reach, and seed → in-context score there."""

@@ -265,7 +265,7 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
     curves: dict[str, dict[int, list[float]]] = {}
     untrained: dict[str, list[float]] = {}  # which have no new length of their own
     for group in _finetuned(groups):
-        training, setting = group.first["training"], _setting_alone(group)
+        training, setting = group.first["training"], _setting_alone(group, "num_steps", "train_length")
         losses = list(group.values(str(group.lengths()[-1]), "loss").values())
         if training["num_steps"] == 0:
             untrained[f"{setting} {training['base_train_length']} →"] = losses
@@ -286,9 +286,9 @@ def _finetune_curves(figure: Any, groups: Sequence[Group]) -> None:
     _finish(axes, groups, marks=False, xlabel="finetuning steps", ylabel=f"loss at {length} (nats per token)")
 
 
-def _setting_alone(group: Group) -> str:
-    """ "rotary rope_type=yarn, factor=8.0": the label without the steps and the length."""
-    return " ".join(word for name, word in group.words.items() if word and name not in ("num_steps", "train_length"))
+def _setting_alone(group: Group, *left_out: str) -> str:
+    """ "rotary rope_type=yarn, factor=8.0": the label without some of its fields."""
+    return " ".join(word for name, word in group.words.items() if word and name not in left_out)
 
 
 def _finetuned(groups: Sequence[Group]) -> list[Group]:
@@ -299,7 +299,10 @@ def _context_by_training_length(figure: Any, groups: Sequence[Group]) -> None:
     """In-context score and slope, a line for each setting over the lengths that it was trained at."""
     lengths = sorted({group.train_length for group in groups})
     (token, _), *_ = filter(None, (group.in_context_scores() for group in groups))
-    names = {f"in-context score at token {token} (nats)": _score_at(token), "slope (nats per 1000 tokens)": _slopes}
+    names = {
+        f"in-context score at token {token} (nats)": _score_at(token),
+        "slope (nats per 1000 tokens)": Group.slopes,
+    }
     for axes, (name, values_of) in zip(figure.subplots(1, 2), names.items()):
         for setting, members in _by_setting(groups).items():
             found = {group.train_length: values_of(group) for group in members}
@@ -319,16 +322,11 @@ def _score_at(token: int) -> Callable[[Group], dict[int, float]]:
     return scores
 
 
-def _slopes(group: Group) -> dict[int, float]:
-    return {seed: 1000 * slope for seed, slope in group.slopes().items()}
-
-
 def _by_setting(groups: Sequence[Group]) -> dict[str, list[Group]]:
     """Setting without its training length → its groups, the shortest first, where it was trained at several."""
     found: dict[str, list[Group]] = {}
     for group in sorted(groups, key=lambda group: group.train_length):
-        words = (word for name, word in group.words.items() if word and name != "train_length")
-        found.setdefault(" ".join(words), []).append(group)
+        found.setdefault(_setting_alone(group, "train_length"), []).append(group)
     return {name: members for name, members in found.items() if len(members) > 1}
 
 

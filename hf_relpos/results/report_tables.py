@@ -57,8 +57,7 @@ def context_rows(groups: Sequence[Group], baseline: str) -> Rows:
         if ours is not None and theirs is not None and ours[0] == theirs[0] and group is not base:
             seeds = sorted({*ours[1]} & {*theirs[1]})
             cells[1] = mean_cell({seed: ours[1][seed] - theirs[1][seed] for seed in seeds}, 3, "+")
-        slopes = {seed: 1000 * slope for seed, slope in group.slopes().items()}
-        rows.append([group.label, *cells, mean_cell(slopes, 3, "+")])
+        rows.append([group.label, *cells, mean_cell(group.slopes(), 3, "+")])
     return rows if any(cell != "–" for row in rows[1:] for cell in row[1:]) else rows[:1]
 
 

@@ -83,13 +83,19 @@ def test_two_processes_are_one_and_go_on_after_their_end(kind, end, one_process,
     """The same batches, halved between two processes; interrupted or killed after a checkpoint, and resumed."""
     folder = tmp_path / "run"
     flags = {**COMMON, "per_device_train_batch_size": 4}
-    process = launch(kind, training_flags(data_flags, folder, **flags, max_steps=100_000))
-    wait_for_checkpoint(process, folder)
+    saves = {"save_steps": 100_000} if end is interrupt else {}  # then the interruption itself must save
+    process = launch(kind, training_flags(data_flags, folder, **flags, **saves, max_steps=100_000))
+    if end is interrupt:
+        next(line for line in process.stdout if "'loss'" in line)
+    else:
+        wait_for_checkpoint(process, folder)
     end(process)
     output, _ = process.communicate(timeout=HANGS)
     whole, _ = newest_whole(folder)
     assert whole and process.returncode, output[-3000:]
-    assert end is kill or "resume with --resume_from_checkpoint last" in output, output[-3000:]
+    if end is interrupt:
+        assert "resume with --resume_from_checkpoint last" in output, output[-3000:]
+        assert [*folder.glob("checkpoint-*")] == [whole]
     first = int(whole.name.rpartition("-")[2])
     steps = max(6, first + 2)
     flags |= {"max_steps": steps, "resume_from_checkpoint": "last", "override_recipe": "true"}
