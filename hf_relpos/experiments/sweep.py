@@ -13,7 +13,7 @@ from ..cli import import_schemes, parse_values, say_next
 from ..environment import check_at_least_1, write_json
 from ..evaluation.evaluate import evaluate_model
 from ..processes import only_owner
-from ..results.groups import fields_to_vary
+from ..results.comparable import fields_to_vary
 from ..results.result_file import RESULTS, read_readable, split_name, write_results
 from ..results.training_record import TRAINING_RECORD
 from ..training.checkpoints import damage

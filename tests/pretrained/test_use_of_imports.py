@@ -14,7 +14,8 @@ from hf_relpos.hub.model_card import model_card, origin_of
 from hf_relpos.hub.repository import repository_files
 from hf_relpos.model.modeling_relpos import RelPosForCausalLM
 from hf_relpos.pretrained.importing import import_pretrained
-from hf_relpos.results.groups import ARCHITECTURE, group_results
+from hf_relpos.results.comparable import ARCHITECTURE
+from hf_relpos.results.groups import group_results
 from hf_relpos.training.scheme_change import copy_weights
 
 

@@ -14,12 +14,13 @@ from scipy import stats
 
 from hf_relpos import RelPosConfig
 from hf_relpos.environment import write_json
-from hf_relpos.results import plots, report_figures
+from hf_relpos.results import plots, report_figures, training_figures
 from hf_relpos.results.caveats import caveats
+from hf_relpos.results.comparable import fields_to_vary
 from hf_relpos.results.compared_rates import TRIED, edge_text, save_tried
 from hf_relpos.results.estimates import Estimate
 from hf_relpos.results.figure_style import new_figure
-from hf_relpos.results.groups import fields_to_vary, group_results
+from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import Answer, Pair, Question, answers, detail_rows, sentences
 from hf_relpos.results.report import _footer, _perplexity_note, _summary, write_report
 from hf_relpos.results.result_file import (
@@ -458,7 +459,7 @@ def test_the_use_of_the_context_is_drawn_by_training_length():
     results = [make_result("alibi", seed, 4.0, length) for seed in (1, 2) for length in (256, 128)]
     results += [make_result("alibi", 3, 4.0, 128), make_result("none", 1, 4.0, 128)]
     figure, groups = new_figure(9, 5), group_results(results)
-    report_figures._context_by_training_length(figure, groups)
+    training_figures.context_by_training_length(figure, groups)
     for axes, name, value in zip(figure.axes, ("in-context score at token 250", "slope"), (-0.1, -0.01), strict=True):
         (line,) = axes.get_lines()
         assert axes.get_ylabel().startswith(name) and line.get_label() == "alibi"

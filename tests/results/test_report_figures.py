@@ -207,3 +207,9 @@ def test_what_is_not_drawn_is_named(results, monkeypatch):
     for result in results:
         result["training"]["log"] = []
     assert "Training loss" not in figures_of(results, monkeypatch)
+
+
+@pytest.mark.filterwarnings("error")
+def test_settings_that_are_equal_are_a_flat_line():
+    equal = group_results([make_result(scheme, 1, 4.0) for scheme in ("none", "alibi")])
+    report_figures.draw_figures(equal, "none")
