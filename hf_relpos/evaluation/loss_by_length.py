@@ -130,47 +130,76 @@ def evaluate_lengths(
         check_baseline(train_length, lengths[-1])
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"`max_windows` must be at least 1, got {max_windows}.")
-    longest = lengths[-1]
-    readings = [*([SLIDING] if sliding_baseline else []), *lengths]  # the longest length last
-    sums = {reading: RunningLoss() for reading in readings}
-    by_position, context = np.zeros(longest), _ContextStatistics(train_length)
-    by_document, counts = DocumentLosses(readings), Counter()
-    targets = np.all([np.arange(longest) % length != 0 for length in lengths], axis=0)
-
-    available, num_short = _count_windows(documents, longest)
+    found = _WindowLosses(lengths, train_length, sliding_baseline)
+    available, num_short = _count_windows(documents, lengths[-1])
     total = min(available, max_windows or available)
     several = f" at {len(lengths)} lengths" if len(lengths) > 1 else ""
-    what = f"windows of {longest:,} tokens{several}"
+    what = f"windows of {lengths[-1]:,} tokens{several}"
     progress = Progress(total, what, "evaluating", "--max_windows {}".format, long=LONG)
     with evaluation_mode(model), progress:
-        windows = evenly_spaced(document_windows(documents, longest), available, total)
-        for group in _grouped(windows, max(1, tokens_per_batch // longest)):
+        windows = evenly_spaced(document_windows(documents, lengths[-1]), available, total)
+        for group in _grouped(windows, max(1, tokens_per_batch // lengths[-1])):
             tokens = torch.from_numpy(np.stack([window for _, window in group]))
-            counts.update(tokens[:, targets].flatten().tolist())
-            for reading in readings:
+            numbers = [document for document, _ in group]
+            found.add_targets(tokens)
+            for reading in found.readings:
                 if reading == SLIDING:
                     losses = _losses_sliding(model, tokens, train_length, tokens_per_batch)
                 else:
                     losses = _losses_in_blocks(model, tokens, reading, tokens_per_batch)
-                sums[reading].add(losses[:, targets])
-                for (document, _), row in zip(group, losses[:, targets]):
-                    by_document.add(document, reading, row)
-            by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
-            for (document, _), row in zip(group, losses):
-                context.add(row, document)
+                found.add(reading, numbers, losses)
             progress.update(len(group))
-    found = {
-        "lengths": {str(length): sums[length].summary() for length in lengths},
-        "loss_by_position": [None, *(by_position[1:] / total).tolist()],
-        "documents": by_document.summary(),
-        "unigram_loss": sum(n * math.log(counts.total() / n) for n in counts.values()) / counts.total(),
-        "num_windows": total,
-        "num_short_documents": num_short,
-        **context.summary(),
-    }
-    if sliding_baseline:
-        found[SLIDING] = {"length": train_length, "stride": train_length // 2, **sums[SLIDING].summary()}
-    return found
+    return found.summary() | {"num_short_documents": num_short}
+
+
+class _WindowLosses:
+    """What is kept of the losses of windows that are read in several ways.
+
+    Attributes:
+        readings: how each window is read: at evaluation lengths, the longest last, and by a sliding window before them.
+    """
+
+    def __init__(self, lengths: Sequence[int], train_length: int | None, sliding_baseline: bool) -> None:
+        self.readings = [*([SLIDING] if sliding_baseline else []), *lengths]
+        self.train_length = train_length
+        self.targets = np.all([np.arange(lengths[-1]) % length != 0 for length in lengths], axis=0)
+        self.sums = {reading: RunningLoss() for reading in self.readings}
+        self.by_document, self.counts = DocumentLosses(self.readings), Counter()
+        self.by_position, self.num_windows = np.zeros(lengths[-1]), 0
+        self.context = _ContextStatistics(train_length)
+
+    def add_targets(self, tokens: torch.Tensor) -> None:
+        """(B, N) tokens of windows, each once, for their frequencies."""
+        self.counts.update(tokens[:, self.targets].flatten().tolist())
+
+    def add(self, reading: int | str, documents: Sequence[int], losses: np.ndarray) -> None:
+        """(B, N) losses of one reading, with the number of each window's document."""
+        scored = losses[:, self.targets]
+        self.sums[reading].add(scored)
+        for document, row in zip(documents, scored):
+            self.by_document.add(document, reading, row)
+        if reading == self.readings[-1]:
+            self.by_position += np.nan_to_num(losses).sum(axis=0, dtype=np.float64)
+            self.num_windows += len(losses)
+            for document, row in zip(documents, losses):
+                self.context.add(row, document)
+
+    def summary(self) -> dict[str, Any]:
+        """→ what `evaluate_lengths` returns of losses."""
+        total = self.counts.total()
+        by_reading = {str(reading): losses.summary() for reading, losses in self.sums.items()}
+        sliding = by_reading.pop(SLIDING, None)
+        found = {
+            "lengths": by_reading,
+            "loss_by_position": [None, *(self.by_position[1:] / self.num_windows).tolist()],
+            "documents": self.by_document.summary(),
+            "unigram_loss": sum(n * math.log(total / n) for n in self.counts.values()) / total,
+            "num_windows": self.num_windows,
+            **self.context.summary(),
+        }
+        if sliding:
+            found[SLIDING] = {"length": self.train_length, "stride": self.train_length // 2, **sliding}
+        return found
 
 
 def check_lengths(lengths: Sequence[int], model: Any = None, name: str = "eval_lengths") -> list[int]:
