@@ -71,4 +71,5 @@ def main() -> None:
         refusals += filter(None, [report.refusal])
     if refusals:
         raise ValueError("; ".join(refusals))
-    say_next("train", pos_embedding_type=names[0], max_steps=300, output_dir=f"output/{names[0].replace('/', '-')}")
+    folder = f"output/{names[0].replace('/', '-')}"
+    say_next("train", pos_embedding_type=names[0], max_steps=300, per_device_train_batch_size=8, output_dir=folder)

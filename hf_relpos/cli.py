@@ -181,7 +181,8 @@ def schemes_main() -> None:
     from .scheme_files import imported_schemes
 
     name = (imported_schemes() or ["alibi"])[0]
-    say_next("train", pos_embedding_type=name, max_steps=300, output_dir=f"output/{name}")
+    folder = f"output/{name}"
+    say_next("train", pos_embedding_type=name, max_steps=300, per_device_train_batch_size=8, output_dir=folder)
 
 
 def parse_arguments(

@@ -71,7 +71,8 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError('the page needs gradio: pip install -e ".[demo]"') from error
+        needed = 'the page needs the extra `demo` of hf_relpos: pip install -c constraints.txt -e ".[demo]"'
+        raise ValueError(needed) from error
     return gradio
 
 

@@ -75,7 +75,7 @@ class CompareArguments:
         default="20min",
         metadata={
             "help": "Time that all may take, over all calls that go on with it: 20min, 90s, 2h. On a machine that "
-            "becomes slower fewer steps, or fewer seeds, are trained."
+            "becomes slower fewer steps, or fewer seeds, are trained; what is added later may take more."
         },
     )
     output_dir: str = field(default="output/compare", metadata={"help": "Folder of the runs and the report."})
@@ -90,7 +90,8 @@ class CompareArguments:
         metadata={"help": "Entries of the tokenizer, which is trained on the text; by its size by default."},
     )
     num_parallel: int | None = field(
-        default=None, metadata={"help": "Runs at once; by default one for each GPU, or for each core up to 4."}
+        default=None,
+        metadata={"help": "Runs at once; by default one for each GPU, or for each thread of torch, up to 4."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and what it costs, and start nothing."})
 

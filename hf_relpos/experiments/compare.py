@@ -71,6 +71,7 @@ def compare(args: CompareArguments, begun: float | None = None) -> list[str]:
             else:
                 unknown = [name for name in args.schemes if plan.costs and name not in plan.costs]
                 plan = plan.with_schemes(args.schemes, setup.costs(unknown))
+                news = "\n".join(filter(None, [news, plan.excess(budget, args.budget)]))
             if not args.dry_run:
                 save_plan(root, asked, plan)
         print("\n".join(filter(None, [setup.describe(plan), news])), flush=True)
@@ -254,7 +255,7 @@ def _check(args: CompareArguments) -> None:
     for scheme in args.schemes:
         try:
             classes = position_embedding_classes(scheme).values()
-            check_imported(RelPosConfig(pos_embedding_type=scheme))
+            check_imported(RelPosConfig(pos_embedding_type=scheme, train_length=args.train_length))
         except ValueError as error:  # which names the field of a model
             raise ValueError(f"`schemes` {scheme!r}: {error}") from error
         if args.run_length > args.train_length and any(cls.has_position_limit for cls in classes):
@@ -265,12 +266,17 @@ def _check(args: CompareArguments) -> None:
 
 
 def _check_places(args: CompareArguments) -> None:
-    """Refuses to write into the text, of which the next call would read what this one wrote."""
+    """Refuses to write beside a model, or into the text, of which the next call would read what this one wrote."""
+    root = Path(os.path.realpath(os.path.expanduser(args.output_dir)))
+    if root.is_file():
+        raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder.")
+    if (root / "config.json").is_file():
+        raise ValueError(f"`output_dir` {args.output_dir!r} holds a model: choose another folder.")
     if args.text is None:
         return
     if not os.path.exists(os.path.expanduser(args.text)):
         raise ValueError(f"`text` {args.text!r} does not exist.")
-    text, root = (Path(os.path.realpath(os.path.expanduser(place))) for place in (args.text, args.output_dir))
+    text = Path(os.path.realpath(os.path.expanduser(args.text)))
     if root.is_relative_to(text) and not any(map(LEFT_OUT.search, root.relative_to(text).parts)):
         raise ValueError(
             f"`output_dir` {args.output_dir!r} lies in the folder of the `text`, {args.text!r}: choose another."

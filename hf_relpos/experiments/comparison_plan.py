@@ -92,6 +92,18 @@ class Plan:
         """How many schemes are compared."""
         return self.num_runs // (NUM_RATES + self.seeds - 1)
 
+    def excess(self, budget: float, given: str) -> str:
+        """A line about a plan that is past its budget, as it may be with added schemes; empty where it fits.
+
+        Args:
+            budget: in seconds.
+            given: the budget as it was given.
+        """
+        more = self.beside + self.seconds - budget
+        if more < 60:  # what was timed anew differs by as much
+            return ""
+        return f"that is about {time_text(more)} more than `budget` {given}, to which only a new comparison is fitted"
+
     def training(self, scheme: str) -> float:
         """Seconds of the steps of one run; where costs are not known, all runs take as long."""
         return self.steps * self.costs[scheme][0] if self.costs else self.seconds / self.num_runs
@@ -280,11 +292,12 @@ def read_plan(root: Path, asked: dict[str, Any], num_parallel: int) -> tuple[Pla
                 f"{value!r}; choose another, or give what it was made with: schemes, seeds and budget may grow."
             )
     added = [name for name in asked["schemes"] if name not in before["schemes"]]
-    if not added:
-        return _extended(plan, asked["seeds"], budgets, num_parallel)
-    made, news = _extended(plan, asked["seeds"], budgets[:1] * 2, num_parallel)
+    made, news = _extended(plan, asked["seeds"], budgets[:1] * 2 if added else budgets, num_parallel)
     lines = [news] if news else []
-    lines.append(f"added: {', '.join(added)}, with {made.steps} steps and {made.seeds} seeds as the others")
+    if added:
+        lines.append(f"added: {', '.join(added)}, with {made.steps} steps and {made.seeds} seeds as the others")
+    if absent := [name for name in before["schemes"] if name not in asked["schemes"]]:
+        lines.append(f"not in this answer: {', '.join(absent)}, which stay in the folder; name them too to compare all")
     return made, "\n".join(lines)
 
 

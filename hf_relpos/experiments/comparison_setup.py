@@ -202,8 +202,9 @@ class Setup:
         """The plan in a few lines."""
         size = self.args.model_size or ("xsmall" if self.device == "cuda" else "4 layers of width 128")
         tokens = plan.steps * self.batch_size * self.args.train_length
+        count, names = len(self.args.schemes), ", ".join(self.args.schemes)
         lines = [
-            f"{len(self.args.schemes)} schemes on {self.name}: {', '.join(self.args.schemes)}",
+            f"{count} scheme{'s' if count > 1 else ''} on {self.name}: {names}",
             f"models: {size}, vocabulary {self.vocab_size}, trained at {self.args.train_length} tokens, read at up to "
             f"{self.args.run_length}",
             self._describe_test(plan.windows),

@@ -141,7 +141,7 @@ def main() -> None:
     if len(arguments) < 2 or arguments[0] != "serve":
         raise ValueError(f"usage: {USAGE}")
     if not is_serve_available():
-        raise ValueError('serving needs more packages: pip install "transformers[serving]"')
+        raise ValueError('serving needs the extra `serve` of hf_relpos: pip install -c constraints.txt -e ".[serve]"')
     from transformers.cli.transformers import app
 
     if arguments[1] not in ("--help", "-h"):

@@ -42,6 +42,11 @@ class Estimate:
     document_variance: float
     document_freedom: float = 0.0
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is 0 in every run and document, to the digits that are stored."""
+        return max(abs(self.mean), abs(self.low - self.high) if self.num_runs > 1 else 0.0) < ROUNDING
+
     @classmethod
     def of(cls, values: np.ndarray, weights: Sequence[float] | None = None) -> "Estimate":
         """From (R, D) values and the weights of the documents; equal weights by default.

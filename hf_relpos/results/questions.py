@@ -227,18 +227,24 @@ def _about_levels(answer: Answer) -> list[str]:
     first = f"Best {answer.question.place}: **{best}** ({level_text(answer.question, answer.values[best])})."
     if not others:
         return [first]
-    clear, unclear, apart = [], [], []
+    clear, unclear, same, apart = [], [], [], []
     for label in others:
         try:
             pair = answer.pair(label, best)
         except KeyError:
             apart.append(label)
             continue
-        if pair.resolved:
+        if pair.difference.is_zero:
+            same.append(label)
+        elif pair.resolved:
             clear.append(f"{label} ({difference_text(answer.question, pair.difference)})")
         else:
             unclear.append(f"{label} ({difference_text(answer.question, pair.difference)}; {_needed(answer, pair)})")
+    if same == others:
+        return [f"None is best {answer.question.place}: all have {level_text(answer.question, answer.values[best])}."]
     found = [first]
+    if same:
+        found.append(f"The same as it with every seed: {', '.join(same)}.")
     if unclear:
         found.append(f"Not resolved from it {_evidence(answer)}: {', '.join(unclear)}.")
     if clear:
@@ -302,8 +308,8 @@ def difference_text(question: Question, difference: Estimate) -> str:
 
 
 def interval_text(low: float, high: float, form: str, write: Callable[[float], str] | None = None) -> str:
-    """ ", 95 % interval 1.20 to 1.30"; nothing for one run."""
-    if math.isnan(low):
+    """ ", 1.20 to 1.30"; nothing for one run, or where nothing varies."""
+    if math.isnan(low) or low == high:
         return ""
     low_text, high_text = (write(x) if write else format(x, form) for x in (low, high))
     return f", {low_text} to {high_text}"

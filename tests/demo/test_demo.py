@@ -270,7 +270,9 @@ def test_names_the_missing_package(run_script, capsys, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
     with pytest.raises(SystemExit, match="2"):
         run_script("demo", "somewhere")
-    assert capsys.readouterr().err == 'demo.py: error: the page needs gradio: pip install -e ".[demo]"\n'
+    assert capsys.readouterr().err == (
+        'demo.py: error: the page needs the extra `demo` of hf_relpos: pip install -c constraints.txt -e ".[demo]"\n'
+    )
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 

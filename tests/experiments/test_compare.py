@@ -25,6 +25,7 @@ from hf_relpos.experiments.comparison_plan import (
 from hf_relpos.experiments.comparison_progress import ComparisonProgress
 from hf_relpos.experiments.comparison_text import SPLITS, num_cut, prepare_text
 from hf_relpos.experiments.grid import TRAIN_TYPES, Run
+from hf_relpos.model.scheme_registry import list_position_embeddings
 
 
 @pytest.mark.parametrize("text, seconds", [("20min", 1200), ("90s", 90), ("1.5h", 5400), (" 2 m ", 120)])
@@ -335,6 +336,22 @@ def test_nothing_is_written_into_the_text(place, tmp_path):
     with pytest.raises(ValueError, match="`output_dir` .* lies in the folder of the `text`"):
         compare(CompareArguments(text=str(folder), output_dir=str(folder / place)))
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "link"]
+
+
+def test_nothing_is_written_beside_a_model_or_over_a_file(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("model/config.json", "notes.md"):
+        (tmp_path / name).write_text("{}")
+    for place, message in (("model", "holds a model"), ("notes.md", "is a file")):
+        with pytest.raises(ValueError, match=f"`output_dir` .* {message}: choose "):
+            compare(CompareArguments(output_dir=str(tmp_path / place), dry_run=True))
+    assert len([*tmp_path.rglob("*")]) == 3
+
+
+@pytest.mark.parametrize("scheme", [*list_position_embeddings(), "rotary+temperature"])
+def test_every_scheme_can_be_compared(scheme):
+    """At its training length, if it has no positions past that."""
+    module._check(CompareArguments(schemes=[scheme, "rotary/none"], run_length=128))
 
 
 @pytest.mark.parametrize("text", ["one line\n", "a", "\n\n word \n"])

@@ -273,7 +273,8 @@ def test_what_was_scored_on_other_tokens_is_not_compared(num_tokens):
 
 
 def test_documents_that_were_put_together_are_counted():
-    results = [with_documents(make_result(name, seed), [9] * 256, [0] * 256) for name in "ab" for seed in (1, 2)]
+    pairs = [(name, seed) for name in "ab" for seed in (1, 2)]
+    results = [with_documents(make_result(name, seed), [9] * 256, [seed * (name == "b")] * 256) for name, seed in pairs]
     for result in results:
         result["corpus"]["num_documents"] = 3000
     groups = group_results(results)
@@ -726,6 +727,18 @@ def make_score(scheme, seed, score):
     }
     result = make_result(scheme, seed, train_length=64) | {"task": "flip_flop", "score_name": "accuracy"}
     return {**result, "lengths": lengths, "loss_by_position": None}
+
+
+def test_settings_that_are_the_same_are_not_ranked():
+    """Where no setting scores, none is the best; two that are one model are not called unresolved."""
+    alike = [make_score(scheme, seed, 0.0) for scheme in ("none", "alibi") for seed in range(3)]
+    better = [make_score("fox", seed, 0.5 + seed / 100) for seed in range(3)]
+    first = answers(group_results(alike))[0]
+    assert sentences(first) == ["None is best at 128 tokens (a): all have 0.000."]
+    twins = [make_score("xpos", seed, 0.5 + seed / 100) for seed in range(3)]
+    best, same, worse = sentences(answers(group_results([*alike, *better, *twins]))[0])
+    assert best.startswith("Best at 128 tokens (a): **fox** (0.255, ") and worse.startswith("Worse, resolved: none (-")
+    assert same == "The same as it with every seed: xpos."
 
 
 def test_scores_of_a_task_are_compared_by_length_and_kind(tmp_path):
