@@ -241,7 +241,7 @@ def _about_levels(answer: Answer) -> list[str]:
         else:
             unclear.append(f"{label} ({difference_text(answer.question, pair.difference)}; {_needed(answer, pair)})")
     if same == others:
-        return [f"None is best {answer.question.place}: all have {level_text(answer.question, answer.values[best])}."]
+        return [f"No setting is best {answer.question.place}: all have {level_text(answer.question, answer.values[best])}."]
     found = [first]
     if same:
         found.append(f"The same as it with every seed: {', '.join(same)}.")

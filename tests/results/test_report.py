@@ -730,11 +730,11 @@ def make_score(scheme, seed, score):
 
 
 def test_settings_that_are_the_same_are_not_ranked():
-    """Where no setting scores, none is the best; two that are one model are not called unresolved."""
+    """Where no setting scores, no one is the best; two that are one model are not called unresolved."""
     alike = [make_score(scheme, seed, 0.0) for scheme in ("none", "alibi") for seed in range(3)]
     better = [make_score("fox", seed, 0.5 + seed / 100) for seed in range(3)]
     first = answers(group_results(alike))[0]
-    assert sentences(first) == ["None is best at 128 tokens (a): all have 0.000."]
+    assert sentences(first) == ["No setting is best at 128 tokens (a): all have 0.000."]
     twins = [make_score("xpos", seed, 0.5 + seed / 100) for seed in range(3)]
     best, same, worse = sentences(answers(group_results([*alike, *better, *twins]))[0])
     assert best.startswith("Best at 128 tokens (a): **fox** (0.255, ") and worse.startswith("Worse, resolved: none (-")
