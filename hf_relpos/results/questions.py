@@ -224,7 +224,8 @@ def sentences(answer: Answer) -> list[str]:
 
 def _about_levels(answer: Answer) -> list[str]:
     best, others = answer.best, list(answer.values)[1:]
-    first = f"Best {answer.question.place}: **{best}** ({level_text(answer.question, answer.values[best])})."
+    level = level_text(answer.question, answer.values[best])
+    first = f"Best {answer.question.place}: **{best}** ({level})."
     if not others:
         return [first]
     clear, unclear, same, apart = [], [], [], []
@@ -241,7 +242,7 @@ def _about_levels(answer: Answer) -> list[str]:
         else:
             unclear.append(f"{label} ({difference_text(answer.question, pair.difference)}; {_needed(answer, pair)})")
     if same == others:
-        return [f"No setting is best {answer.question.place}: all have {level_text(answer.question, answer.values[best])}."]
+        return [f"No setting is best {answer.question.place}: all have {level}."]
     found = [first]
     if same:
         found.append(f"The same as it with every seed: {', '.join(same)}.")
