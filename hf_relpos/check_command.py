@@ -4,7 +4,7 @@ does not wait for it."""
 import sys
 from dataclasses import dataclass, field
 
-from .cli import IMPORT_FILE, command, parse_arguments, say_next
+from .cli import IMPORT_FILE, command, parse_arguments, say_train_next
 from .file_reading import parse_json
 
 
@@ -71,5 +71,4 @@ def main() -> None:
         refusals += filter(None, [report.refusal])
     if refusals:
         raise ValueError("; ".join(refusals))
-    folder = f"output/{names[0].replace('/', '-')}"
-    say_next("train", pos_embedding_type=names[0], max_steps=300, per_device_train_batch_size=8, output_dir=folder)
+    say_train_next(names[0])

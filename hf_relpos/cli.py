@@ -181,8 +181,7 @@ def schemes_main() -> None:
     from .scheme_files import imported_schemes
 
     name = (imported_schemes() or ["alibi"])[0]
-    folder = f"output/{name}"
-    say_next("train", pos_embedding_type=name, max_steps=300, per_device_train_batch_size=8, output_dir=folder)
+    say_train_next(name)
 
 
 def parse_arguments(
@@ -264,6 +263,12 @@ def say_next(name: str, *words: object, **flags: object) -> None:
     """The last line of a program: a whole command that goes on from what it has made; arguments as
     `command_words`."""
     say_command(command_words(name, *words, **flags))
+
+
+def say_train_next(scheme: str) -> None:
+    """`say_next` of a training that takes minutes on a CPU."""
+    folder = f"output/{scheme.replace('/', '-')}"
+    say_next("train", pos_embedding_type=scheme, max_steps=300, per_device_train_batch_size=8, output_dir=folder)
 
 
 def command_words(name: str, *words: object, **flags: object) -> list[str]:
