@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from .attention_distance_bias import NotFiniteError, distance_bias_attention, flex_distance_attention
 from .attention_kernel import TableCall, select_kernel
@@ -21,10 +22,15 @@ from .attention_mask import (
     hide,
     merge_position_bias,
 )
-from .functional_transforms import is_differentiated_again, is_transformed
+from .functional_transforms import is_differentiated_again, is_tracing, is_transformed
 from .key_positions import KeyPositions
 from .scheme_base import Positions
 from .scheme_registry import LayerGroup, PositionEmbeddings, add_biases
+
+
+# scores that exist at a time where a bias is computed for each of them: what the cache of a CPU holds; more on a GPU,
+# which has to launch each chunk, and with gradients, where each is computed twice and short rows shall be one
+CACHED_SCORES, CHUNK_SCORES = 2**18, 2**22
 
 
 class AttentionInputs(NamedTuple):
@@ -45,6 +51,12 @@ class AttentionInputs(NamedTuple):
     key_bias: torch.Tensor | None
     shard_heads: Callable[[torch.Tensor], torch.Tensor]
     attention_interface: Callable
+
+    def take(self, queries: slice, num_keys: int) -> "AttentionInputs":
+        """Those of some queries and the first keys."""
+        key_bias = None if self.key_bias is None else self.key_bias[..., :num_keys]
+        key, value = self.key[:, :, :num_keys], self.value[:, :, :num_keys]
+        return self._replace(query=self.query[:, :, queries], key=key, value=value, key_bias=key_bias)
 
     def with_key_bias_in_extra_dims(self, key_mask: torch.Tensor | None, scaling: float) -> "AttentionInputs":
         """The same with the key bias in extra dimensions of queries and keys, for kernels that know no bias."""
@@ -176,15 +188,17 @@ class KeyBiasPlan(AttentionPlan):
 
 @dataclass(kw_only=True)
 class DensePlan(AttentionPlan):
-    """Attention with a mask and a (Q, K) bias: O(L²) memory, where no table of the distances holds the bias.
+    """Attention with a mask and a bias for each score, where no table of the distances holds the bias.
 
     Attributes:
         positions: of queries and keys.
         span: exclusive upper bound of the distances.
+        offset: the key slot of the first query, where a query sees no key after it; `None` where it may.
     """
 
     positions: Positions
     span: int
+    offset: int | None = None
 
     @property
     def name(self) -> str:
@@ -202,6 +216,43 @@ class DensePlan(AttentionPlan):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if shared_bias is not None:
             shared_bias = inputs.shard_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
+        num_queries = self._num_queries_at_a_time(inputs)
+        if num_queries >= inputs.query.shape[2]:
+            return self._attend(layer, inputs, shared_bias, **kwargs)
+        outputs = []
+        for start in range(0, inputs.query.shape[2], num_queries):
+            part, queries, num_keys = self._take(start, start + num_queries)
+            bias = None if shared_bias is None else shared_bias[..., queries, :num_keys]
+            attend = partial(part._attend, layer, **kwargs)
+            if torch.is_grad_enabled():  # the scores of all queries would be kept for the gradients
+                attend = partial(checkpoint, attend, use_reentrant=False)
+            outputs.append(attend(inputs.take(queries, num_keys), bias)[0])
+        return torch.cat(outputs, dim=1), None
+
+    def _num_queries_at_a_time(self, inputs: AttentionInputs) -> int:
+        """So that memory does not grow with Q: each query is by itself. Eager attention returns all weights, and
+        FlexAttention, graphs and transforms take all queries at once."""
+        batch_size, num_heads, num_queries, _ = inputs.query.shape
+        if self.implementation != "sdpa" or is_tracing(inputs.query) or is_transformed():
+            return num_queries
+        is_cached = inputs.query.device.type == "cpu" and not torch.is_grad_enabled()
+        num_scores = CACHED_SCORES if is_cached else CHUNK_SCORES
+        return max(num_scores // (batch_size * num_heads * inputs.key.shape[2]), 1)
+
+    def _take(self, start: int, end: int) -> tuple["DensePlan", slice, int]:
+        """→ the plan of the queries from `start` to `end` and of the keys up to the last of them, these queries, and
+        the number of these keys."""
+        positions, queries = self.positions, slice(start, end)
+        num_keys = positions.key.shape[1]
+        num_keys = num_keys if self.offset is None else min(self.offset + end, num_keys)
+        mask = self.mask[..., queries, :num_keys]
+        key_mask = None if self.key_mask is None else self.key_mask[:, :num_keys]
+        part = replace(self, mask=mask, key_mask=key_mask, positions=positions.take(queries, num_keys))
+        return part, queries, num_keys
+
+    def _attend(
+        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         of_layer = layer.position_embeddings.dense_bias(self.positions, self.span, inputs.shard_heads)
         of_keys = None
         if inputs.key_bias is not None:

@@ -147,7 +147,9 @@ def plan_attention(
     positions, span = _pair_positions(keys, key_positions, tokens, mask, group, first)
     if implementation == "sdpa":
         _warn_of_dense_bias(model, group, tokens, is_late=table is not None)
-    dense = DensePlan(**common, positions=positions, span=span)
+    is_ready = mask is not None and mask.ndim == 4  # and shows whatever it shows
+    offset = None if is_ready or not isinstance(keys.offset, int) else keys.offset + first
+    dense = DensePlan(**common, positions=positions, span=span, offset=offset)
     if first == 0:
         dense.mask = make_mask(model, group, tokens, inputs_embeds, mask, allow_is_causal_skip=False)
         return dense

@@ -48,12 +48,12 @@ class ForgetGate(PositionEmbedding):
 
 @register_position_embedding("cope")
 class ContextualPositions(PositionEmbedding):
-    """Contextual position encoding (CoPE): a token counts the keys that it attends to. Experimental: O(L²) memory.
+    """Contextual position encoding (CoPE): a token counts the keys that it attends to. Experimental: slow.
 
     b[i, j] = q_i · e[p_ij]; p_ij = Σ sigmoid(s_ik), k = j..i, at most N − 1; s = q · k / sqrt(D), e interpolated
     linearly between whole numbers; N = max_position 64
 
-    A sum over the keys that i sees, in each head. Takes several (Q, K) matrices per head and layer.
+    A sum over the keys that i sees, in each head. Several operations per score, a few queries at a time.
 
     Parameters per layer: N·D, the same for all heads, from 0. Past the training length: counts stop at N − 1.
     Paper: Golovneva et al. 2024, arXiv 2405.18719; the gates take scaled scores as in its code.
@@ -83,12 +83,12 @@ class ContextualPositions(PositionEmbedding):
 
 @register_position_embedding("dape")
 class DataAdaptiveBias(KerpleLog):
-    """Data-adaptive positional encoding (DAPE) with KERPLE. Experimental: O(L²) memory, for all heads and hidden units.
+    """Data-adaptive positional encoding (DAPE) with KERPLE. Experimental: slow.
 
     b[h, i, j] = B[h, i − j] + MLP(s[1..H, i, j], B[1..H, i − j])[h], B as in `kerple_log`, s = q · k / sqrt(D);
     MLP: 2H → 32 → H with LeakyReLU; the width is the option `mlp_width`
 
-    Beside other biases, B is the sum of all.
+    Beside other biases, B is the sum of all. Takes the MLP for each pair of tokens, a few queries at a time.
 
     Parameters per layer: 2·H of KERPLE, (3·H + 1)·32 of the MLP, which starts as `torch.nn.Linear`.
     Past the training length: B continues along the same curve; the MLP sees scores as in training.
