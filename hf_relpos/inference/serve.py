@@ -140,11 +140,16 @@ def main() -> None:
         return
     if len(arguments) < 2 or arguments[0] != "serve":
         raise ValueError(f"usage: {USAGE}")
+    is_help = arguments[1] in ("--help", "-h")
     if not is_serve_available():
-        raise ValueError('serving needs the extra `serve` of hf_relpos: pip install -c constraints.txt -e ".[serve]"')
+        needed = 'serving needs the extra `serve` of hf_relpos: pip install -c constraints.txt -e ".[serve]"'
+        if not is_help:
+            raise ValueError(needed)
+        print(f"usage: {USAGE}\n\n{needed}")
+        return
     from transformers.cli.transformers import app
 
-    if arguments[1] not in ("--help", "-h"):
+    if not is_help:
         cap = pop_cap(arguments)
         served = check_model(arguments[1], arguments[2:], cap)
         adapt_server(served)

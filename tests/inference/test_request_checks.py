@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from hf_relpos.inference import serve
 from hf_relpos.inference.request_checks import MAX_BODY, MAX_CHARACTERS, check_body, check_first
 from hf_relpos.inference.serving_limits import CLIENT, Client, FollowClient, _fit, _skip_gone, pin_model
 from hf_relpos.inference.token_penalties import PENALTIES
@@ -161,3 +163,17 @@ def test_no_other_model_is_loaded(name):
     assert manager.process_model_name("model") == "model@main"
     with pytest.raises(ValueError, match="the server is pinned to 'model'"):
         manager.process_model_name(name)
+
+
+def test_names_the_missing_packages(monkeypatch, capsys):
+    """Help needs them for the flags of the server alone."""
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", "serve", "--help"])
+    serve.main()
+    needed = 'serving needs the extra `serve` of hf_relpos: pip install -c constraints.txt -e ".[serve]"\n'
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: hf-relpos serve DIR") and printed.endswith(needed)
+    monkeypatch.setattr(sys, "argv", ["hf-relpos", "serve", "somewhere"])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert capsys.readouterr().err == f"hf-relpos: error: {needed}"

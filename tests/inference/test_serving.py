@@ -400,11 +400,3 @@ def test_refuses_on_the_command_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "would drop the position bias" in result.stderr.splitlines()[-1]
-
-
-def test_names_the_missing_packages(monkeypatch, capsys):
-    monkeypatch.setattr(serving, "is_serve_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["hf-relpos", "serve", "somewhere"])
-    with pytest.raises(SystemExit, match="2"):
-        serving.main()
-    assert 'pip install "transformers[serving]"' in capsys.readouterr().err
