@@ -21,12 +21,11 @@ from .attention_padded import RealFirstPlan
 from .attention_plan import (
     TABLE_PLANS,
     AttentionPlan,
-    DensePlan,
     KeyBiasPlan,
-    SplitPlan,
     TablePlan,
 )
 from .attention_row import RowPlan
+from .attention_score_bias import DensePlan, SplitPlan
 from .functional_transforms import assert_async, is_batched, is_tracing, is_transformed
 from .kept_steps import KeptSteps
 from .key_positions import (

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from hf_relpos.model import attention_plan
+from hf_relpos.model import attention_score_bias
 from hf_relpos.model.decoder_layer import RelPosAttention
 
 
@@ -22,7 +22,7 @@ def few(request, monkeypatch):
 
     def set_few(is_few: bool) -> None:
         for name in ("CACHED_SCORES", "CHUNK_SCORES"):
-            monkeypatch.setattr(attention_plan, name, request.param if is_few else 2**40)
+            monkeypatch.setattr(attention_score_bias, name, request.param if is_few else 2**40)
 
     return set_few
 
@@ -99,7 +99,7 @@ def test_no_layer_holds_the_scores_of_all_queries(has_gradients, monkeypatch):
         return score_bias(self, query, key, bias, positions)
 
     monkeypatch.setattr(RelPosAttention, "score_bias", look)
-    monkeypatch.setattr(attention_plan, "CHUNK_SCORES" if has_gradients else "CACHED_SCORES", 6 * 45 * 10)
+    monkeypatch.setattr(attention_score_bias, "CHUNK_SCORES" if has_gradients else "CACHED_SCORES", 6 * 45 * 10)
     model = make_model("dape", num_hidden_layers=1)
     kept = []
     with torch.set_grad_enabled(has_gradients), saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
