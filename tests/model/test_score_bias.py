@@ -13,7 +13,7 @@ from hf_relpos.model.decoder_layer import RelPosAttention
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32 logits of magnitude 1..10, computed in another order
 LENGTH = 45
-SCHEMES = ["cope", "dape", "dape+alibi", "fire", "fox/cope", "linear_cpb"]
+SCHEMES = ["cope", "dape", "alibi+dape", "dape+fox", "fire", "fox/cope", "linear_cpb"]
 
 
 @pytest.fixture(params=[1, 6 * 2 * 50 * 7], ids=["a query at a time", "some queries at a time"])
