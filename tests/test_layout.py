@@ -195,7 +195,7 @@ def test_the_results_take_little_room():
     """A clone stays small, compressed as it is sent: one result file per experiment, one card per setting, small
     figures."""
     paths = [path for folder in ("docs", "model_cards") for path in (ROOT / folder).rglob("*") if path.is_file()]
-    assert sum(len(zlib.compress(path.read_bytes())) for path in paths) < 1_700_000
+    assert sum(len(zlib.compress(path.read_bytes())) for path in paths) < 1_900_000
     assert max(path.stat().st_size for path in paths if path.suffix == ".png") < 120_000
 
 
