@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from hf_relpos import Positions
-from hf_relpos.model import attention_plan, attention_planner
+from hf_relpos.model import attention_planner, attention_score_bias
 from hf_relpos.model.attention_key_bias import NUM_TERMS, add_key_bias, dense_key_bias, to_extra_dims
 
 
@@ -85,7 +85,7 @@ def device_kind(request, monkeypatch):
 
 
 def test_the_fast_path_has_no_bias_for_pairs(device_kind, monkeypatch):
-    monkeypatch.setattr(attention_plan, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
+    monkeypatch.setattr(attention_score_bias, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
     model, tokens = make_fox(), make_tokens(3, 20)
     assert model.attention_path() == (table_path() if device_kind == "as on a CPU" else "sdpa:key_bias")
     mask = torch.ones_like(tokens)
