@@ -85,7 +85,10 @@ def device_kind(request, monkeypatch):
 
 
 def test_the_fast_path_has_no_bias_for_pairs(device_kind, monkeypatch):
-    monkeypatch.setattr(attention_score_bias, "dense_key_bias", lambda *args: pytest.fail("a bias for each pair of tokens"))
+    def fail(*args):
+        pytest.fail("a bias for each pair of tokens")
+
+    monkeypatch.setattr(attention_score_bias, "dense_key_bias", fail)
     model, tokens = make_fox(), make_tokens(3, 20)
     assert model.attention_path() == (table_path() if device_kind == "as on a CPU" else "sdpa:key_bias")
     mask = torch.ones_like(tokens)
