@@ -1,6 +1,6 @@
 """How the layers of a group attend in one forward: a plan has a name and computes attention; layers need not know the
-kernel. `attention_planner.py` chooses it. To add a way to attend, add an `AttentionPlan`; to add a kernel for a table of
-the distances, a `TableKernel`.
+kernel. `attention_planner.py` chooses it. To add a way to attend, add an `AttentionPlan`; a kernel for a table of
+the distances is a `TableKernel`.
 
 Shape letters: B batch, H query heads, G key and value heads, Q query length, K key length, D head size, C hidden size.
 """
