@@ -208,7 +208,8 @@ def _bias(scheme: PositionEmbedding, config: RelPosConfig) -> torch.Tensor | Non
     distance = (LONGEST - key)[:, None]
     visible = torch.ones(1, 1, 1, LONGEST + 1, dtype=torch.bool)
     positions = Positions(key[:, -1:], key, distance, visible)
-    bias = PositionEmbeddings({config.pos_embedding_type: scheme}).dense_bias(positions, LONGEST + 1)
+    schemes = PositionEmbeddings({config.pos_embedding_type: scheme})
+    bias = schemes.dense_bias(positions, schemes.pair_tables(positions, LONGEST + 1))
     return None if bias is None else bias[0, :, 0].flip(-1)
 
 

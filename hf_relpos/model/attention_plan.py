@@ -42,10 +42,10 @@ class AttentionInputs(NamedTuple):
     shard_heads: Callable[[torch.Tensor], torch.Tensor]
     attention_interface: Callable
 
-    def take(self, queries: slice, num_keys: int) -> "AttentionInputs":
-        """Those of some queries and the first keys."""
-        key_bias = None if self.key_bias is None else self.key_bias[..., :num_keys]
-        key, value = self.key[:, :, :num_keys], self.value[:, :, :num_keys]
+    def take(self, queries: slice, keys: slice) -> "AttentionInputs":
+        """Those of some queries and keys."""
+        key_bias = None if self.key_bias is None else self.key_bias[..., keys]
+        key, value = self.key[:, :, keys], self.value[:, :, keys]
         return self._replace(query=self.query[:, :, queries], key=key, value=value, key_bias=key_bias)
 
     def with_key_bias_in_extra_dims(self, key_mask: torch.Tensor | None, scaling: float) -> "AttentionInputs":

@@ -18,12 +18,7 @@ from transformers.utils import logging
 from .attention_mask import check_implementation
 from .attention_native import native_is_ready
 from .attention_padded import RealFirstPlan
-from .attention_plan import (
-    TABLE_PLANS,
-    AttentionPlan,
-    KeyBiasPlan,
-    TablePlan,
-)
+from .attention_plan import TABLE_PLANS, AttentionPlan, KeyBiasPlan, TablePlan
 from .attention_row import RowPlan
 from .attention_score_bias import DensePlan, SplitPlan
 from .functional_transforms import assert_async, is_batched, is_tracing, is_transformed
@@ -124,7 +119,8 @@ def plan_attention(
     common = {"group": group, "implementation": implementation, "schemes": model.position_embeddings}
     common |= {"key_mask": keys.mask}
     # extra dimensions of queries and keys hold numbers per key, where the scores are not needed for each pair
-    in_extra_dims = implementation == "sdpa" and not (mask is not None and mask.ndim == 4)
+    is_ready = mask is not None and mask.ndim == 4  # and shows whatever it shows
+    in_extra_dims = implementation == "sdpa" and not is_ready
     is_dense = group.has_pair_bias or (group.has_key_bias and not in_extra_dims)
     last = _last_table_position(model, group, layers, inputs_embeds)
     if not is_dense and last < 0:
@@ -146,7 +142,6 @@ def plan_attention(
     positions, span = _pair_positions(keys, key_positions, tokens, mask, group, first)
     if implementation == "sdpa":
         _warn_of_dense_bias(model, group, tokens, is_late=table is not None)
-    is_ready = mask is not None and mask.ndim == 4  # and shows whatever it shows
     offset = None if is_ready or not isinstance(keys.offset, int) else keys.offset + first
     dense = DensePlan(**common, positions=positions, span=span, offset=offset)
     if first == 0:

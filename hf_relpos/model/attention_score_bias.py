@@ -48,24 +48,28 @@ class DensePlan(AttentionPlan):
 
     def shared_bias(self) -> torch.Tensor | None:
         """→ (B or 1, H, Q, K) fp32 or `None`."""
-        return self.schemes.dense_bias(self.positions, self.span, names=self.group.schemes)
+        names = self.group.schemes
+        tables = self.schemes.pair_tables(self.positions, self.span, names=names)
+        return self.schemes.dense_bias(self.positions, tables, names=names)
 
     def attend(
         self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if shared_bias is not None:
             shared_bias = inputs.shard_heads(shared_bias.transpose(0, 1)).transpose(0, 1)
-        num_queries = self._num_queries_at_a_time(inputs)
-        if num_queries >= inputs.query.shape[2]:
-            return self._attend(layer, inputs, shared_bias, **kwargs)
+        tables = layer.position_embeddings.pair_tables(self.positions, self.span, inputs.shard_heads)
+        total, num_queries = inputs.query.shape[2], self._num_queries_at_a_time(inputs)
+        if num_queries >= total:
+            return self._attend(layer, inputs, shared_bias, tables, **kwargs)
         outputs = []
-        for start in range(0, inputs.query.shape[2], num_queries):
-            part, queries, num_keys = self._take(start, start + num_queries)
-            bias = None if shared_bias is None else shared_bias[..., queries, :num_keys]
-            attend = partial(part._attend, layer, **kwargs)
+        for start in range(0, total, num_queries):
+            end = start + num_queries
+            queries, keys = slice(start, end), slice(None if self.offset is None else self.offset + end)
+            bias = None if shared_bias is None else shared_bias[..., queries, keys]
+            attend = partial(self._take(queries, keys)._attend, layer, **kwargs)
             if torch.is_grad_enabled():  # the scores of all queries would be kept for the gradients
                 attend = partial(checkpoint, attend, use_reentrant=False)
-            outputs.append(attend(inputs.take(queries, num_keys), bias)[0])
+            outputs.append(attend(inputs.take(queries, keys), bias, tables)[0])
         return torch.cat(outputs, dim=1), None
 
     def _num_queries_at_a_time(self, inputs: AttentionInputs) -> int:
@@ -78,21 +82,20 @@ class DensePlan(AttentionPlan):
         num_scores = CACHED_SCORES if is_cached else CHUNK_SCORES
         return max(num_scores // (batch_size * num_heads * inputs.key.shape[2]), 1)
 
-    def _take(self, start: int, end: int) -> tuple["DensePlan", slice, int]:
-        """→ the plan of the queries from `start` to `end` and of the keys up to the last of them, these queries, and
-        the number of these keys."""
-        positions, queries = self.positions, slice(start, end)
-        num_keys = positions.key.shape[1]
-        num_keys = num_keys if self.offset is None else min(self.offset + end, num_keys)
-        mask = self.mask[..., queries, :num_keys]
-        key_mask = None if self.key_mask is None else self.key_mask[:, :num_keys]
-        part = replace(self, mask=mask, key_mask=key_mask, positions=positions.take(queries, num_keys))
-        return part, queries, num_keys
+    def _take(self, queries: slice, keys: slice) -> "DensePlan":
+        """The plan of some queries and keys."""
+        mask, key_mask = self.mask[..., queries, keys], None if self.key_mask is None else self.key_mask[:, keys]
+        return replace(self, mask=mask, key_mask=key_mask, positions=self.positions.take(queries, keys))
 
     def _attend(
-        self, layer: nn.Module, inputs: AttentionInputs, shared_bias: torch.Tensor | None, **kwargs: Any
+        self,
+        layer: nn.Module,
+        inputs: AttentionInputs,
+        shared_bias: torch.Tensor | None,
+        tables: dict[str, torch.Tensor],
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        of_layer = layer.position_embeddings.dense_bias(self.positions, self.span, inputs.shard_heads)
+        of_layer = layer.position_embeddings.dense_bias(self.positions, tables, inputs.shard_heads)
         of_keys = None
         if inputs.key_bias is not None:
             of_keys = dense_key_bias(mask_key_bias(inputs.key_bias, self.key_mask), self.positions.visible)

@@ -82,11 +82,11 @@ class Positions:
             return self.query - self.first
         return torch.where(self.visible[:, 0], self.distance, 0).amax(-1)
 
-    def take(self, queries: slice, num_keys: int) -> "Positions":
-        """Those of some queries and the first keys."""
+    def take(self, queries: slice, keys: slice) -> "Positions":
+        """Those of some queries and keys."""
         first = self.first if self.first is None or self.first.shape[1] == 1 else self.first[:, queries]
-        pairs = (self.distance[:, queries, :num_keys], self.visible[..., queries, :num_keys])
-        return Positions(self.query[:, queries], self.key[:, :num_keys], *pairs, first)
+        pairs = (self.distance[:, queries, keys], self.visible[..., queries, keys])
+        return Positions(self.query[:, queries], self.key[:, keys], *pairs, first)
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> "Positions":
         """The same on another device: accelerate moves what a module is given to where its parameters are."""

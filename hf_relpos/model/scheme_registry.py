@@ -232,14 +232,14 @@ class PositionEmbeddings(nn.ModuleDict):
                 return f"{scheme_title(scheme)}: `distance_bias` must be finite, got {value} at distance {distance}."
         return None
 
-    def dense_bias(
+    def pair_tables(
         self,
         positions: Positions,
         length: int,
         shard_heads: Callable[[torch.Tensor], torch.Tensor] | None = None,
         names: Iterable[str] | None = None,
-    ) -> torch.Tensor | None:
-        """→ the sum of the schemes' biases for every pair, (B or 1, H, Q, K) fp32, or `None`.
+    ) -> dict[str, torch.Tensor]:
+        """→ name of a scheme → (H, length) fp32, of the schemes whose bias a table of the distances holds.
 
         Args:
             positions: of queries and keys.
@@ -247,18 +247,37 @@ class PositionEmbeddings(nn.ModuleDict):
             shard_heads: (H, ..) values of all heads → those of this rank.
             names: of the schemes, if not of all.
         """
+        device, tables = positions.distance.device, {}
+        # asking for the size would fix it in a program that is exported
+        is_step = not is_traced(positions.distance) and positions.distance.shape[1] == 1
+        for name, scheme in self._with("distance_bias", names=names).items():
+            if "dense_bias" not in scheme.hooks:
+                table = distance_table(scheme, length, device, is_step)
+                tables[name] = table if shard_heads is None else shard_heads(table)
+        return tables
+
+    def dense_bias(
+        self,
+        positions: Positions,
+        tables: dict[str, torch.Tensor],
+        shard_heads: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> torch.Tensor | None:
+        """→ the sum of the schemes' biases for every pair, (B or 1, H, Q, K) fp32, or `None`.
+
+        Args:
+            positions: of queries and keys.
+            tables: what `pair_tables` returned for these schemes.
+            shard_heads: (H, ..) values of all heads → those of this rank.
+            names: of the schemes, if not of all.
+        """
         terms = []
-        for scheme in self._with("distance_bias", "dense_bias", names=names).values():
-            if "dense_bias" in scheme.hooks:
+        for name, scheme in self._with("distance_bias", "dense_bias", names=names).items():
+            if name in tables:
+                terms.append(tables[name][:, positions.distance].movedim(0, 1))
+            else:
                 bias = scheme("dense_bias", positions)
                 terms.append(bias if shard_heads is None else shard_heads(bias.transpose(0, 1)).transpose(0, 1))
-            else:
-                device = positions.distance.device
-                # asking for the size would fix it in a program that is exported
-                is_step = not is_traced(positions.distance) and positions.distance.shape[1] == 1
-                table = distance_table(scheme, length, device, is_step)
-                table = table if shard_heads is None else shard_heads(table)
-                terms.append(table[:, positions.distance].movedim(0, 1))
         return add_biases(terms)
 
     def _with(self, *hooks: str, names: Iterable[str] | None = None) -> dict[str, PositionEmbedding]:
