@@ -1,6 +1,7 @@
 """What the code promises about itself: which file may import what, and that the README tells the truth."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 from hf_relpos import __version__, list_position_embeddings
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
+from hf_relpos.results.comparable import fields_to_vary
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import answers, sentences
 from hf_relpos.results.report import write_report
@@ -195,7 +197,7 @@ def test_the_results_take_little_room():
     """A clone stays small, compressed as it is sent: one result file per experiment, one card per setting, small
     figures."""
     paths = [path for folder in ("docs", "model_cards") for path in (ROOT / folder).rglob("*") if path.is_file()]
-    assert sum(len(zlib.compress(path.read_bytes())) for path in paths) < 1_900_000
+    assert sum(len(zlib.compress(path.read_bytes())) for path in paths) < 2_000_000
     assert max(path.stat().st_size for path in paths if path.suffix == ".png") < 120_000
 
 
@@ -248,20 +250,45 @@ def comparison_lines(results):
     return "\n".join(["", *map(markdown, tables), *answered])
 
 
+def finetuning_groups(results):
+    """Label, block size and number of steps → group; those of fewer than 500 steps all read the data in one order."""
+    found, names = {}, {"linear": "rotary, PI", "yarn": "rotary, YaRN"}
+    for is_long in (False, True):
+        part = [result for result in results if (result["training"]["num_steps"] >= 500) == is_long]
+        for group in group_results(part, fields_to_vary(part)):
+            training = group.first["training"]
+            scheme, rope = training["pos_embedding_type"], (training["rope_parameters"] or {}).get("rope_type")
+            label = "DroPE" if scheme == "none" else names.get(rope, scheme)
+            found[label, training["flags"].get("block_size", 128), training["num_steps"]] = group
+    return found
+
+
 def finetuning_lines(results):
-    """The rows of the tables of finetuning: perplexity at 1024 tokens, by the block size and the steps."""
-    names, cells, steps = {"linear": "rotary, PI", "yarn": "rotary, YaRN"}, {}, set()
-    for group in group_results(results, ("recipe.learning_rate",)):
-        training = group.first["training"]
-        scheme, rope = training["pos_embedding_type"], (training["rope_parameters"] or {}).get("rope_type")
-        block = 1024 if scheme == "none" else training["flags"]["block_size"]  # which was a rotary model, at 128
-        label = "DroPE" if scheme == "none" else names.get(rope, scheme)
+    """The rows of the tables of finetuning: perplexity at 1024 tokens, and learning rates, by block size and steps."""
+    cells, rates = {}, {}
+    for (label, block, count), group in finetuning_groups(results).items():
         values = np.stack(list(group.losses(1024).values()))
-        cells.setdefault((block, label), {})[training["num_steps"]] = exp_cell(values, group.document_weights, 2)
-        steps.add(training["num_steps"])
-    for (_, label), row in cells.items():
-        yield f"| {label} | {' | '.join(row.get(count, '–') for count in sorted(steps))} |"
-    yield f"| setting | untrained | {' | '.join(f'{count} steps' for count in sorted(steps - {0}))} |"
+        cells.setdefault((block, label), {})[count] = exp_cell(values, group.document_weights, 2)
+        rates.setdefault(f"{label} {block}", {})[count] = f"{group.first['training']['recipe']['learning_rate']:g}"
+    for rows, first in ((cells, 0), (rates, 1)):
+        steps = sorted({count for row in rows.values() for count in row})[first:]
+        for name, row in rows.items():
+            yield f"| {name if first else name[1]} | {' | '.join(row.get(count, '–') for count in steps)} |"
+        yield f"| setting | {' | '.join(f'{count} steps' if count else 'untrained' for count in steps)} |"
+
+
+def test_the_finetuning_rates_are_the_best_of_those_tried():
+    folder = ROOT / "docs" / "results" / "finetune"
+    tried = {}
+    for run in json.loads((folder / "validation_losses.json").read_text(encoding="utf-8")):
+        losses = tried.setdefault((run["setting"], run["block_size"], run["num_steps"]), {})
+        losses[run["learning_rate"]] = run["validation_loss"]
+    long = {name: group for name, group in finetuning_groups(read_results(folder / RESULTS)).items() if name[2] >= 500}
+    assert long.keys() == tried.keys() and len(long) == 28
+    for name, group in long.items():
+        best = min(tried[name], key=tried[name].get)
+        assert group.first["training"]["recipe"]["learning_rate"] == best
+        assert best not in (min(tried[name]), max(tried[name]))
 
 
 def learning_rates(results):
