@@ -285,7 +285,22 @@ def test_the_finetuning_rates_are_the_best_of_those_tried():
         losses[run["learning_rate"]] = run["validation_loss"]
     long = {name: group for name, group in finetuning_groups(read_results(folder / RESULTS)).items() if name[2] >= 500}
     assert long.keys() == tried.keys() and len(long) == 28
-    for name, group in long.items():
+    check_rates(long, tried)
+
+
+def test_the_rates_of_long_trainings_are_the_best_of_those_tried():
+    folder, tried = ROOT / "docs" / "results" / "books_xsmall_long", {}
+    for run in json.loads((folder / "validation_losses.json").read_text(encoding="utf-8")):
+        tried.setdefault(run["setting"], {})[run["learning_rate"]] = run["validation_loss"]
+    results = read_results(folder / RESULTS)
+    groups = {group.label: group for group in group_results(results, ("recipe.learning_rate",))}
+    assert tried.keys() - groups.keys() == {"alibi"} and len(groups) == 4
+    check_rates(groups, tried)
+
+
+def check_rates(groups, tried):
+    """Each setting has the rate with the lowest of the losses that were tried for it, which is at no edge."""
+    for name, group in groups.items():
         best = min(tried[name], key=tried[name].get)
         assert group.first["training"]["recipe"]["learning_rate"] == best
         assert best not in (min(tried[name]), max(tried[name]))
