@@ -38,7 +38,10 @@ class SweepArguments:
 
     experiment: str = field(metadata={"help": "YAML file with the sections train, grid, finetune and evaluate."})
     output_dir: str = field(metadata={"help": "Folder of the runs; those that are done are not repeated."})
-    scale: float = field(default=1.0, metadata={"help": "Factor of the numbers of steps and of evaluation windows."})
+    scale: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the numbers of steps, of evaluation windows and of validation samples."},
+    )
     num_parallel: int | None = field(
         default=None,
         metadata={

@@ -40,7 +40,8 @@ RESERVED = {"output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token"}
 # what belongs to the text that a run is trained on
 TEXT_SETTINGS = {"task", *SOURCE_FLAGS, *READING}
 # what --scale multiplies, and the least that it leaves; a number between 0 and 1 is a share of the steps
-SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0, "max_windows": 16}
+SCALED = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0}
+SCALED |= {"max_windows": 16, "max_eval_samples": 16}
 
 
 @dataclass(eq=False)
@@ -251,7 +252,7 @@ def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
         return settings
     numbers = {name: _number(value) for name, value in settings.items() if name in SCALED}
     counts = {name: value for name, value in numbers.items() if isinstance(value, (int, float)) and value >= 1}
-    return settings | {name: max(SCALED[name], round(value * scale)) for name, value in counts.items()}
+    return settings | {name: max(min(value, SCALED[name]), round(value * scale)) for name, value in counts.items()}
 
 
 def check_runs(runs: list[Run], drop_repeats: bool = False) -> None:

@@ -207,16 +207,23 @@ def test_a_run_is_named_by_the_text_of_a_data_set_in_a_folder(write, tmp_path):
 
 def test_scale_keeps_the_shape(write):
     path = write(
-        train={"max_steps": 1000, "warmup_steps": 50, "block_size": 64},
+        train={"max_steps": 1000, "warmup_steps": 50, "block_size": 64, "max_eval_samples": 2000},
         grid={"seed": [1, 2]},
-        finetune={"max_steps": [10, 20, 1000]},
+        finetune={"max_steps": [10, 20, 1000], "max_eval_samples": [8]},
         evaluate={"max_windows": 1000},
     )
     runs = load_experiment(path, 0.01)
-    assert runs[0].settings == {"max_steps": 10, "warmup_steps": 0, "block_size": 64, "seed": 1}
+    assert runs[0].settings == {
+        "max_steps": 10,
+        "warmup_steps": 0,
+        "block_size": 64,
+        "max_eval_samples": 20,
+        "seed": 1,
+    }
     assert runs[0].evaluation["max_windows"] == 16
     # 10 and 20 steps have both become one: such a run is made once
     assert [run.settings["max_steps"] for run in runs if run.base is runs[0]] == [1, 10]
+    assert runs[-1].settings["max_eval_samples"] == 8  # as few as there are stay
     # a number below 1 is a share of the steps; numbers may stand in quotes
     path = write(train={"warmup_steps": 0.1, "logging_steps": "0.25", "max_steps": "100"}, grid={"seed": [1]})
     assert load_experiment(path, 0.5)[0].settings == {
