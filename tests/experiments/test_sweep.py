@@ -359,7 +359,7 @@ def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tiny, tmp_path):
     """Killed after a checkpoint of the first run: the same command ends both, as if one had run through."""
     path, root = tiny({"seed": [1, 2], "max_steps": [40], "save_steps": [10]}), tmp_path / "out"
     runs = load_experiment(path)
-    words = [ROOT / "scripts" / "sweep.py", "--experiment", path, "--output_dir", root]
+    words = [ROOT / "scripts" / "sweep.py", "--experiment", path, "--output_dir", root, "--num_parallel", 1]
     first = forked.start(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not any(runs[0].folder(root).glob("checkpoint-*/trainer_state.json")):
