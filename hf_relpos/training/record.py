@@ -124,3 +124,12 @@ def base_facts(name: str, train_length: int | None) -> dict[str, Any]:
     if edits:
         return {**facts, "base_edits": edits, "history": []}
     return {**facts, "history": base.get("history", []) + made}
+
+
+def repeats_rows(run: TrainingRun) -> bool:
+    """Whether a run that continues a model begins with the rows of that model's own training, in the same order, of
+    which less than one pass was read."""
+    record = read_record(run.model_args.model_name_or_path)
+    own = record.get("data_seed"), record.get("block_size"), (record.get("corpus") or {}).get("fingerprint")
+    same = own == (run.args.data_seed, run.args.block_size, run.data.corpus.record.get("fingerprint"))
+    return same and bool(record.get("num_steps")) and (record.get("passes") or 0) < 1

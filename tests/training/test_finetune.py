@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import finetuning_flags, refusal, weights
+from helpers import finetuning_flags, refusal, training_flags, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 
@@ -16,6 +16,27 @@ def test_finetuning_at_a_longer_length(trained, data_flags, tmp_path, run_script
     assert model.config.train_length == 96 and model.config.pos_embedding_type == scheme
     record = json.loads((tmp_path / "long" / "training.json").read_text())
     assert (record["train_length"], record["base_train_length"], record["base_model"]) == (96, 32, scheme)
+
+
+def test_who_reads_the_rows_of_the_first_training_again_is_told(data_flags, tmp_path, run_script, capsys):
+    """Rows of another length, another seed or a whole pass are no reason."""
+    run_script("train", *training_flags(data_flags, tmp_path / "model", pos_embedding_type="alibi", max_steps=1))
+    for name, options, is_told in (
+        ("same", {"block_size": 32}, True),
+        ("longer", {"block_size": 64}, False),
+        ("other", {"block_size": 32, "data_seed": 7}, False),
+        ("untrained", {"block_size": 32, "max_steps": 0}, False),
+    ):
+        flags = finetuning_flags(data_flags, tmp_path / "model", tmp_path / name, **{"max_steps": 1, **options})
+        capsys.readouterr()
+        run_script("finetune", *flags)
+        assert ("note: these are the rows of the model's own training" in capsys.readouterr().out) == is_told, name
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    (tmp_path / "model" / "training.json").write_text(json.dumps(record | {"passes": 1.5}))
+    run_script(
+        "finetune", *finetuning_flags(data_flags, tmp_path / "model", tmp_path / "passed", max_steps=1, block_size=32)
+    )
+    assert "note: these are the rows" not in capsys.readouterr().out
 
 
 def test_finetuning_a_learned_table(trained, data_flags, tmp_path, run_script, capsys):
