@@ -291,7 +291,7 @@ def test_the_finetuning_rates_are_the_best_of_those_tried():
         losses = tried.setdefault((run["setting"], run["block_size"], run["num_steps"]), {})
         losses[run["learning_rate"]] = run["validation_loss"]
     long = {name: group for name, group in finetuning_groups(read_results(folder / RESULTS)).items() if name[2] >= 500}
-    assert long.keys() == tried.keys() and len(long) == 24
+    assert long.keys() == tried.keys() and len(long) == 25
     check_rates(long, tried)
 
 
