@@ -1,7 +1,6 @@
 """What the code promises about itself: which file may import what, and that the README tells the truth."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from conftest import ROOT
 from hf_relpos import __version__, list_position_embeddings
 from hf_relpos.model.scheme_base import POSITION_EMBEDDINGS
 from hf_relpos.results.comparable import fields_to_vary
+from hf_relpos.results.compared_rates import read_tried
 from hf_relpos.results.groups import group_results
 from hf_relpos.results.questions import answers, sentences
 from hf_relpos.results.report import write_report
@@ -284,30 +284,19 @@ def finetuning_lines(results):
         yield f"| setting | {' | '.join(f'{count} steps' if count else 'untrained' for count in steps)} |"
 
 
-def test_the_finetuning_rates_are_the_best_of_those_tried():
-    folder = ROOT / "docs" / "results" / "finetune"
-    tried = {}
-    for run in json.loads((folder / "validation_losses.json").read_text(encoding="utf-8")):
-        losses = tried.setdefault((run["setting"], run["block_size"], run["num_steps"]), {})
-        losses[run["learning_rate"]] = run["validation_loss"]
-    long = {name: group for name, group in finetuning_groups(read_results(folder / RESULTS)).items() if name[2] >= 500}
-    assert long.keys() == tried.keys() and len(long) == 25
-    check_rates(long, tried)
-
-
-def test_the_rates_of_long_trainings_are_the_best_of_those_tried():
-    folder, tried = ROOT / "docs" / "results" / "books_xsmall_long", {}
-    for run in json.loads((folder / "validation_losses.json").read_text(encoding="utf-8")):
-        tried.setdefault(run["setting"], {})[run["learning_rate"]] = run["validation_loss"]
-    results = read_results(folder / RESULTS)
-    groups = {group.label: group for group in group_results(results, ("recipe.learning_rate",))}
-    assert tried.keys() - groups.keys() == {"alibi"} and len(groups) == 4
-    check_rates(groups, tried)
-
-
-def check_rates(groups, tried):
-    """Each setting has the rate with the lowest of the losses that were tried for it, which is at no edge."""
-    for name, group in groups.items():
+def test_the_rates_of_finetuning_and_of_long_trainings_are_the_best_of_those_tried():
+    """The lowest validation loss that was tried for a setting, at no edge of what was tried."""
+    finetuned, long = ROOT / "docs" / "results" / "finetune", ROOT / "docs" / "results" / "books_xsmall_long"
+    tried, of_long = read_tried(finetuned), read_tried(long)
+    groups = finetuning_groups(read_results(finetuned / RESULTS)).items()
+    found = {f"{label} {block}, {count} steps": group for (label, block, count), group in groups if count >= 500}
+    assert found.keys() == tried.keys() and len(found) == 25
+    found_long = {
+        group.label: group for group in group_results(read_results(long / RESULTS), ("recipe.learning_rate",))
+    }
+    assert of_long.keys() - found_long.keys() == {"alibi"} and len(found_long) == 4
+    tried |= of_long
+    for name, group in (found | found_long).items():
         best = min(tried[name], key=tried[name].get)
         assert group.first["training"]["recipe"]["learning_rate"] == best
         assert best not in (min(tried[name]), max(tried[name]))

@@ -11,7 +11,7 @@ from transformers.trainer_utils import has_length
 
 from ..messages import Progress
 from ..results.training_record import passes_text
-from .record import passes_over_corpus, tokens_per_step
+from .record import passes_over_corpus, repeats_rows, tokens_per_step
 from .run import TrainingRun
 
 
@@ -122,6 +122,11 @@ def banner(run: TrainingRun, num_steps: int, first_step: int = 0) -> list[str]:
         lines.append(
             f"warning: no document has {args.block_size:,} tokens, the longest has {longest:,}: nothing is learned of "
             f"longer contexts; --block_size {longest} is as much, or --cross_document_attention true joins documents"
+        )
+    if not first_step and run.model_args.model_name_or_path and repeats_rows(run):
+        lines.append(
+            "note: these are the rows of the model's own training, in the same order, so its first ones are read "
+            f"again; another --data_seed than {args.data_seed} begins with others"
         )
     passes = passes_over_corpus(run, num_steps)
     if passes is not None and passes > PASSES:

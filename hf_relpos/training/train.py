@@ -33,7 +33,7 @@ from .model_setup import extend_learned_positions, load_saved, new_config, new_m
 from .output_stream import safe_output
 from .progress import RunProgress
 from .recipe import Recipe, check_recipe, differences, run_recipe
-from .record import base_facts, mean_loss, repeats_rows, saved_step, training_record
+from .record import base_facts, mean_loss, saved_step, training_record
 from .run import TrainingRun, load_training_data
 from .scheme_change import describe_changes, load_changed
 from .scheme_schedule import make_schedule
@@ -140,11 +140,6 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     base = {}
     if run.model_args.model_name_or_path:
         base = base_facts(run.model_args.model_name_or_path, model.config.train_length)
-        if args.process_index == 0 and not run.checkpoint and args.max_steps and repeats_rows(run):
-            print(
-                "note: these are the rows of the model's own training, in the same order, so its first ones are read "
-                f"again; another --data_seed than {args.data_seed} begins with others"
-            )
     _set_lengths(model.config, args)
     save_dtype, schedule = _prepare_weights(model, args), make_schedule(run)
     run.data.tokenizer.model_max_length = model.config.max_position_embeddings

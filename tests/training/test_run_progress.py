@@ -29,9 +29,8 @@ def make_run(num_blocks: int | None = 1000, task: str | None = None, longest: in
     blocks = iter(()) if num_blocks is None else range(num_blocks)
     corpus = SimpleNamespace(record={"name": "mine.txt"})
     data = SimpleNamespace(train=blocks, validation=range(48), corpus=corpus, longest_document=longest)
-    return SimpleNamespace(
-        model=Model(), data=data, data_args=SimpleNamespace(task=task), args=SimpleNamespace(**fields)
-    )
+    arguments = {"model_args": SimpleNamespace(model_name_or_path=None), "data_args": SimpleNamespace(task=task)}
+    return SimpleNamespace(model=Model(), data=data, args=SimpleNamespace(**fields), **arguments)
 
 
 def test_a_banner_says_what_the_run_is_and_costs():
